@@ -1,0 +1,103 @@
+"""Capture a teacher's logits over a dataset into one HDF5 file.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \\
+        --teacher M --dataset D --split S --output out.h5
+
+Every rank runs this file from top to bottom; the leader (rank 0) also writes.
+"""
+
+import logging
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from logitgen.capture import capture_batch, seal
+from logitgen.config import parse_config
+from logitgen.console import Progress, print_result, silence_stdout, start_logging
+from logitgen.data import load_split
+from logitgen.plan import Plan
+from logitgen.provenance import attributes
+from logitgen.reader import LogitsFile
+from logitgen.report import summary
+from logitgen.rows import Rows
+from logitgen.schema import Layout
+from logitgen.teacher import check_top_k, describe_teacher, load_teacher, longest_row
+from logitgen.tokens import load_tokenizer, tokenize
+from logitgen.transport import Ranks
+from logitgen.writer import Writer, check_output, check_space
+
+logger = logging.getLogger("logitgen.generate")
+
+
+def main() -> None:
+    ranks = Ranks()
+    with ranks.ending_together():
+        capture(ranks)
+
+
+def capture(ranks: Ranks) -> None:
+    # Options, and all that can be refused before anything expensive.
+    ranks.check_launch()
+    if not ranks.is_leader:
+        silence_stdout()
+    config = ranks.together(lambda: parse_config(sys.argv[1:]))
+    output = Path(config.output)
+    ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
+    ranks.together(lambda: check_output(output, config.overwrite) if ranks.is_leader else None)
+    info = ranks.together(lambda: describe_teacher(config))
+    check_top_k(config, info)
+    max_length = longest_row(config, info)
+    set_seed(config.seed)
+
+    # The split becomes tokens, and the tokens rows.
+    logger.info("Reading %s, split %s.", config.dataset, config.split)
+    tokenizer = load_tokenizer(config)
+    tokens = ranks.together(lambda: tokenize(load_split(config), tokenizer, config), machine_by_machine=True)
+    rows = ranks.together(lambda: Rows(tokens, config, max_length))
+    ranks.together(lambda: rows.check_ids(info.vocab_size))
+    if rows.num_dropped_tokens:
+        logger.warning("%s tokens are in no row: cut off, or too few for a block.", f"{rows.num_dropped_tokens:,}")
+
+    # The plan and the layout fix every byte's place in the file.
+    plan = Plan(rows.forward_lengths, config.batch_tokens)
+    layout = Layout(
+        capture=config.capture,
+        num_rows=len(rows),
+        num_tokens=rows.num_tokens,
+        num_positions=rows.num_captured,
+        vocab_size=info.vocab_size,
+        top_k=config.kept,
+    )
+    ranks.together(lambda: check_space(output, layout) if ranks.is_leader else None)
+
+    logger.info("Loading %s.", config.teacher)
+    teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
+    ranks.same({"teacher": teacher.fingerprint, "split": rows.fingerprint})
+    logger.info(
+        "Capturing %s rows, %s tokens in %s batches on %s, %s rank(s) with %s CPU thread(s) each.",
+        f"{len(rows):,}", f"{plan.num_tokens:,}", f"{plan.num_batches:,}", teacher.device.type, ranks.num_ranks, torch.get_num_threads(),
+    )
+
+    # Every rank computes its share of the batches; what they yield goes to the leader and into the file.
+    payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
+    progress = Progress(plan.num_rows, plan.sums(rows.forward_lengths), payload_bytes, ranks.num_ranks)
+    about = attributes(config, info, teacher, rows, layout, tokenizer)
+    writer = ranks.together(
+        lambda: Writer(output, layout, rows, plan, about, progress.written) if ranks.is_leader else None
+    )
+    with progress if ranks.is_leader else nullcontext(), ranks.deliver(plan, payload_bytes, writer) as outbox:
+        for number in plan.share(ranks.rank, ranks.num_ranks):
+            batch = rows.batch(plan.rows(number))
+            outbox.put(number, capture_batch(teacher, batch, layout), partial(seal, batch=batch, layout=layout))
+    if writer is None:
+        return
+    writer.finish()
+    print_result(summary(LogitsFile(output), writer.num_twice, plan.num_tokens, plan.padding_share, progress.seconds))
+
+
+if __name__ == "__main__":
+    main()

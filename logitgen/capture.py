@@ -1,0 +1,118 @@
+"""What is kept of the logits: pure tensor functions, computed in float32 on the device, packed before they travel.
+
+Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, V vocabulary, K kept.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitgen.errors import CaptureError
+from logitgen.rows import Batch
+from logitgen.schema import Array, Layout, row_crc32
+from logitgen.teacher import Teacher
+
+_TORCH_DTYPES = {
+    np.dtype("<u2"): torch.uint16,
+    np.dtype("<u4"): torch.uint32,
+    np.dtype("<f2"): torch.float16,
+    np.dtype("<f4"): torch.float32,
+}
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
+    """Keep the k largest log-probs of each position.
+
+    Args:
+        logits_CV: float32 logits.
+        target_C: The token that really comes next, int64.
+        k: How many to keep.
+
+    Returns:
+        `kept_ids` int64[C, K] and `kept_logprobs` float32[C, K] (nats, descending), `logsumexp` and `target_logprob`
+        float32[C]. The mass of the tail is 1 minus the sum of the kept probabilities.
+    """
+    logsumexp_C = logits_CV.logsumexp(-1)
+    kept_CK, ids_CK = logits_CV.topk(k)
+    return {
+        "logsumexp": logsumexp_C,
+        "target_logprob": logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C,
+        "kept_ids": ids_CK,
+        "kept_logprobs": kept_CK - logsumexp_C[:, None],
+    }
+
+
+def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
+    """Keep every logit of each position, with the same scalars as `top_k`."""
+    logsumexp_C = logits_CV.logsumexp(-1)
+    return {
+        "logsumexp": logsumexp_C,
+        "target_logprob": logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C,
+        "logits": logits_CV,
+    }
+
+
+@torch.inference_mode()
+def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
+    """Run the teacher over a batch and pack what is kept.
+
+    Returns:
+        uint8 payload on the teacher's device, laid out as `Layout.payload_slices`; the checksums are left to `seal`.
+    """
+    row_P, position_P, target_P, input_ids_BT = (
+        torch.from_numpy(array).to(teacher.device)
+        for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
+    )
+    slices = layout.payload_slices(len(batch.rows), len(target_P))
+    payload = torch.zeros(slices[next(reversed(slices))].stop, dtype=torch.uint8, device=teacher.device)
+    packed = {
+        name: payload[slices[name]].view(_TORCH_DTYPES[dtype]).view(len(target_P), *entry)
+        for name, (entry, dtype) in layout.captured.items()
+    }
+    for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
+        target_C = target_P[span]
+        kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
+        for name, values in kept.items():
+            packed[name][span] = _storable(values, packed[name].dtype)
+    return payload
+
+
+def seal(payload: Array, batch: Batch, layout: Layout) -> None:
+    """Check a payload that has arrived in host memory, and checksum its rows in place.
+
+    Args:
+        payload: uint8, as `capture_batch` packed it.
+        batch: The batch it was captured from.
+        layout: Sizes and dtypes.
+
+    Raises:
+        CaptureError: The teacher returned NaN or infinity.
+    """
+    slices = layout.payload_slices(len(batch.rows), len(batch.positions))
+    captured = {
+        name: payload[slices[name]].view(dtype).reshape(-1, *entry) for name, (entry, dtype) in layout.captured.items()
+    }
+    logsumexp_P = captured["logsumexp"]
+    if not np.isfinite(logsumexp_P).all():
+        at = int(np.argmin(np.isfinite(logsumexp_P)))
+        raise CaptureError(
+            f"The teacher's logits are not finite at row {batch.rows[batch.row_of_position[at]]}, position "
+            f"{batch.positions[at]}: their log-sum-exp is {logsumexp_P[at]}. Try --dtype bfloat16 or float32."
+        )
+    checksums = payload[slices["crc32"]].view("<u4")
+    file_dtypes = [layout.datasets["input_ids"][1], layout.datasets["positions"][1]]
+    start = 0
+    for index, (row, count) in enumerate(zip(batch.rows, batch.num_positions, strict=True)):
+        span = slice(start, start + count)
+        known = [batch.tokens[index], batch.positions[span]]
+        arrays = [array.astype(dtype) for array, dtype in zip(known, file_dtypes, strict=True)]
+        checksums[index] = row_crc32(row, arrays + [values[span] for values in captured.values()])
+        start += count
+
+
+def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to the stored dtype; what float16 cannot hold, such as the logit of a masked token, becomes its limit."""
+    if dtype == torch.float16:
+        values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+    return values.to(dtype)

@@ -1,0 +1,137 @@
+"""The options of a run: one frozen, validated value, from the command line and, if given, a YAML file."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from logitgen.errors import UsageError
+from logitgen.schema import CaptureKind
+
+_NOT_SETTINGS = ("output", "overwrite", "log_dir")
+"""Options that say where a run leaves things, not what is computed: they do not go into the file."""
+
+
+def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to capture, from which teacher, over which rows, into which file."""
+
+    teacher: str = _option("Hub id or folder of a causal language model.")
+    dataset: str = _option(
+        "Hub id, .json/.jsonl/.parquet/.csv/.txt/.arrow file, folder of such files, or save_to_disk folder."
+    )
+    output: str = _option("The HDF5 file to write.")
+    revision: str | None = _option("Branch, tag or commit of the teacher on the hub.", None)
+    teacher_gguf: str | None = _option("Name of a GGUF file inside the teacher's folder or repository.", None)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "Precision of the teacher's forward pass; auto takes the one it was saved in.", "auto"
+    )
+    attn_implementation: str | None = _option("Attention as transformers names it: sdpa, eager, ...", None)
+    dataset_config: str | None = _option("Configuration of a hub dataset that has several.", None)
+    split: str = _option("Split, or a slice of one: train[:1%%], validation[100:200].", "train")
+    text_column: str | None = _option(
+        "Column of plain text. Without it the first of input_ids, messages, prompt + completion, text is taken.", None
+    )
+    max_length: int | None = _option("Longest row in tokens; the teacher's context length if not given.", None)
+    overflow: Literal["truncate", "split", "error"] = _option("What happens to a longer row.", "truncate")
+    packing: bool = _option("Join the rows and cut them into blocks of exactly max_length tokens.", False)
+    completion_only: bool = _option("Capture only the positions that predict a token of a completion.", False)
+    limit: int | None = _option("Take only the first rows of the split.", None)
+    capture: CaptureKind = _option("What to keep per position: the top k log-probs, or all logits.", "topk")
+    top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
+    batch_tokens: int = _option("Tokens per forward pass, padding included.", 8192)
+    overwrite: bool = _option("Replace an output that exists, once the new one is complete.", False)
+    log_dir: str = _option("Folder for one log file per rank.", "logs")
+    seed: int = _option("Seed of anything random.", 0)
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("limit", 1), ("top_k", 1), ("batch_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name} must be at least {least}, got {value}.")
+        for name in ("teacher", "dataset", "output", "split", "log_dir"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} must not be empty.")
+        if self.packing and self.overflow != "truncate":
+            raise UsageError(
+                f"--packing leaves no row longer than a block, so --overflow {self.overflow} has no meaning with it. "
+                "Leave one of the two out."
+            )
+
+    @property
+    def kept(self) -> int:
+        """Entries kept per position by choice of `top_k`; 0 where `capture` keeps them all."""
+        return self.top_k if self.capture == "topk" else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what is in the file, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_SETTINGS}
+
+    def settings_json(self) -> str:
+        """The settings as text that is equal for equal settings."""
+        return json.dumps(self.settings, sort_keys=True)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}. See --help for the options.")
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """Read the options of a run.
+
+    Args:
+        arguments: Command-line words without the program's name. `--config FILE` names a YAML or JSON file with any
+            of the options; the command line wins over it.
+
+    Raises:
+        UsageError: An option is unknown, missing, of the wrong type or out of range.
+    """
+    parser = _Parser(
+        [Config],
+        prog="generate.py",
+        description="Capture a teacher's logits over a dataset into one HDF5 file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file that holds any of these options.")
+    words = list(arguments)
+    if (path := _config_path(words)) is not None:
+        words = _file_words(Path(path)) + words
+    config, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    return config  # type: ignore[no-any-return]
+
+
+def _config_path(words: list[str]) -> str | None:
+    """Find the value of --config before the options are parsed: the file may hold the required ones."""
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, _ = finder.parse_known_args(words)
+    return found.config  # type: ignore[no-any-return]
+
+
+def _file_words(path: Path) -> list[str]:
+    """Turn an options file into command-line words, so that both go through the same checks."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(options, dict):
+        raise UsageError(f"--config {path} must hold options as 'name: value' lines, got {type(options).__name__}.")
+    words = []
+    for name, value in options.items():
+        if isinstance(value, (dict, list)):
+            raise UsageError(f"--config {path}: '{name}' must be a single value, got {type(value).__name__}.")
+        if value is not None:
+            words.append(f"--{name}={value}")
+    return words

@@ -1,0 +1,188 @@
+"""What a person sees: log records, the progress display, errors. Library code never prints."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from logitgen.schema import Array
+
+logger = logging.getLogger(__name__)
+
+PLAIN_SECONDS = 10.0
+"""Time between two progress lines where there is no terminal to draw in."""
+
+_messages = Console(stderr=True)
+
+
+def print_error(message: str) -> None:
+    """Print why the run ends, in one line."""
+    _messages.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def print_result(result: RenderableType) -> None:
+    """Print what a command was asked for, to standard output."""
+    Console().print(result, soft_wrap=isinstance(result, Text))
+
+
+def silence_stdout() -> None:
+    """Let nothing this process prints reach the console: the ranks other than the leader have nothing to say there."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+
+
+def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
+    """Give a rank its log file, and the console what belongs there.
+
+    The file gets every record, other libraries' too. The console gets logitgen's records from the leader, and its
+    warnings and errors from every rank.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    console = _ConsoleHandler(prefix=f"rank {rank}: " if num_ranks > 1 and rank else "")
+    console.setLevel(logging.WARNING if rank else logging.INFO)
+    console.addFilter(logging.Filter("logitgen"))
+    logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
+    logging.captureWarnings(True)
+    _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Send what other libraries say to the log file, and have them draw no progress bars of their own."""
+    import datasets  # they take seconds, and looking into a file needs none of them
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    datasets.utils.logging.enable_propagation()
+    for name in ("transformers", "datasets", "huggingface_hub", "accelerate"):
+        logging.getLogger(name).handlers.clear()
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = ("", "") if record.levelno < logging.WARNING else (f"{record.levelname.lower()}: ", "bold yellow")
+        _messages.print(Text.assemble(level, self._prefix + record.getMessage()), soft_wrap=True)
+
+
+class Progress:
+    """The leader's live display: totals, and a line for each source so that a straggler is seen.
+
+    Without a terminal it is one plain line now and then.
+    """
+
+    def __init__(self, rows: Array, tokens: Array, written_bytes: Array, num_sources: int) -> None:
+        """Prepare the display.
+
+        Args:
+            rows: Rows of every batch, [num_batches].
+            tokens: Tokens of every batch that go through the teacher.
+            written_bytes: Bytes that every batch adds to the file.
+            num_sources: Ranks that send; batch j comes from rank j mod `num_sources`.
+        """
+        self._batches = rows, tokens, written_bytes
+        self._num_rows = int(rows.sum())
+        self._source_totals = [int(tokens[source::num_sources].sum()) for source in range(num_sources)]
+        self._source_tokens = [0] * num_sources
+        self._rows = 0
+        self._written_bytes = 0
+        self._start = self._last_line = time.monotonic()
+        self._live = Live(get_renderable=self._render, console=_messages, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> "Progress":
+        self._start = self._last_line = time.monotonic()
+        if _messages.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def written(self, batch: int) -> None:
+        """Count a batch that is in the file."""
+        rows, tokens, written_bytes = (int(values[batch]) for values in self._batches)
+        self._rows += rows
+        self._source_tokens[batch % len(self._source_tokens)] += tokens
+        self._written_bytes += written_bytes
+        now = time.monotonic()
+        if not _messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            logger.info("%s", self._plain())
+
+    @property
+    def seconds(self) -> float:
+        """Time since the display started."""
+        return time.monotonic() - self._start
+
+    def _totals(self) -> tuple[int, int, float, str]:
+        """Tokens so far, tokens in all, tokens per second, time left."""
+        tokens, total = sum(self._source_tokens), sum(self._source_totals)
+        rate = tokens / self.seconds if tokens else 0.0
+        return tokens, total, rate, f"ETA {format_seconds((total - tokens) / rate)}" if rate else "ETA -:--"
+
+    def _plain(self) -> str:
+        tokens, total, rate, eta = self._totals()
+        slowest = min(range(len(self._source_totals)), key=self._share)
+        line = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {eta}, {format_bytes(self._written_bytes)} written"
+        if len(self._source_totals) > 1:
+            line += f", slowest rank {slowest} at {self._share(slowest):.0%}"
+        return line
+
+    def _counts(self, tokens: int, total: int) -> str:
+        return f"{self._rows:,}/{self._num_rows:,} rows, {tokens:,}/{total:,} tokens"
+
+    def _share(self, source: int) -> float:
+        return self._source_tokens[source] / self._source_totals[source] if self._source_totals[source] else 1.0
+
+    def _render(self) -> RenderableType:
+        tokens, total, rate, eta = self._totals()
+        bars = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (0, 1, 0, 0):
+            bars.add_column(ratio=ratio or None, no_wrap=True)
+        bars.add_row("capture", ProgressBar(total, tokens), f"{tokens / total:4.0%}", eta)
+        for source in self._visible_sources():
+            done, goal = self._source_tokens[source], self._source_totals[source]
+            source_rate = f"{done / self.seconds:,.0f} tok/s"
+            bars.add_row(f"rank {source}", ProgressBar(max(goal, 1), done if goal else 1), f"{self._share(source):4.0%}", source_rate)
+        numbers = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {format_bytes(self._written_bytes)} written"
+        hidden = len(self._source_totals) - len(self._visible_sources())
+        more = [Text(f"and {hidden} faster ranks", style="dim")] if hidden else []
+        return Group(Text(numbers, no_wrap=True, overflow="ellipsis"), bars, *more)
+
+    def _visible_sources(self) -> list[int]:
+        """All sources, or the slowest where the terminal has fewer lines."""
+        lines = max(1, _messages.height - 4)
+        sources = sorted(range(len(self._source_totals)), key=self._share)[:lines]
+        return sorted(sources)
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as a clock does."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Write a size with the unit that suits it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:,.0f} {unit}" if unit == "B" else f"{size_bytes:,.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.1f} TB"

@@ -1,0 +1,101 @@
+"""The file as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
+
+Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from logitgen.reader import LogitsFile
+
+IGNORED_LABEL = -100
+"""What torch's cross-entropy and transformers leave out."""
+
+Row = dict[str, Tensor]
+
+
+class LogitsDataset(Dataset[Row]):
+    """The rows of a file, in split order, with random access.
+
+    Nothing but torch and h5py is needed. DataLoader workers may be forked or spawned.
+
+    Attributes:
+        attributes: What the file says about itself: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
+        settings: The options of the run that made it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a file.
+
+        Raises:
+            FormatError: It is missing, foreign, of a newer version, or not complete.
+        """
+        self._path = Path(path)
+        self._file = LogitsFile(self._path)
+        self.attributes: dict[str, Any] = self._file.attributes
+        self.settings: dict[str, Any] = self.attributes["settings"]
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, row: int) -> Row:
+        """Read one row.
+
+        Returns:
+            `input_ids` int64[T] and `positions` int64[P]; at these positions, predicting the token after, `logsumexp`
+            and `target_logprob` float32[P], and `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats,
+            descending), or `logits` float32[P, V].
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        return {name: _tensor(array) for name, array in self._file.row(row).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+
+def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
+    """Pad rows into one batch, everything aligned with the student's logits of shape [B, T, V].
+
+    Args:
+        rows: Rows of a `LogitsDataset`.
+        pad_token_id: What `input_ids` are filled up with, on the right.
+
+    Returns:
+        `input_ids` and `attention_mask` int64[B, T]; `captured` bool[B, T], true where the teacher's distribution is
+        known; the captured values at these places (`kept_ids` int64[B, T, K], ...) and 0 elsewhere; `labels`
+        int64[B, T], the tokens that captured positions predict, -100 elsewhere, unshifted as transformers wants them.
+    """
+    shape = len(rows), max(len(row["input_ids"]) for row in rows)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "captured": torch.zeros(shape, dtype=torch.bool),
+        "labels": torch.full(shape, IGNORED_LABEL),
+    }
+    values = [name for name in rows[0] if name not in ("input_ids", "positions")]
+    for name in values:
+        batch[name] = torch.zeros(*shape, *rows[0][name].shape[1:], dtype=rows[0][name].dtype)
+    for index, row in enumerate(rows):
+        length, positions = len(row["input_ids"]), row["positions"]
+        batch["input_ids"][index, :length] = row["input_ids"]
+        batch["attention_mask"][index, :length] = 1
+        batch["captured"][index, positions] = True
+        batch["labels"][index, positions + 1] = row["input_ids"][positions + 1]
+        for name in values:
+            batch[name][index, positions] = row[name]
+    return batch
+
+
+def _tensor(array: Any) -> Tensor:
+    """Copy out of the file, ids as int64 and values as float32."""
+    return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float32"))

@@ -1,0 +1,50 @@
+"""What a file says about where it comes from. Nothing in it differs between two equal runs."""
+
+import json
+from importlib.metadata import version
+
+from transformers import PreTrainedTokenizerBase
+
+from logitgen.config import Config
+from logitgen.rows import Rows
+from logitgen.schema import FORMAT_NAME, FORMAT_VERSION, Layout
+from logitgen.teacher import Teacher, TeacherInfo
+from logitgen.tokens import tokenizer_fingerprint
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
+
+
+def attributes(
+    config: Config,
+    info: TeacherInfo,
+    teacher: Teacher,
+    rows: Rows,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, str | int]:
+    """Collect the file's attributes.
+
+    Args:
+        config: The run's options.
+        info: The teacher's configuration.
+        teacher: The loaded teacher.
+        rows: The tokenised split.
+        layout: The file's sizes.
+        tokenizer: The teacher's tokenizer, if the rows needed one.
+    """
+    return {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "capture": layout.capture,
+        "top_k": layout.top_k,
+        "vocab_size": layout.vocab_size,
+        "tokenizer_size": 0 if tokenizer is None else len(tokenizer),
+        "teacher": config.teacher,
+        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        "commit": info.commit,
+        "teacher_fingerprint": teacher.fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "dataset_fingerprint": rows.fingerprint,
+        "settings": json.dumps(config.settings, sort_keys=True),
+        "packages": json.dumps({name: version(name) for name in _PACKAGES}),
+    }

@@ -1,0 +1,177 @@
+"""What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from logitgen.console import format_bytes, format_seconds
+from logitgen.errors import UsageError
+from logitgen.reader import LogitsFile
+from logitgen.schema import Array
+
+NUM_GUESSES = 5
+
+
+class Decoder(Protocol):
+    """What of a tokenizer is needed to show text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Turn tokens into text."""
+
+
+def facts(file: LogitsFile) -> dict[str, Any]:
+    """Everything about a file as a whole; sizes in bytes, perplexity of the teacher on the captured positions."""
+    layout = file.layout
+    size_bytes = file.path.stat().st_size
+    lengths = np.diff(file.arrays["offsets"])
+    return {
+        "path": str(file.path),
+        "size_bytes": size_bytes,
+        "rows": layout.num_rows,
+        "tokens": layout.num_tokens,
+        "positions": layout.num_positions,
+        "shortest_row": int(lengths.min()),
+        "longest_row": int(lengths.max()),
+        "bytes_per_position": layout.bytes_per_position,
+        "bytes_per_token": size_bytes / layout.num_tokens,
+        "perplexity": file.perplexity(),
+        **file.attributes,
+    }
+
+
+def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, Any]:
+    """One row, position by position: the token that came, its probability, the teacher's best guesses.
+
+    Args:
+        file: The file.
+        row: Row number; negative counts from the end.
+        decoder: The teacher's tokenizer; without one tokens are shown as ids.
+
+    Raises:
+        UsageError: There is no such row.
+    """
+    if not -len(file) <= row < len(file):
+        raise UsageError(f"--row must be between 0 and {len(file) - 1}, got {row}.")
+    data = file.row(row)
+    ids = data["input_ids"]
+    ids_PK, logprobs_PK = _guesses(data)
+    positions = [
+        {
+            "position": int(position),
+            "token": _text(decoder, ids[position]),
+            "next": _text(decoder, ids[position + 1]),
+            "probability": float(np.exp(target_logprob)),
+            "guesses": [
+                {"token": _text(decoder, guess), "probability": float(np.exp(logprob.astype(np.float32)))}
+                for guess, logprob in zip(guesses, logprobs, strict=True)
+            ],
+        }
+        for position, target_logprob, guesses, logprobs in zip(
+            data["positions"], data["target_logprob"], ids_PK, logprobs_PK, strict=True
+        )
+    ]
+    return {
+        "row": row % len(file),
+        "source_row": int(file.arrays["source_row"][row]),
+        "tokens": len(ids),
+        "text": decoder.decode(ids.tolist()) if decoder else None,
+        "positions": positions,
+    }
+
+
+def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:
+    """The likeliest ids and their log-probs, [P, up to NUM_GUESSES] each."""
+    if "kept_ids" in data:
+        return data["kept_ids"][:, :NUM_GUESSES], data["kept_logprobs"][:, :NUM_GUESSES]
+    logprobs_PV = data["logits"].astype(np.float32) - data["logsumexp"][:, None]
+    ids_PK = np.argsort(-logprobs_PV, axis=1, kind="stable")[:, :NUM_GUESSES]
+    return ids_PK, np.take_along_axis(logprobs_PV, ids_PK, axis=1)
+
+
+def _text(decoder: Decoder | None, token: int) -> str:
+    return decoder.decode([int(token)]) if decoder else str(int(token))
+
+
+def overview(known: dict[str, Any]) -> RenderableType:
+    """Draw `facts`."""
+    settings, packages = known["settings"], known["packages"]
+    kept = f"top {known['top_k']}" if known["capture"] == "topk" else "all logits"
+    source = " ".join(str(settings[name]) for name in ("dataset", "dataset_config", "split") if settings[name])
+    lines = {
+        "file": f"{known['path']}  {format_bytes(known['size_bytes'])}, format version {known['version']}",
+        "teacher": f"{known['teacher']}  {known['teacher_dtype']}" + (f", {known['commit']}" if known["commit"] else ""),
+        "dataset": source,
+        "rows": f"{known['rows']:,}, all complete  {known['shortest_row']:,} to {known['longest_row']:,} tokens each",
+        "tokens": f"{known['tokens']:,}  {known['positions']:,} positions captured",
+        "kept": f"{kept} of {known['vocab_size']:,}  {known['bytes_per_position']:,} bytes per position",
+        "bytes per token": f"{known['bytes_per_token']:,.1f}, tokens and index included",
+        "perplexity": f"{known['perplexity']:,.3f}  of the teacher, over the captured positions",
+        "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False)),
+        "fingerprints": ", ".join(f"{name} {known[f'{name}_fingerprint'][:12]}" for name in ("teacher", "tokenizer", "dataset")),
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+    return _definitions(lines)
+
+
+def summary(file: LogitsFile, num_twice: int, num_forward_tokens: int, padding_share: float, seconds: float) -> RenderableType:
+    """Draw the end of a run.
+
+    Args:
+        file: The complete file.
+        num_twice: Rows that were written more than once.
+        num_forward_tokens: Tokens that went through the teacher, without padding.
+        padding_share: Share of padding among all that went through the teacher.
+        seconds: Time from the first forward pass to the last row written.
+    """
+    known = facts(file)
+    present = int(np.count_nonzero(file.arrays["done"]))
+    lines = {
+        "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, {num_twice:,} written twice",
+        "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
+        "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, {padding_share:.1%} padding",
+        "size": f"{format_bytes(known['size_bytes'])}, {known['bytes_per_token']:,.1f} bytes per token",
+        "teacher perplexity": f"{known['perplexity']:,.3f}",
+        "file": known["path"],
+    }
+    return _definitions(lines)
+
+
+def _definitions(lines: dict[str, str]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in lines.items():
+        table.add_row(name, Text(line))
+    return table
+
+
+def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
+    """Draw `row_facts`.
+
+    Args:
+        known: What `row_facts` found.
+        most: Show only so many positions; None for all.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, justify in (("position", "right"), ("token", "left"), ("came", "left"), ("p", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True, max_width=16)  # type: ignore[arg-type]
+    table.add_column("the teacher expected", overflow="fold")
+    for position in known["positions"][:most]:
+        guesses = Text("  ").join(
+            Text.assemble((repr(guess["token"]), "cyan"), f" {guess['probability']:.2f}") for guess in position["guesses"]
+        )
+        table.add_row(
+            str(position["position"]),
+            Text(repr(position["token"])),
+            Text(repr(position["next"])),
+            f"{position['probability']:.2f}",
+            guesses,
+        )
+    title = f"row {known['row']} (row {known['source_row']} of the split), {known['tokens']} tokens"
+    hidden = len(known["positions"]) - len(known["positions"][:most])
+    more = [Text(f"and {hidden} more positions", style="dim")] if hidden else []
+    text = [Text(known["text"], style="dim")] if known["text"] is not None and most is None else []
+    return Group(Text(title, style="bold"), *text, table, *more)

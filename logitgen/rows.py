@@ -1,0 +1,215 @@
+"""The rows of a run: the tokenised split as one long stream of tokens and a few numbers per row.
+
+Shape letters: N rows, B rows of a batch, T tokens (of a row, or of the longest row of a batch), P captured positions.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from logitgen.config import Config
+from logitgen.errors import UsageError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass, right-padded, and where in them something is captured.
+
+    Right padding needs neither attention mask nor position ids: a causal model never looks to the right.
+
+    Attributes:
+        rows: Row numbers, int64[B].
+        tokens: All tokens of each row, B arrays int32[T].
+        input_ids: int64[B, T], without the tokens after a row's last captured position, padded with 0.
+        num_positions: Captured positions per row, int64[B].
+        row_of_position: Index into the batch of each captured position, int64[P], row by row.
+        positions: Position within its row, int64[P].
+        targets: The token that really comes next, int64[P].
+    """
+
+    rows: Array
+    tokens: list[Array]
+    input_ids: Array
+    num_positions: Array
+    row_of_position: Array
+    positions: Array
+    targets: Array
+
+
+class Rows:
+    """The tokenised split.
+
+    A row of L tokens has a captured position for every token that has a next one; with a completion mask only those
+    whose next token belongs to a completion.
+
+    Attributes:
+        lengths: Tokens per row, int32[N].
+        num_positions: Captured positions per row, int32[N].
+        forward_lengths: Tokens of each row the teacher must read, up to the last captured position, int32[N].
+        source_row: Row of the dataset split a row (or, with packing, its first token) comes from, int64[N].
+        num_dropped_tokens: Tokens in no row: cut off, or at the end of the split too few to fill a packed block.
+    """
+
+    def __init__(self, tokens: datasets.Dataset, config: Config, max_length: int | None) -> None:
+        """Cut the tokenised rows as the options say.
+
+        Args:
+            tokens: One `input_ids` list per row of the split, and a `completion_mask` if only completions count.
+            config: Overflow, packing and completion options.
+            max_length: Longest row in tokens; None for no limit.
+
+        Raises:
+            UsageError: A row is longer than `max_length` and the overflow option forbids it, or nothing is left.
+        """
+        self._input_ids = _Stream(tokens.data.column("input_ids"))
+        self._mask = _Stream(tokens.data.column("completion_mask")) if config.completion_only else None
+        row_ends = np.cumsum(_list_lengths(tokens.data.column("input_ids")), dtype=np.int64)
+        self._starts, self.lengths, self.source_row = _cut(row_ends, config, max_length)
+        num_source_tokens = int(row_ends[-1])
+        self.num_dropped_tokens = num_source_tokens - self.num_tokens
+        if not len(self):
+            raise UsageError(
+                f"--packing with --max_length {max_length} needs at least that many tokens, the split has "
+                f"{num_source_tokens}. Lower --max_length or leave --packing out."
+            )
+        if self._mask is None:
+            self.num_positions = np.maximum(self.lengths - 1, 0)
+            self.forward_lengths = self.num_positions
+        else:
+            counted = [(len(found), found[-1] + 1 if len(found) else 0) for found in map(self.positions, range(len(self)))]
+            self.num_positions, self.forward_lengths = np.array(counted, dtype=np.int32).T
+        if not self.num_positions.any():
+            raise UsageError("The split has no position to capture: every row is empty or has no token to predict.")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def num_captured(self) -> int:
+        """Captured positions of all rows together."""
+        return int(self.num_positions.sum(dtype=np.int64))
+
+    def input_ids(self, row: int) -> Array:
+        """Tokens of a row, int32[T]."""
+        return self._input_ids[self._starts[row], self._starts[row] + self.lengths[row]]
+
+    def positions(self, row: int) -> Array:
+        """Captured positions of a row, ascending, int32[P]."""
+        if self._mask is None:
+            return np.arange(self.lengths[row] - 1, dtype=np.int32)
+        mask = self._mask[self._starts[row], self._starts[row] + self.lengths[row]]
+        return np.flatnonzero(mask[1:]).astype(np.int32)
+
+    def batch(self, rows: Array) -> Batch:
+        """Collect the rows of one forward pass."""
+        tokens = [self.input_ids(row) for row in rows]
+        positions = [self.positions(row) for row in rows]
+        lengths = self.forward_lengths[rows]
+        input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+        for index, (row_tokens, length) in enumerate(zip(tokens, lengths, strict=True)):
+            input_ids[index, :length] = row_tokens[:length]
+        counts = np.array([len(found) for found in positions], dtype=np.int64)
+        return Batch(
+            rows=rows,
+            tokens=tokens,
+            input_ids=input_ids,
+            num_positions=counts,
+            row_of_position=np.repeat(np.arange(len(rows)), counts),
+            positions=np.concatenate(positions).astype(np.int64),
+            targets=np.concatenate(
+                [row_tokens[found + 1] for row_tokens, found in zip(tokens, positions, strict=True)]
+            ).astype(np.int64),
+        )
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse token ids the teacher has no embedding for.
+
+        Raises:
+            UsageError: An id is negative or not below `vocab_size`.
+        """
+        for start, chunk in self._input_ids.chunks():
+            if len(chunk) and not 0 <= chunk.min() <= chunk.max() < vocab_size:
+                at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
+                row = int(np.searchsorted(self._starts, start + at, side="right")) - 1
+                raise UsageError(
+                    f"Row {self.source_row[row]} of the split has token id {chunk[at]}, but the teacher's vocabulary "
+                    f"is 0 to {vocab_size - 1}. Use the teacher's own tokenizer."
+                )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, row boundaries and captured positions: equal for equal rows."""
+        digest = hashlib.sha256(self._starts.tobytes() + self.lengths.tobytes() + self.source_row.tobytes())
+        for stream in (self._input_ids, self._mask):
+            for _, chunk in stream.chunks() if stream else ():
+                digest.update(chunk.data)
+        return digest.hexdigest()
+
+
+class _Stream:
+    """A list column read as one flat array, memory-mapped chunk by chunk."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def __getitem__(self, span: tuple[int, int]) -> Array:
+        start, end = span
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        pieces = []
+        while start < end:
+            until = min(end, self._starts[index + 1])
+            pieces.append(self._chunks[index][start - self._starts[index] : until - self._starts[index]])
+            start, index = until, index + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+    def chunks(self) -> Iterator[tuple[int, Array]]:
+        """Each chunk with the index of its first element."""
+        return zip(map(int, self._starts), self._chunks, strict=False)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> Array:
+    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks] or [np.empty(0, dtype=int)])
+
+
+def _cut(row_ends: Array, config: Config, max_length: int | None) -> tuple[Array, Array, Array]:
+    """Return start in the stream, length and source row of every row of the file."""
+    starts, lengths = np.concatenate([[0], row_ends[:-1]]), np.diff(row_ends, prepend=0)
+    if config.packing:
+        if max_length is None:
+            raise UsageError("--packing needs --max_length: the teacher's configuration names no context length.")
+        block_starts = np.arange(0, row_ends[-1] - max_length + 1, max_length)
+        sources = np.searchsorted(row_ends, block_starts, side="right")
+        return block_starts, np.full(len(block_starts), max_length, dtype=np.int32), sources
+    sources = np.arange(len(lengths))
+    if max_length is None or (lengths <= max_length).all():
+        return starts, lengths.astype(np.int32), sources
+    if config.overflow == "error":
+        row = int(np.argmax(lengths > max_length))
+        raise UsageError(
+            f"Row {row} of the split has {lengths[row]} tokens, --max_length is {max_length}. "
+            "Raise it, or choose --overflow truncate or split."
+        )
+    if config.overflow == "truncate":
+        return starts, np.minimum(lengths, max_length).astype(np.int32), sources
+    pieces = np.maximum(1, -(-lengths // max_length))
+    sources = np.repeat(sources, pieces)
+    piece = np.arange(len(sources)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece_lengths = np.minimum(lengths[sources] - piece * max_length, max_length)
+    return starts[sources] + piece * max_length, piece_lengths.astype(np.int32), sources

@@ -1,0 +1,138 @@
+"""The file format: what the datasets are called, their dtypes and shapes, and how a row is checksummed.
+
+Writer and reader share this module and nothing else, so what one writes is what the other reads.
+
+Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, V vocabulary (rows of the
+output head).
+
+Datasets (all contiguous, little-endian):
+
+    row level       done uint8[N], crc32 uint32[N], source_row int64[N]
+    token level     offsets int64[N+1], input_ids uint16|uint32[T]
+    position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
+      topk          kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]
+      full          logits float16[P, V]
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT_NAME = "logitgen"
+FORMAT_VERSION = 1
+PARTIAL_SUFFIX = ".partial"
+
+CaptureKind = Literal["topk", "full"]
+Array = npt.NDArray[Any]
+Field = tuple[tuple[int, ...], np.dtype]
+"""Shape and dtype of a dataset."""
+
+_ROW_ITEM_BYTES = 4  # crc32
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest unsigned dtype that holds every token id of a vocabulary."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes that fix every dataset of a file.
+
+    Attributes:
+        capture: What is kept per position.
+        num_rows: N.
+        num_tokens: T, over all rows.
+        num_positions: P, over all rows.
+        vocab_size: V, the rows of the teacher's output head; padded rows count.
+        top_k: K for `topk`, 0 otherwise.
+    """
+
+    capture: CaptureKind
+    num_rows: int
+    num_tokens: int
+    num_positions: int
+    vocab_size: int
+    top_k: int
+
+    @property
+    def captured(self) -> dict[str, Field]:
+        """What the teacher yields for one position: shape of one entry and dtype, widest dtype first.
+
+        The order is the order inside a transported payload; widest first keeps every array in it aligned.
+        """
+        scalars: dict[str, Field] = {
+            "logsumexp": ((), np.dtype("<f4")),
+            "target_logprob": ((), np.dtype("<f4")),
+        }
+        if self.capture == "full":
+            return scalars | {"logits": ((self.vocab_size,), np.dtype("<f2"))}
+        return scalars | {
+            "kept_ids": ((self.top_k,), id_dtype(self.vocab_size)),
+            "kept_logprobs": ((self.top_k,), np.dtype("<f2")),
+        }
+
+    @property
+    def datasets(self) -> dict[str, Field]:
+        """Full shape and dtype of every dataset, in the order in which they lie in the file."""
+        rows, positions = self.num_rows, self.num_positions
+        return {
+            "done": ((rows,), np.dtype("u1")),
+            "crc32": ((rows,), np.dtype("<u4")),
+            "source_row": ((rows,), np.dtype("<i8")),
+            "offsets": ((rows + 1,), np.dtype("<i8")),
+            "position_offsets": ((rows + 1,), np.dtype("<i8")),
+            "input_ids": ((self.num_tokens,), id_dtype(self.vocab_size)),
+            "positions": ((positions,), np.dtype("<i4")),
+        } | {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that travel and are stored for one captured position, scalars included."""
+        return sum(nbytes(field) for field in self.captured.values())
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all datasets together; the file adds a few KiB of HDF5 metadata."""
+        return sum(nbytes(field) for field in self.datasets.values())
+
+    def payload_bytes(self, num_rows: Array, num_positions: Array) -> Array:
+        """Bytes of the payloads of batches of so many rows and captured positions, [num_batches] each."""
+        return num_rows * _ROW_ITEM_BYTES + num_positions * self.bytes_per_position
+
+    def payload_slices(self, num_rows: int, num_positions: int) -> dict[str, slice]:
+        """Where each array lies in a batch's payload, in bytes: `crc32` per row, then the captured fields."""
+        sizes = {"crc32": num_rows * _ROW_ITEM_BYTES} | {
+            name: num_positions * nbytes(field) for name, field in self.captured.items()
+        }
+        slices, start = {}, 0
+        for name, size in sizes.items():
+            slices[name] = slice(start, start + size)
+            start += size
+        return slices
+
+
+def nbytes(field: Field) -> int:
+    """Bytes of an array of this shape and dtype."""
+    shape, dtype = field
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def row_crc32(row: int, arrays: Iterable[Array]) -> int:
+    """Checksum one row: its number in the file, its tokens, its positions and all that was captured for it.
+
+    The row number goes in first, so two rows that changed places are found too.
+
+    Args:
+        row: Number of the row in the file.
+        arrays: `input_ids`, `positions`, then the captured fields in the order of `Layout.captured`, each with the
+            dtype it has in the file.
+    """
+    checksum = zlib.crc32(np.int64(row).astype("<i8").tobytes())
+    for array in arrays:
+        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), checksum)
+    return checksum

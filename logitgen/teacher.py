@@ -1,0 +1,240 @@
+"""The teacher: any causal language model of transformers, its logits handed out chunk by chunk.
+
+Shape letters: B rows of a batch, T positions of a row, P captured positions, C positions of a chunk, V vocabulary,
+D hidden size.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from logitgen.config import Config
+from logitgen.errors import UsageError, first_line
+
+logger = logging.getLogger(__name__)
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time: 64 MiB as float32. It fixes the shapes of the head's matrix products, and so bits."""
+
+_FINGERPRINT_VALUES = 64
+"""Values of each weight tensor that go into the fingerprint."""
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What is known of a teacher before its weights are loaded.
+
+    Attributes:
+        vocab_size: Rows of the output head, V.
+        context_length: Longest row in tokens; None for a model without a limit.
+        commit: The hub's commit hash; empty for a folder.
+    """
+
+    vocab_size: int
+    context_length: int | None
+    commit: str
+
+
+def describe_teacher(config: Config) -> TeacherInfo:
+    """Read a teacher's configuration, without its weights.
+
+    Raises:
+        UsageError: There is no such teacher, or no causal language model in it.
+    """
+    try:
+        gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
+        teacher_config = AutoConfig.from_pretrained(config.teacher, revision=config.revision, **gguf)
+    except Exception as error:
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
+    text_config = teacher_config.get_text_config()
+    if type(teacher_config) not in AutoModelForCausalLM._model_mapping:
+        raise UsageError(
+            f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
+            "in transformers. Give a model that predicts the next token."
+        )
+    return TeacherInfo(
+        vocab_size=text_config.vocab_size,
+        context_length=getattr(text_config, "max_position_embeddings", None),
+        commit=getattr(teacher_config, "_commit_hash", None) or "",
+    )
+
+
+def longest_row(config: Config, info: TeacherInfo) -> int | None:
+    """Return the longest row the run allows, in tokens; None for no limit.
+
+    Raises:
+        UsageError: `--max_length` is beyond what the teacher can read, or `--top_k` beyond its vocabulary.
+    """
+    if config.max_length and info.context_length and config.max_length > info.context_length:
+        raise UsageError(
+            f"--max_length must be at most the teacher's context length {info.context_length}, "
+            f"got {config.max_length}. Lower it."
+        )
+    return config.max_length or info.context_length
+
+
+def check_top_k(config: Config, info: TeacherInfo) -> None:
+    """Refuse to keep more tokens than there are.
+
+    Raises:
+        UsageError: `--top_k` is above the vocabulary size.
+    """
+    if config.kept > info.vocab_size:
+        raise UsageError(
+            f"--top_k must be between 1 and the vocabulary size {info.vocab_size}, got {config.top_k}. "
+            "Lower it, or keep every token with --capture full."
+        )
+
+
+class Teacher:
+    """A loaded teacher.
+
+    Attributes:
+        device: Where it computes.
+        dtype: In which precision it computes.
+        fingerprint: SHA-256 over names, shapes and sampled values of all weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        """Wrap a model in evaluation mode; see `load_teacher`."""
+        self._model = model
+        self._vocab_size = vocab_size
+        self.device = model.device
+        self.dtype = model.dtype
+        self.fingerprint = _fingerprint(model)
+        self._decoder = self._checked_decoder()
+
+    @torch.inference_mode()
+    def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
+
+        The body runs once; the head runs over chunks of the hidden states that are wanted, so no tensor of the size
+        positions x vocabulary ever exists.
+
+        Args:
+            input_ids_BT: int64[B, T] on the teacher's device.
+            row_P: Batch row of each wanted position, int64[P].
+            position_P: Position in that row, int64[P].
+
+        Yields:
+            Which of the P positions these are, and their logits, float32[C, V].
+        """
+        step = max(1, CHUNK_LOGITS // self._vocab_size)
+        if self._decoder is None:
+            output_BTV = self._model(input_ids=input_ids_BT, use_cache=False).logits
+            for start in range(0, len(row_P), step):
+                span = slice(start, min(start + step, len(row_P)))
+                yield span, output_BTV[row_P[span], position_P[span]].float()
+            return
+        output = self._decoder(input_ids=input_ids_BT, use_cache=False)
+        hidden_PD = output.last_hidden_state[row_P, position_P]
+        for start in range(0, len(row_P), step):
+            span = slice(start, min(start + step, len(row_P)))
+            yield span, self._head(output, hidden_PD[span]).float()
+
+    def _head(self, output: Any, hidden_CD: Tensor) -> Tensor:
+        """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
+
+        The body's forward is replaced by one that hands back its own output with these hidden states in it. So
+        whatever a family does after the head (soft-cap, scaling) happens as in a plain forward, without a list of
+        families. Tested on 19 kinds of model, all exact (tests/test_teacher.py).
+        """
+        assert self._decoder is not None
+        ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
+        any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
+        with _forward_returns(self._decoder, ready):
+            return cast(Tensor, self._model(input_ids=any_ids_CT, use_cache=False).logits[0])
+
+    @torch.inference_mode()
+    def _checked_decoder(self) -> nn.Module | None:
+        """Return the model's body if body and head apart give the plain forward's logits, else None."""
+        input_ids_BT = torch.arange(16, device=self.device).view(2, 8) % self._vocab_size
+        plain_BTV = self._model(input_ids=input_ids_BT, use_cache=False).logits
+        if plain_BTV.shape[-1] != self._vocab_size:
+            raise UsageError(
+                f"The teacher's logits are {plain_BTV.shape[-1]} wide, its configuration says {self._vocab_size}. "
+                "Correct vocab_size in its config.json."
+            )
+        try:
+            decoder = self._model.get_decoder()
+            output = decoder(input_ids=input_ids_BT, use_cache=False)
+            self._decoder = decoder
+            chunked_CV = self._head(output, output.last_hidden_state.flatten(0, 1))
+        except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
+            reason = f"running it apart fails: {first_line(error)}"
+        else:
+            difference = (chunked_CV - plain_BTV.flatten(0, 1)).abs().max().item()
+            allowed = 16 * torch.finfo(plain_BTV.dtype).eps * plain_BTV.abs().max().item()
+            if difference <= allowed or not torch.isfinite(plain_BTV).all():
+                return decoder
+            reason = f"its logits differ by {difference:.2g} from a plain forward, more than {allowed:.2g}"
+        logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
+        return None
+
+
+def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Teacher:
+    """Load the weights straight onto a device.
+
+    Raises:
+        UsageError: The weights cannot be loaded, or some of them are missing from the checkpoint.
+    """
+    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            config.teacher,
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            device_map={"": device},
+            output_loading_info=True,
+            **gguf,
+            **attention,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}") from error
+    except Exception as error:
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UsageError(
+            f"--teacher {config.teacher} lacks {len(missing)} weights, {missing[0]} the first: they would be random. "
+            "Give a complete causal language model."
+        )
+    return Teacher(model.eval(), info.vocab_size)
+
+
+@contextmanager
+def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
+    """Let a module's forward return a ready output."""
+    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put one there
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()
+        sample = values[:: max(1, values.numel() // _FINGERPRINT_VALUES)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    return digest.hexdigest()
+
+
+def _cause(error: Exception) -> str:
+    """Say in one line why transformers or the hub could not load something."""
+    text = " ".join(str(error).split())
+    sentences = text.split(". ")
+    return sentences[0][:300] + "." if sentences[0] else type(error).__name__

@@ -1,0 +1,262 @@
+"""From rows to tokens: every shape of row people have, recognised by its columns."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from logitgen.config import Config
+from logitgen.errors import UsageError, first_line
+
+_FEATURES = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("uint8"))}
+)
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Tokens = dict[str, list[list[int]]]
+"""`input_ids` and `completion_mask` (1 where a token belongs to a completion) of several rows."""
+
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """Load the teacher's tokenizer, or return None where the teacher has none."""
+    try:
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(config.teacher, revision=config.revision, gguf_file=config.teacher_gguf),
+        )
+    except Exception:  # transformers says "no tokenizer" in many ways; it matters only if the rows need one
+        return None
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """SHA-256 over all that decides how text becomes tokens; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    parts: list[Any] = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]
+    if tokenizer.is_fast:
+        parts.append(tokenizer.backend_tokenizer.to_str())
+    parts.append(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
+    """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
+
+    Row shapes are recognised by their columns: ready `input_ids`, `messages`, `prompt` and `completion`, plain text.
+    The tokenizer adds the special tokens it adds by itself and no others, but for one: with packing, a text that does
+    not end in the end-of-text token gets one, so that two texts do not run into each other.
+
+    Returns:
+        A dataset with `input_ids` and, with `completion_only`, `completion_mask`, one row per row of the split.
+
+    Raises:
+        UsageError: The columns are none of these, or a row's value has the wrong type.
+    """
+    encode = _encoder(split, tokenizer, config)
+    features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
+    settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
+    fingerprint = Hasher.hash(("logitgen 1", split._fingerprint, settings))
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return split.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=split.column_names,
+        features=features,
+        new_fingerprint=fingerprint,
+        cache_file_name=os.fspath(cache),
+    )
+
+
+Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
+
+
+def _encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> Encode:
+    """Choose how a batch of rows becomes tokens, by the columns the split has."""
+    columns = split.column_names
+    if config.text_column is None and "input_ids" in columns:
+        if config.completion_only and "completion_mask" not in columns:
+            raise UsageError(
+                "--completion_only with ready input_ids needs a completion_mask column (1 for a completion's token); "
+                f"the split has {_names(columns)}."
+            )
+        return lambda rows, indices: _ready(rows, indices, config)
+    if tokenizer is None:
+        raise UsageError(
+            f"--teacher {config.teacher} has no tokenizer that can be loaded, and the rows are text. "
+            "Add the tokenizer's files to the folder, or give a dataset with input_ids."
+        )
+    if config.text_column is None and "messages" in columns:
+        if tokenizer.chat_template is None:
+            raise UsageError(
+                f"The rows are messages, but the tokenizer of {config.teacher} has no chat template. "
+                "Use a teacher that has one, or name a column of plain text with --text_column."
+            )
+        return lambda rows, indices: _chat(rows, indices, tokenizer, config)
+    if config.text_column is None and {"prompt", "completion"} <= set(columns):
+        return lambda rows, indices: _pairs(rows, indices, tokenizer, config)
+    column = config.text_column or "text"
+    if column not in columns:
+        expected = (
+            f"--text_column {column} is not a column"
+            if config.text_column
+            else "Rows need input_ids, messages, prompt and completion, or text"
+        )
+        raise UsageError(f"{expected}; the split has {_names(columns)}. Name a column of text with --text_column.")
+    if config.completion_only:
+        raise UsageError(
+            f"--completion_only needs rows that say what the completion is (prompt and completion, messages, or "
+            f"input_ids with completion_mask); '{column}' is plain text."
+        )
+    return lambda rows, indices: _texts(rows, indices, column, tokenizer, config)
+
+
+def _names(columns: list[str]) -> str:
+    return f"columns {', '.join(columns)}" if columns else "no columns"
+
+
+def _texts(rows: Any, indices: list[int], column: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    return {"input_ids": _ended(_encode(tokenizer, _strings(rows, indices, column)), tokenizer, config)}
+
+
+def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    """Tokenise prompt and completion together; a token with any character of the completion belongs to it."""
+    prompts, completions = (_strings(rows, indices, column) for column in ("prompt", "completion"))
+    whole = _encode(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+    whole = _ended(whole, tokenizer, config)
+    if not config.completion_only:
+        return {"input_ids": whole}
+    prompt_lengths = map(_common_prefix, _encode(tokenizer, prompts), whole)
+    masks = [[0] * length + [1] * (len(ids) - length) for ids, length in zip(whole, prompt_lengths, strict=True)]
+    return {"input_ids": whole, "completion_mask": masks}
+
+
+def _chat(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    chats = [_checked_chat(chat, index) for chat, index in zip(rows["messages"], indices, strict=True)]
+    encoded = [_encode_chat(chat, index, tokenizer, config) for chat, index in zip(chats, indices, strict=True)]
+    tokens = {"input_ids": _ended([ids for ids, _ in encoded], tokenizer, config)}
+    if config.completion_only:
+        masks = [mask for _, mask in encoded]
+        tokens["completion_mask"] = [
+            mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(tokens["input_ids"], masks, strict=True)
+        ]
+    return tokens
+
+
+def _ready(rows: Any, indices: list[int], config: Config) -> Tokens:
+    for index, ids in zip(indices, rows["input_ids"], strict=True):
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise UsageError(f"Row {index}: 'input_ids' must be a list of whole numbers, got {_kind(ids)}.")
+    tokens = {"input_ids": rows["input_ids"]}
+    if config.completion_only:
+        for index, ids, mask in zip(indices, rows["input_ids"], rows["completion_mask"], strict=True):
+            if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
+                raise UsageError(
+                    f"Row {index}: 'completion_mask' must be {len(ids)} zeros and ones, one per token, got {_kind(mask)}."
+                )
+        tokens["completion_mask"] = rows["completion_mask"]
+    return tokens
+
+
+def _strings(rows: Any, indices: list[int], column: str) -> list[str]:
+    for index, value in zip(indices, rows[column], strict=True):
+        if not isinstance(value, str):
+            raise UsageError(f"Row {index}: '{column}' must be a string, got {_kind(value)}.")
+    return cast(list[str], rows[column])
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}" + (f" ({value[0]!r:.40}, ...)" if value else "")
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return cast(list[list[int]], tokenizer(texts, verbose=False)["input_ids"])
+
+
+def _ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:
+    """With packing, end every text with the end-of-text token, if the tokenizer has one."""
+    end = tokenizer.eos_token_id
+    if not config.packing or end is None:
+        return rows
+    return [ids if ids and ids[-1] == end else [*ids, end] for ids in rows]
+
+
+def _common_prefix(prompt: list[int], whole: list[int]) -> int:
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(prompt), len(whole)))
+
+
+Chat = list[dict[str, Any]]
+
+
+def _checked_chat(chat: Any, index: int) -> Chat:
+    fits = isinstance(chat, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in chat
+    )
+    if not fits:
+        raise UsageError(f"Row {index}: 'messages' must be a list of role and content strings, got {_kind(chat)}.")
+    return cast(Chat, chat)
+
+
+def _encode_chat(
+    chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, and 1 for each token the assistant would have generated."""
+    if not chat:
+        return [], []
+    if not config.completion_only:
+        return cast(list[int], _render(tokenizer, index, chat, tokenize=True, return_dict=False)), []
+    if not tokenizer.is_fast:
+        raise UsageError("--completion_only over messages needs a fast tokenizer: only those know where a token stands.")
+    if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
+        encoded = _render(
+            tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return encoded["input_ids"], encoded["assistant_masks"]
+    text = _render(tokenizer, index, chat, tokenize=False)
+    spans = _assistant_spans(chat, text, index, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    mask = [int(any(start < last and first < end for first, last in spans)) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], mask
+
+
+def _assistant_spans(
+    chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Find the assistant's turns in a rendered conversation whose template marks none.
+
+    A turn runs from the end of the generation prompt to where the conversation up to and with it ends. That is well
+    defined as long as the template renders a conversation's beginning the same whatever follows.
+    """
+    spans = []
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True)
+        after = _render(tokenizer, index, chat[: turn + 1], tokenize=False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UsageError(
+                f"Row {index}: the chat template has no generation block and renders earlier turns differently once "
+                "later ones follow, so the assistant's tokens cannot be told. "
+                "Add {% generation %} ... {% endgeneration %} around them in the template."
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:  # a template raises whatever it likes: jinja errors, TypeError, its own
+        raise UsageError(f"Row {index}: the chat template refuses the messages: {first_line(error)}") from error
