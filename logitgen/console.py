@@ -35,7 +35,7 @@ def print_result(result: RenderableType) -> None:
 
 def silence_stdout() -> None:
     """Let nothing this process prints reach the console: the ranks other than the leader have nothing to say there."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
@@ -58,12 +58,12 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
 def _quiet_libraries() -> None:
     """Send what other libraries say to the log file, and have them draw no progress bars of their own."""
     import datasets  # they take seconds, and looking into a file needs none of them
-    import huggingface_hub.utils
     import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     datasets.utils.logging.enable_propagation()
@@ -111,7 +111,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def written(self, batch: int) -> None:
@@ -159,7 +161,12 @@ class Progress:
         for source in self._visible_sources():
             done, goal = self._source_tokens[source], self._source_totals[source]
             source_rate = f"{done / self.seconds:,.0f} tok/s"
-            bars.add_row(f"rank {source}", ProgressBar(max(goal, 1), done if goal else 1), f"{self._share(source):4.0%}", source_rate)
+            bars.add_row(
+                f"rank {source}",
+                ProgressBar(max(goal, 1), done if goal else 1),
+                f"{self._share(source):4.0%}",
+                source_rate,
+            )
         numbers = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {format_bytes(self._written_bytes)} written"
         hidden = len(self._source_totals) - len(self._visible_sources())
         more = [Text(f"and {hidden} faster ranks", style="dim")] if hidden else []

@@ -18,7 +18,6 @@ _FILE_FORMATS = {
 }
 
 
-
 def load_split(config: Config) -> datasets.Dataset:
     """Load the rows the options name: from the hub, a file, a folder of files or a `save_to_disk` folder.
 
@@ -37,7 +36,9 @@ def load_split(config: Config) -> datasets.Dataset:
         raise
     except Exception as error:
         if not path.exists() and not _is_hub_id(config.dataset):
-            raise UsageError(f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id.") from error
+            raise UsageError(
+                f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id."
+            ) from error
         cause = first_line(error.__cause__ or error)
         raise UsageError(f"--dataset {config.dataset} cannot be loaded with --split {config.split}: {cause}") from error
     if not len(split):

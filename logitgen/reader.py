@@ -35,7 +35,9 @@ class LogitsFile:
         """
         self.path = Path(path)
         if not self.path.is_file():
-            hint = " A capture that has not finished left its .partial; finish it first." if self._partial_exists() else ""
+            hint = (
+                " A capture that has not finished left its .partial; finish it first." if self._partial_exists() else ""
+            )
             raise FormatError(f"{self.path} is not a file.{hint}")
         try:
             with h5py.File(self.path, "r") as file:
@@ -45,11 +47,15 @@ class LogitsFile:
         except OSError as error:
             raise FormatError(f"{self.path} cannot be read as HDF5: {error}.") from error
         self.arrays: dict[str, Array] = {
-            name: np.memmap(self.path, dtype, "r", places[name], shape) if nbytes((shape, dtype)) else np.empty(shape, dtype)
+            name: np.memmap(self.path, dtype, "r", places[name], shape)
+            if nbytes((shape, dtype))
+            else np.empty(shape, dtype)
             for name, (shape, dtype) in self.layout.datasets.items()
         }
         if missing := len(self) - int(np.count_nonzero(self.arrays["done"])):
-            raise FormatError(f"{self.path} is not complete: {missing} of {len(self)} rows are missing. Finish the run.")
+            raise FormatError(
+                f"{self.path} is not complete: {missing} of {len(self)} rows are missing. Finish the run."
+            )
 
     def _partial_exists(self) -> bool:
         return self.path.with_name(self.path.name + PARTIAL_SUFFIX).exists()
@@ -89,7 +95,9 @@ class LogitsFile:
 def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     attributes = dict(file.attrs)
     if attributes.get("format") != FORMAT_NAME:
-        raise FormatError(f"{path} is an HDF5 file, but not one of logitgen: its format attribute is missing or foreign.")
+        raise FormatError(
+            f"{path} is an HDF5 file, but not one of logitgen: its format attribute is missing or foreign."
+        )
     version = int(attributes.get("version", 0))
     if version > FORMAT_VERSION:
         raise FormatError(

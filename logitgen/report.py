@@ -102,7 +102,8 @@ def overview(known: dict[str, Any]) -> RenderableType:
     source = " ".join(str(settings[name]) for name in ("dataset", "dataset_config", "split") if settings[name])
     lines = {
         "file": f"{known['path']}  {format_bytes(known['size_bytes'])}, format version {known['version']}",
-        "teacher": f"{known['teacher']}  {known['teacher_dtype']}" + (f", {known['commit']}" if known["commit"] else ""),
+        "teacher": f"{known['teacher']}  {known['teacher_dtype']}"
+        + (f", {known['commit']}" if known["commit"] else ""),
         "dataset": source,
         "rows": f"{known['rows']:,}, all complete  {known['shortest_row']:,} to {known['longest_row']:,} tokens each",
         "tokens": f"{known['tokens']:,}  {known['positions']:,} positions captured",
@@ -110,13 +111,17 @@ def overview(known: dict[str, Any]) -> RenderableType:
         "bytes per token": f"{known['bytes_per_token']:,.1f}, tokens and index included",
         "perplexity": f"{known['perplexity']:,.3f}  of the teacher, over the captured positions",
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False)),
-        "fingerprints": ", ".join(f"{name} {known[f'{name}_fingerprint'][:12]}" for name in ("teacher", "tokenizer", "dataset")),
+        "fingerprints": ", ".join(
+            f"{name} {known[f'{name}_fingerprint'][:12]}" for name in ("teacher", "tokenizer", "dataset")
+        ),
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
     return _definitions(lines)
 
 
-def summary(file: LogitsFile, num_twice: int, num_forward_tokens: int, padding_share: float, seconds: float) -> RenderableType:
+def summary(
+    file: LogitsFile, num_twice: int, num_forward_tokens: int, padding_share: float, seconds: float
+) -> RenderableType:
     """Draw the end of a run.
 
     Args:
@@ -129,9 +134,11 @@ def summary(file: LogitsFile, num_twice: int, num_forward_tokens: int, padding_s
     known = facts(file)
     present = int(np.count_nonzero(file.arrays["done"]))
     lines = {
-        "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, {num_twice:,} written twice",
+        "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, "
+        f"{num_twice:,} written twice",
         "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
-        "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, {padding_share:.1%} padding",
+        "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, "
+        f"{padding_share:.1%} padding",
         "size": f"{format_bytes(known['size_bytes'])}, {known['bytes_per_token']:,.1f} bytes per token",
         "teacher perplexity": f"{known['perplexity']:,.3f}",
         "file": known["path"],
@@ -161,7 +168,8 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
     table.add_column("the teacher expected", overflow="fold")
     for position in known["positions"][:most]:
         guesses = Text("  ").join(
-            Text.assemble((repr(guess["token"]), "cyan"), f" {guess['probability']:.2f}") for guess in position["guesses"]
+            Text.assemble((repr(guess["token"]), "cyan"), f" {guess['probability']:.2f}")
+            for guess in position["guesses"]
         )
         table.add_row(
             str(position["position"]),

@@ -85,7 +85,9 @@ class Rows:
             self.num_positions = np.maximum(self.lengths - 1, 0)
             self.forward_lengths = self.num_positions
         else:
-            counted = [(len(found), found[-1] + 1 if len(found) else 0) for found in map(self.positions, range(len(self)))]
+            counted = [
+                (len(found), found[-1] + 1 if len(found) else 0) for found in map(self.positions, range(len(self)))
+            ]
             self.num_positions, self.forward_lengths = np.array(counted, dtype=np.int32).T
         if not self.num_positions.any():
             raise UsageError("The split has no position to capture: every row is empty or has no token to predict.")
@@ -175,9 +177,7 @@ class _Stream:
             until = min(end, self._starts[index + 1])
             pieces.append(self._chunks[index][start - self._starts[index] : until - self._starts[index]])
             start, index = until, index + 1
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *pieces])
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
         """Each chunk with the index of its first element."""

@@ -65,22 +65,19 @@ class Layout:
 
         The order is the order inside a transported payload; widest first keeps every array in it aligned.
         """
-        scalars: dict[str, Field] = {
-            "logsumexp": ((), np.dtype("<f4")),
-            "target_logprob": ((), np.dtype("<f4")),
-        }
+        fields: dict[str, Field] = {"logsumexp": ((), np.dtype("<f4")), "target_logprob": ((), np.dtype("<f4"))}
         if self.capture == "full":
-            return scalars | {"logits": ((self.vocab_size,), np.dtype("<f2"))}
-        return scalars | {
-            "kept_ids": ((self.top_k,), id_dtype(self.vocab_size)),
-            "kept_logprobs": ((self.top_k,), np.dtype("<f2")),
-        }
+            fields["logits"] = (self.vocab_size,), np.dtype("<f2")
+        else:
+            fields["kept_ids"] = (self.top_k,), id_dtype(self.vocab_size)
+            fields["kept_logprobs"] = (self.top_k,), np.dtype("<f2")
+        return fields
 
     @property
     def datasets(self) -> dict[str, Field]:
         """Full shape and dtype of every dataset, in the order in which they lie in the file."""
         rows, positions = self.num_rows, self.num_positions
-        return {
+        known: dict[str, Field] = {
             "done": ((rows,), np.dtype("u1")),
             "crc32": ((rows,), np.dtype("<u4")),
             "source_row": ((rows,), np.dtype("<i8")),
@@ -88,7 +85,8 @@ class Layout:
             "position_offsets": ((rows + 1,), np.dtype("<i8")),
             "input_ids": ((self.num_tokens,), id_dtype(self.vocab_size)),
             "positions": ((positions,), np.dtype("<i4")),
-        } | {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
+        }
+        return known | {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
 
     @property
     def bytes_per_position(self) -> int:
@@ -102,7 +100,7 @@ class Layout:
 
     def payload_bytes(self, num_rows: Array, num_positions: Array) -> Array:
         """Bytes of the payloads of batches of so many rows and captured positions, [num_batches] each."""
-        return num_rows * _ROW_ITEM_BYTES + num_positions * self.bytes_per_position
+        return np.asarray(num_rows * _ROW_ITEM_BYTES + num_positions * self.bytes_per_position)
 
     def payload_slices(self, num_rows: int, num_positions: int) -> dict[str, slice]:
         """Where each array lies in a batch's payload, in bytes: `crc32` per row, then the captured fields."""
@@ -134,5 +132,5 @@ def row_crc32(row: int, arrays: Iterable[Array]) -> int:
     """
     checksum = zlib.crc32(np.int64(row).astype("<i8").tobytes())
     for array in arrays:
-        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum

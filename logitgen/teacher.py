@@ -173,7 +173,7 @@ class Teacher:
             difference = (chunked_CV - plain_BTV.flatten(0, 1)).abs().max().item()
             allowed = 16 * torch.finfo(plain_BTV.dtype).eps * plain_BTV.abs().max().item()
             if difference <= allowed or not torch.isfinite(plain_BTV).all():
-                return decoder
+                return cast(nn.Module, decoder)
             reason = f"its logits differ by {difference:.2g} from a plain forward, more than {allowed:.2g}"
         logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
         return None
@@ -188,7 +188,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             config.teacher,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
@@ -198,9 +198,12 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             **attention,
         )
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}") from error
+        raise UsageError(
+            f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}"
+        ) from error
     except Exception as error:
         raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
+    model, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if missing := sorted(loading["missing_keys"]):
         raise UsageError(
             f"--teacher {config.teacher} lacks {len(missing)} weights, {missing[0]} the first: they would be random. "

@@ -23,7 +23,6 @@ Tokens = dict[str, list[list[int]]]
 """`input_ids` and `completion_mask` (1 where a token belongs to a completion) of several rows."""
 
 
-
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     """Load the teacher's tokenizer, or return None where the teacher has none."""
     try:
@@ -160,7 +159,8 @@ def _ready(rows: Any, indices: list[int], config: Config) -> Tokens:
         for index, ids, mask in zip(indices, rows["input_ids"], rows["completion_mask"], strict=True):
             if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
                 raise UsageError(
-                    f"Row {index}: 'completion_mask' must be {len(ids)} zeros and ones, one per token, got {_kind(mask)}."
+                    f"Row {index}: 'completion_mask' must be {len(ids)} zeros and ones, one per token, "
+                    f"got {_kind(mask)}."
                 )
         tokens["completion_mask"] = rows["completion_mask"]
     return tokens
@@ -218,11 +218,11 @@ def _encode_chat(
     if not config.completion_only:
         return cast(list[int], _render(tokenizer, index, chat, tokenize=True, return_dict=False)), []
     if not tokenizer.is_fast:
-        raise UsageError("--completion_only over messages needs a fast tokenizer: only those know where a token stands.")
-    if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
-        encoded = _render(
-            tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        raise UsageError(
+            "--completion_only over messages needs a fast tokenizer: only those know where a token stands."
         )
+    if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
+        encoded = _render(tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return encoded["input_ids"], encoded["assistant_masks"]
     text = _render(tokenizer, index, chat, tokenize=False)
     spans = _assistant_spans(chat, text, index, tokenizer)
@@ -231,9 +231,7 @@ def _encode_chat(
     return encoded["input_ids"], mask
 
 
-def _assistant_spans(
-    chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
+def _assistant_spans(chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     """Find the assistant's turns in a rendered conversation whose template marks none.
 
     A turn runs from the end of the generation prompt to where the conversation up to and with it ends. That is well

