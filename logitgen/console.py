@@ -51,6 +51,7 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     console.setLevel(logging.WARNING if rank else logging.INFO)
     console.addFilter(logging.Filter("logitgen"))
     logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
+    logging.getLogger("logitgen").setLevel(logging.DEBUG)
     logging.captureWarnings(True)
     _quiet_libraries()
 

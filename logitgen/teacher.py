@@ -109,7 +109,7 @@ class Teacher:
         self.device = model.device
         self.dtype = model.dtype
         self.fingerprint = _fingerprint(model)
-        self._decoder = self._checked_decoder()
+        self._decoder = _separable_decoder(model, vocab_size)
 
     @torch.inference_mode()
     def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -137,46 +137,7 @@ class Teacher:
         hidden_PD = output.last_hidden_state[row_P, position_P]
         for start in range(0, len(row_P), step):
             span = slice(start, min(start + step, len(row_P)))
-            yield span, self._head(output, hidden_PD[span]).float()
-
-    def _head(self, output: Any, hidden_CD: Tensor) -> Tensor:
-        """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
-
-        The body's forward is replaced by one that hands back its own output with these hidden states in it. So
-        whatever a family does after the head (soft-cap, scaling) happens as in a plain forward, without a list of
-        families. Tested on 19 kinds of model, all exact (tests/test_teacher.py).
-        """
-        assert self._decoder is not None
-        ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
-        any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
-        with _forward_returns(self._decoder, ready):
-            return cast(Tensor, self._model(input_ids=any_ids_CT, use_cache=False).logits[0])
-
-    @torch.inference_mode()
-    def _checked_decoder(self) -> nn.Module | None:
-        """Return the model's body if body and head apart give the plain forward's logits, else None."""
-        input_ids_BT = torch.arange(16, device=self.device).view(2, 8) % self._vocab_size
-        plain_BTV = self._model(input_ids=input_ids_BT, use_cache=False).logits
-        if plain_BTV.shape[-1] != self._vocab_size:
-            raise UsageError(
-                f"The teacher's logits are {plain_BTV.shape[-1]} wide, its configuration says {self._vocab_size}. "
-                "Correct vocab_size in its config.json."
-            )
-        try:
-            decoder = self._model.get_decoder()
-            output = decoder(input_ids=input_ids_BT, use_cache=False)
-            self._decoder = decoder
-            chunked_CV = self._head(output, output.last_hidden_state.flatten(0, 1))
-        except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
-            reason = f"running it apart fails: {first_line(error)}"
-        else:
-            difference = (chunked_CV - plain_BTV.flatten(0, 1)).abs().max().item()
-            allowed = 16 * torch.finfo(plain_BTV.dtype).eps * plain_BTV.abs().max().item()
-            if difference <= allowed or not torch.isfinite(plain_BTV).all():
-                return cast(nn.Module, decoder)
-            reason = f"its logits differ by {difference:.2g} from a plain forward, more than {allowed:.2g}"
-        logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
-        return None
+            yield span, _head(self._model, self._decoder, output, hidden_PD[span]).float()
 
 
 def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Teacher:
@@ -210,6 +171,49 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             "Give a complete causal language model."
         )
     return Teacher(model.eval(), info.vocab_size)
+
+
+@torch.inference_mode()
+def _separable_decoder(model: PreTrainedModel, vocab_size: int) -> nn.Module | None:
+    """Return the model's body if body and head apart give the plain forward's logits, else None.
+
+    Raises:
+        UsageError: The logits are not as wide as the teacher's configuration says.
+    """
+    input_ids_BT = torch.arange(16, device=model.device).view(2, 8) % vocab_size
+    plain_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
+    if plain_BTV.shape[-1] != vocab_size:
+        raise UsageError(
+            f"The teacher's logits are {plain_BTV.shape[-1]} wide, its configuration says {vocab_size}. "
+            "Correct vocab_size in its config.json."
+        )
+    try:
+        decoder = cast(nn.Module, model.get_decoder())
+        output = decoder(input_ids=input_ids_BT, use_cache=False)
+        chunked_CV = _head(model, decoder, output, output.last_hidden_state.flatten(0, 1))
+    except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
+        reason = f"running it apart fails: {first_line(error)}"
+    else:
+        difference = (chunked_CV - plain_BTV.flatten(0, 1)).abs().max().item()
+        allowed = 16 * torch.finfo(plain_BTV.dtype).eps * plain_BTV.abs().max().item()
+        if difference <= allowed or not torch.isfinite(plain_BTV).all():
+            return decoder
+        reason = f"its logits differ by {difference:.2g} from a plain forward, more than {allowed:.2g}"
+    logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
+    return None
+
+
+def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
+    """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
+
+    The body's forward is replaced by one that hands back its own output with these hidden states in it. So whatever a
+    family does after the head (soft-cap, scaling) happens as in a plain forward, without a list of families. Tested on
+    20 small models of 17 families, all exact (tests/test_teacher.py).
+    """
+    ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
+    any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
+    with _forward_returns(decoder, ready):
+        return cast(Tensor, model(input_ids=any_ids_CT, use_cache=False).logits[0])
 
 
 @contextmanager

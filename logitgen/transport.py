@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,7 +205,9 @@ class Ranks:
     def _end(self, error: BaseException) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        logger.info("This rank ends.", exc_info=error)
+        logger.debug("This rank ends.", exc_info=error)
+        if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
+            traceback.print_exception(error)
         mine = _Failure.of(error, self.rank, self.num_ranks)
         first = _first_failure(mine) if self.num_ranks > 1 else mine
         if first == mine and os.environ.get("RANK", "0") == str(self.rank):
@@ -364,7 +367,7 @@ def _first_failure(mine: _Failure) -> _Failure:
         )
         claim = store.compare_set(key, "", json.dumps([mine.rank, mine.exit_status, mine.message]))
     except Exception:
-        logger.info("The store cannot be reached; this rank speaks for itself.", exc_info=True)
+        logger.debug("The store cannot be reached; this rank speaks for itself.", exc_info=True)
         return mine
     return _Failure(*json.loads(claim))
 

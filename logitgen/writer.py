@@ -1,7 +1,8 @@
 """The writer: one thread that owns the file, from its creation to its last rename.
 
 HDF5 creates the file, with every dataset contiguous and allocated, and is then closed: writing a row only overwrites
-bytes at fixed places, which a plain file does without HDF5's bookkeeping. So the metadata never changes again, and a killed writer cannot damage it.
+bytes at fixed places, which a plain file does without HDF5's bookkeeping. So the metadata never changes again, and a
+killed writer cannot damage it.
 """
 
 import os

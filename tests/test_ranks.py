@@ -1,0 +1,201 @@
+"""Several ranks, started by the real launcher."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_teacher, write_jsonl
+
+from logitgen import LogitsFile
+
+Ended = subprocess.CompletedProcess[str]
+
+
+def error_lines(ended: Ended) -> list[str]:
+    """What the program itself says went wrong; the launcher adds a report of its own."""
+    return [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+
+
+def exit_statuses(ended: Ended) -> list[int]:
+    """Exit status of every rank, as the launcher reports it."""
+    return [int(status) for status in re.findall(r"exitcode  : (-?\d+)", ended.stderr)]
+
+
+def ranks_that_ran(log_dir: Path) -> list[str]:
+    """The ranks whose logs say that they captured something."""
+    return sorted(log.stem for log in log_dir.glob("*.log") if re.search(r"Capturing .* \d+ rank\(s\)", log.read_text()))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragged: Path) -> Callable[..., Path]:
+    """The file of so many ranks, made once per number and options."""
+    made: dict[Any, Path] = {}
+
+    def make(num_ranks: int, **options: Any) -> Path:
+        key = num_ranks, *sorted(options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("files")
+            places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
+            ended = launch(num_ranks, teacher=teacher, dataset=ragged, batch_tokens=100, **places, **options)
+            assert ended.returncode == 0, ended.stderr
+            assert ranks_that_ran(folder / "logs") == [f"rank_{rank}" for rank in range(num_ranks)]
+            made[key] = folder / "out.h5"
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"limit": 4}, {"capture": "full", "limit": 11}], ids=["topk", "few", "full"])
+def test_any_number_of_ranks_writes_the_same_bytes(
+    files: Callable[..., Path], num_ranks: int, options: dict[str, Any]
+) -> None:
+    one, several = (files(number, **options) for number in (1, num_ranks))
+    assert one.read_bytes() == several.read_bytes()
+
+
+def test_the_file_of_two_ranks_has_every_row_once_in_split_order(files: Callable[..., Path]) -> None:
+    file = LogitsFile(files(2))
+    assert file.arrays["source_row"].tolist() == list(range(53))
+    assert file.arrays["done"].tolist() == [1] * 53
+    assert list(files(2).parent.glob("out.h5*")) == [files(2)]
+
+
+def test_a_users_mistake_is_one_line_and_status_2_on_every_rank(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    ended = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", top_k=1000, log_dir=tmp_path)
+    assert error_lines(ended) == [
+        "error: --top_k must be between 1 and the vocabulary size 384, got 1000. "
+        "Lower it, or keep every token with --capture full."
+    ]
+    assert exit_statuses(ended) == [2, 2]
+    assert "generate.py\", line" not in ended.stderr
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+def test_a_mistake_only_the_leader_sees_ends_every_rank(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.h5").write_text("precious")
+    ended = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
+    assert len(error_lines(ended)) == 1
+    assert "out.h5 exists" in error_lines(ended)[0]
+    assert exit_statuses(ended) == [2, 2]
+    assert (tmp_path / "out.h5").read_text() == "precious"
+
+
+def test_help_is_printed_once(tmp_path: Path) -> None:
+    command = [*launch_command(2), "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout.count("usage: generate.py") == 1
+
+
+def test_ranks_that_do_not_see_each_other_are_refused(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    """Accelerate leaves ranks alone on a machine whose accelerator is not of the profile's kind."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        f"import sys, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "torch.accelerator.is_available = lambda: True\nimport generate\ngenerate.main()\n"
+    )
+    command = launch_command(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
+    command[command.index("generate.py")] = str(script)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert len(error_lines(result)) == 1
+    assert "The launcher started 2 processes, but they do not see each other (Accelerate reports 1)" in result.stderr
+    assert exit_statuses(result) == [2, 2]
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+@pytest.fixture
+def long_run(teacher: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of two ranks that takes long enough to be disturbed, caught in the middle of its rows."""
+    rows = [{"text": SENTENCES[index % 40][: 300 + index % 97]} for index in range(6000)]
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    command = launch_command(
+        2, teacher=teacher, dataset=data, output=tmp_path / "out.h5", log_dir=tmp_path / "logs", batch_tokens=256
+    )
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "logs" / "rank_0.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "Capturing" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    yield run
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+
+def ranks_of(run: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    return {int(process.environ()["RANK"]): process for process in psutil.Process(run.pid).children(recursive=True)}
+
+
+def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended:
+    """Wait for the end of a run, and check that no process of it is left."""
+    out, err = run.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(ranks.values(), timeout=10)
+    assert not alive
+    return subprocess.CompletedProcess(run.args, run.returncode, out, err)
+
+
+@pytest.mark.parametrize(("rank", "message"), [(1, "Rank 1 ended without a word"), (0, "The leader ended without a word")])
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(
+    long_run: subprocess.Popen[str], tmp_path: Path, rank: int, message: str
+) -> None:
+    ranks = ranks_of(long_run)
+    assert sorted(ranks) == [0, 1]
+    ranks[rank].kill()
+    result = ended(long_run, ranks)
+    assert result.returncode == 1
+    assert len(error_lines(result)) == 1
+    assert message in error_lines(result)[0]
+    assert [path.name for path in tmp_path.glob("out.h5*")] == ["out.h5.partial"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_every_rank_with_one_line(
+    long_run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    ranks = ranks_of(long_run)
+    if number == signal.SIGINT:
+        os.killpg(long_run.pid, number)  # as Ctrl-C in a terminal does
+    else:
+        long_run.send_signal(number)  # as a scheduler does
+    result = ended(long_run, ranks)
+    assert result.returncode != 0
+    assert error_lines(result) == [f"error: The run was stopped by {number.name}."]
+    assert [path.name for path in tmp_path.glob("out.h5*")] == ["out.h5.partial"]
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
+    """Rank 1 computes the second batch; its token's embedding is not a number."""
+    model = make_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[300] = float("nan")
+    teacher = save_teacher(tmp_path / "teacher", model, None)
+    rows = [{"input_ids": [1] * 20}, {"input_ids": [2] * 9 + [300] + [2] * 9}, *({"input_ids": [3] * 9} for _ in range(99))]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    output = {"output": tmp_path / "out.h5", "log_dir": tmp_path / "logs"}
+    result = launch(2, teacher=teacher, dataset=data, batch_tokens=20, **output)
+    assert result.returncode == 1
+    assert len(error_lines(result)) == 1
+    assert error_lines(result)[0].startswith("error: Rank 1: The teacher's logits are not finite at row 1, position 0")
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_a_partial_file_is_refused_and_kept(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.h5.partial"
+    partial.write_text("half of it")
+    result = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
+    assert len(error_lines(result)) == 1
+    assert "out.h5.partial is left from a run that did not finish" in error_lines(result)[0]
+    assert exit_statuses(result) == [2, 2]
+    assert partial.read_text() == "half of it"

@@ -1,0 +1,195 @@
+"""Every family of causal language models gives the logits of a direct, unbatched, unpadded forward pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
+from test_generate import assert_row_is_right
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from logitgen import LogitsFile, UsageError, teacher
+from logitgen.config import Config
+from logitgen.teacher import Teacher, check_top_k, describe_teacher, load_teacher, longest_row
+
+VOCAB = 97
+USUAL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT2_STYLE: dict[str, Any] = {"vocab_size": VOCAB, "n_layer": 2, "n_head": 4}
+SHORT: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", USUAL),
+    "llama with a tied head": ("Llama", USUAL | {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2", GPT2_STYLE | {"n_embd": 32, "n_positions": 64}),
+    "opt": ("OPT", SHORT | {"ffn_dim": 48, "max_position_embeddings": 64}),
+    "opt with projections": ("OPT", SHORT | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 16}),
+    "gpt neox": ("GPTNeoX", SHORT | {"intermediate_size": 48, "max_position_embeddings": 64}),
+    "mistral with a sliding window": ("Mistral", USUAL | {"sliding_window": 6}),
+    "qwen2": ("Qwen2", USUAL),
+    "qwen3": ("Qwen3", USUAL | {"head_dim": 8}),
+    "gemma2 with both soft-caps": (
+        "Gemma2",
+        USUAL | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    ),
+    "gemma3 with a soft-cap": ("Gemma3Text", USUAL | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0}),
+    "cohere with a logit scale": ("Cohere", USUAL | {"logit_scale": 0.25}),
+    "granite with a logits scaling": ("Granite", USUAL | {"logits_scaling": 4.0}),
+    "phi": ("Phi", USUAL),
+    "falcon": ("Falcon", SHORT),
+    "falcon with alibi": ("Falcon", SHORT | {"alibi": True}),
+    "bloom": ("Bloom", GPT2_STYLE | {"hidden_size": 32}),
+    "mamba": ("Mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "mixtral": ("Mixtral", USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2 moe": ("Qwen2Moe", USUAL | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+}
+ROWS = [[(7 * row + 3 * index) % VOCAB for index in range(length)] for row, length in enumerate((23, 4, 17, 1, 9, 16, 2))]
+"""Ragged, so that rows are padded; longer than the sliding windows."""
+
+
+def make(family: str) -> transformers.PreTrainedModel:
+    name, sizes = FAMILIES[family]
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config: PreTrainedConfig = getattr(transformers, f"{name}Config")(**sizes, **ids)
+    torch.manual_seed(0)
+    return enlarge_weights(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kept_logprob_equals_a_direct_forward_pass(
+    family: str, tmp_path: Path, capture: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 5 * VOCAB)  # several chunks per batch, the last one not full
+    model = make(family)
+    folder = save_teacher(tmp_path / "teacher", model, None)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in ROWS])
+    file = LogitsFile(capture(teacher=folder, dataset=data, top_k=11, batch_tokens=64))
+    for index, ids in enumerate(ROWS):
+        row = file.row(index)
+        assert row["input_ids"].tolist() == ids
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([ids])).logits[0].float()
+        np.testing.assert_allclose(row["logsumexp"], logits_TV[: len(ids) - 1].logsumexp(-1), atol=1e-3)
+        if len(ids) > 1:
+            assert_row_is_right(row, logits_TV.log_softmax(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_needs_the_full_logits_of_a_batch(
+    family: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 5 * VOCAB)
+    model = make(family)
+    wrapped = Teacher(model, VOCAB)
+    assert "cannot be run in chunks" not in caplog.text
+    widths: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output[0].shape[0]))
+    rows_P, positions_P = torch.arange(2).repeat_interleave(8), torch.arange(8).repeat(2)
+    chunks = list(wrapped.logits(torch.arange(20).view(2, 10), rows_P, positions_P))
+    assert widths == [5, 5, 5, 1]
+    assert [len(logits_CV) for _, logits_CV in chunks] == [5, 5, 5, 1]
+
+
+class DoublingLlama(transformers.LlamaForCausalLM):
+    """A model that looks at the tokens once more after its body: head and body apart give something else."""
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **options)
+        output.logits = output.logits * (1 + (input_ids > 0)[..., None])
+        return output
+
+
+def test_a_model_whose_head_cannot_run_apart_is_run_whole(caplog: pytest.LogCaptureFixture) -> None:
+    model = enlarge_weights(DoublingLlama(transformers.LlamaConfig(**USUAL)))
+    wrapped = Teacher(model, VOCAB)
+    assert "cannot be run in chunks, its logits differ by" in caplog.text
+    input_ids_BT = torch.arange(20).view(2, 10)
+    rows_P, positions_P = torch.arange(2).repeat_interleave(10), torch.arange(10).repeat(2)
+    logits_PV = torch.cat([logits_CV for _, logits_CV in wrapped.logits(input_ids_BT, rows_P, positions_P)])
+    with torch.no_grad():
+        torch.testing.assert_close(logits_PV, model(input_ids=input_ids_BT).logits.flatten(0, 1))
+
+
+def config(**changes: Any) -> Config:
+    return Config(**{"teacher": "t", "dataset": "d", "output": "o", **changes})
+
+
+def test_a_missing_teacher_is_named() -> None:
+    with pytest.raises(UsageError, match="--teacher nobody/nothing cannot be loaded: "):
+        describe_teacher(config(teacher="nobody/nothing"))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--teacher {tmp_path} cannot be loaded: "):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is a vit model, which has no causal language model"):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    model = make_llama(VOCAB)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    options = config(teacher=str(tmp_path))
+    with pytest.raises(UsageError, match=r"lacks 3 weights, model.layers.1.mlp.down_proj.weight the first"):
+        load_teacher(options, describe_teacher(options), torch.device("cpu"))
+
+
+def test_an_unknown_attention_is_refused(teacher: Path) -> None:
+    options = config(teacher=str(teacher), attn_implementation="telepathy")
+    with pytest.raises(UsageError, match="cannot be loaded: .*telepathy"):
+        load_teacher(options, describe_teacher(options), torch.device("cpu"))
+
+
+def test_the_precision_is_the_saved_one_unless_another_is_asked_for(tmp_path: Path) -> None:
+    save_teacher(tmp_path, make_llama(VOCAB).to(torch.bfloat16), None)
+    for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)):
+        options = config(teacher=str(tmp_path), dtype=dtype)
+        assert load_teacher(options, describe_teacher(options), torch.device("cpu")).dtype == expected
+
+
+def test_rows_may_be_as_long_as_the_teachers_context(teacher: Path) -> None:
+    info = describe_teacher(config(teacher=str(teacher)))
+    assert longest_row(config(), info) == 256
+    assert longest_row(config(max_length=256), info) == 256
+    with pytest.raises(UsageError, match="--max_length must be at most the teacher's context length 256, got 257"):
+        longest_row(config(max_length=257), info)
+
+
+def test_top_k_may_be_the_whole_vocabulary_and_no_more(teacher: Path) -> None:
+    info = describe_teacher(config(teacher=str(teacher)))
+    check_top_k(config(top_k=384), info)
+    check_top_k(config(top_k=385, capture="full"), info)
+    with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 384, got 385"):
+        check_top_k(config(top_k=385), info)
+
+
+def test_a_configuration_that_lies_about_the_vocabulary_is_refused() -> None:
+    with pytest.raises(UsageError, match="logits are 97 wide, its configuration says 96"):
+        Teacher(make_llama(VOCAB), 96)
+
+
+def test_a_changed_weight_changes_the_fingerprint() -> None:
+    model = make_llama(VOCAB)
+    before = Teacher(model, VOCAB).fingerprint
+    assert Teacher(make_llama(VOCAB), VOCAB).fingerprint == before
+    with torch.no_grad():
+        model.model.norm.weight *= 1.01
+    assert Teacher(model, VOCAB).fingerprint != before
