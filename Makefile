@@ -15,7 +15,7 @@ help:  ## List the targets
 
 run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher over embedded text on two CPU ranks, and show the file
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
-		--teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl --split 'train[:10%]' --batch_tokens 2048 \
+		--teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl --split 'train[:10%]' --batch_tokens 512 \
 		--output $(OUTPUT) --overwrite --log_dir $(DEMO)/logs
 	$(BIN)/python -m logitgen inspect $(OUTPUT)
 	$(BIN)/python -m logitgen inspect $(OUTPUT) --row 1 --positions 12
@@ -48,5 +48,5 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 $(DEMO)/teacher/config.json: $(VENV)/ready examples/embedded.py
-	$(BIN)/python examples/embedded.py $(DEMO)
+	TQDM_DISABLE=1 $(BIN)/python examples/embedded.py $(DEMO)
 	touch $@

@@ -25,7 +25,7 @@ from logitgen.reader import LogitsFile
 from logitgen.report import summary
 from logitgen.rows import Rows
 from logitgen.schema import Layout
-from logitgen.teacher import check_top_k, describe_teacher, load_teacher, longest_row
+from logitgen.teacher import describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenize
 from logitgen.transport import Ranks
 from logitgen.writer import Writer, check_output, check_space
@@ -47,20 +47,18 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     config = ranks.together(lambda: parse_config(arguments))
     output = Path(config.output)
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
-    ranks.together(lambda: check_output(output, config.overwrite) if ranks.is_leader else None)
+    ranks.on_leader(lambda: check_output(output, config.overwrite))
     info = ranks.together(lambda: describe_teacher(config))
-    check_top_k(config, info)
-    max_length = longest_row(config, info)
     set_seed(config.seed)
 
     # The split becomes tokens, and the tokens rows.
-    logger.info("Reading %s, split %s.", config.dataset, config.split)
+    logger.info(f"Reading {config.dataset}, split {config.split}.")
     tokenizer = load_tokenizer(config)
     tokens = ranks.together(lambda: tokenize(load_split(config), tokenizer, config), machine_by_machine=True)
-    rows = ranks.together(lambda: Rows(tokens, config, max_length))
+    rows = ranks.together(lambda: Rows(tokens, config, info.max_length))
     ranks.together(lambda: rows.check_ids(info.vocab_size))
     if rows.num_dropped_tokens:
-        logger.warning("%s tokens are in no row: cut off, or too few for a block.", f"{rows.num_dropped_tokens:,}")
+        logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
 
     # The plan and the layout fix every byte's place in the file.
     plan = Plan(rows.forward_lengths, config.batch_tokens)
@@ -72,36 +70,30 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         vocab_size=info.vocab_size,
         top_k=config.kept,
     )
-    ranks.together(lambda: check_space(output, layout) if ranks.is_leader else None)
+    ranks.on_leader(lambda: check_space(output, layout))
 
-    logger.info("Loading %s.", config.teacher)
+    logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
     ranks.same({"teacher": teacher.fingerprint, "split": rows.fingerprint})
     logger.info(
-        "Capturing %s rows, %s tokens in %s batches on %s, %s rank(s) with %s CPU thread(s) each.",
-        f"{len(rows):,}",
-        f"{plan.num_tokens:,}",
-        f"{plan.num_batches:,}",
-        teacher.device.type,
-        ranks.num_ranks,
-        torch.get_num_threads(),
+        f"Capturing {len(rows):,} rows, {plan.num_tokens:,} tokens in {plan.num_batches:,} batches. "
+        f"Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU threads each."
     )
 
     # Every rank computes its share of the batches; what they yield goes to the leader and into the file.
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
     progress = Progress(plan.num_rows, plan.sums(rows.forward_lengths), payload_bytes, ranks.num_ranks)
     about = attributes(config, info, teacher, rows, layout, tokenizer)
-    writer = ranks.together(
-        lambda: Writer(output, layout, rows, plan, about, progress.written) if ranks.is_leader else None
-    )
-    with progress if ranks.is_leader else nullcontext(), ranks.deliver(plan, payload_bytes, writer) as outbox:
+    writer = ranks.on_leader(lambda: Writer(output, layout, rows, plan, about, progress.written))
+    submit = writer.submit if writer else None
+    with progress if writer else nullcontext(), ranks.deliver(plan, payload_bytes, submit) as outbox:
         for number in plan.share(ranks.rank, ranks.num_ranks):
             batch = rows.batch(plan.rows(number))
             outbox.put(number, capture_batch(teacher, batch, layout), partial(seal, batch=batch, layout=layout))
-    if writer is None:
-        return
-    writer.finish()
-    print_result(summary(LogitsFile(output), writer.num_twice, plan.num_tokens, plan.padding_share, progress.seconds))
+    ranks.on_leader(lambda: writer.finish() if writer else None)
+    if writer:
+        file, seconds = LogitsFile(output), progress.seconds
+        print_result(summary(file, writer.num_twice, plan.num_tokens, plan.padding_share, seconds))
 
 
 if __name__ == "__main__":

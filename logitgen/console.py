@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from types import TracebackType
 
@@ -59,9 +60,12 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
 def _quiet_libraries() -> None:
     """Send what other libraries say to the log file, and have them draw no progress bars of their own."""
     import datasets  # they take seconds, and looking into a file needs none of them
+    import tqdm
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    # Some of their bars have no switch, the GGUF loader's for one.
+    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.disable_progress_bar()
     disable_progress_bars()

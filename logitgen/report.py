@@ -13,6 +13,8 @@ from logitgen.reader import LogitsFile
 from logitgen.schema import Array
 
 NUM_GUESSES = 5
+NUM_DRAWN = 3
+"""Guesses a line of 80 columns has room for."""
 
 
 class Decoder(Protocol):
@@ -163,13 +165,13 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
         most: Show only so many positions; None for all.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, justify in (("position", "right"), ("token", "left"), ("came", "left"), ("p", "right")):
+    for heading, justify in (("pos", "right"), ("token", "left"), ("came", "left"), ("p", "right")):
         table.add_column(heading, justify=justify, no_wrap=True, max_width=16)  # type: ignore[arg-type]
     table.add_column("the teacher expected", overflow="fold")
     for position in known["positions"][:most]:
         guesses = Text("  ").join(
             Text.assemble((repr(guess["token"]), "cyan"), f" {guess['probability']:.2f}")
-            for guess in position["guesses"]
+            for guess in position["guesses"][:NUM_DRAWN]
         )
         table.add_row(
             str(position["position"]),

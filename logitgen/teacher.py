@@ -33,12 +33,12 @@ class TeacherInfo:
 
     Attributes:
         vocab_size: Rows of the output head, V.
-        context_length: Longest row in tokens; None for a model without a limit.
+        max_length: Longest row the run allows, in tokens; None where neither options nor teacher set a limit.
         commit: The hub's commit hash; empty for a folder.
     """
 
     vocab_size: int
-    context_length: int | None
+    max_length: int | None
     commit: str
 
 
@@ -46,7 +46,8 @@ def describe_teacher(config: Config) -> TeacherInfo:
     """Read a teacher's configuration, without its weights.
 
     Raises:
-        UsageError: There is no such teacher, or no causal language model in it.
+        UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
+            it can read or knows.
     """
     try:
         gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
@@ -59,37 +60,25 @@ def describe_teacher(config: Config) -> TeacherInfo:
             f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
             "in transformers. Give a model that predicts the next token."
         )
+    context_length = getattr(text_config, "max_position_embeddings", None)
+    _check(config, text_config.vocab_size, context_length)
     return TeacherInfo(
         vocab_size=text_config.vocab_size,
-        context_length=getattr(text_config, "max_position_embeddings", None),
+        max_length=config.max_length or context_length,
         commit=getattr(teacher_config, "_commit_hash", None) or "",
     )
 
 
-def longest_row(config: Config, info: TeacherInfo) -> int | None:
-    """Return the longest row the run allows, in tokens; None for no limit.
-
-    Raises:
-        UsageError: `--max_length` is beyond what the teacher can read, or `--top_k` beyond its vocabulary.
-    """
-    if config.max_length and info.context_length and config.max_length > info.context_length:
+def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
+    if config.kept > vocab_size:
         raise UsageError(
-            f"--max_length must be at most the teacher's context length {info.context_length}, "
-            f"got {config.max_length}. Lower it."
-        )
-    return config.max_length or info.context_length
-
-
-def check_top_k(config: Config, info: TeacherInfo) -> None:
-    """Refuse to keep more tokens than there are.
-
-    Raises:
-        UsageError: `--top_k` is above the vocabulary size.
-    """
-    if config.kept > info.vocab_size:
-        raise UsageError(
-            f"--top_k must be between 1 and the vocabulary size {info.vocab_size}, got {config.top_k}. "
+            f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
             "Lower it, or keep every token with --capture full."
+        )
+    if config.max_length and context_length and config.max_length > context_length:
+        raise UsageError(
+            f"--max_length must be at most the teacher's context length {context_length}, got {config.max_length}. "
+            "Lower it."
         )
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,12 +34,12 @@ from logitgen.console import print_error
 from logitgen.errors import CaptureError, LogitgenError, UsageError, first_line
 from logitgen.plan import Plan
 from logitgen.schema import Array
-from logitgen.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Wait = Callable[[], object]
+Submit = Callable[[int, Array], Future[None]]
 
 NUM_BUFFERS = 2
 """Payloads a rank may have on their way, and the leader per rank: one travels while the next one is filled."""
@@ -120,6 +121,10 @@ class Ranks:
                     raise found from error
         return result
 
+    def on_leader(self, work: Callable[[], T]) -> T | None:
+        """Do something on the leader alone; if it fails, raise its error on every rank. None on the other ranks."""
+        return self.together(lambda: work() if self.is_leader else None)
+
     def same(self, facts: Mapping[str, str]) -> None:
         """Check that all ranks see the same.
 
@@ -147,13 +152,13 @@ class Ranks:
         return values
 
     @contextmanager
-    def deliver(self, plan: Plan, payload_bytes: Array, writer: Writer | None) -> Iterator["Outbox"]:
+    def deliver(self, plan: Plan, payload_bytes: Array, submit: Submit | None) -> Iterator["Outbox"]:
         """Open the way of payloads into the file, for as long as the block runs.
 
         Args:
             plan: Who computes which batch.
             payload_bytes: Size of every batch's payload, [num_batches].
-            writer: The file's writer on the leader, None elsewhere.
+            submit: Has the writer write a batch's payload, on the leader; None elsewhere.
 
         Yields:
             Where this rank puts its payloads. When the block ends, all of them have been written or, on a rank other
@@ -163,13 +168,13 @@ class Ranks:
             CaptureError: The writer failed, or a rank was lost.
         """
         largest = int(payload_bytes.max())
-        if writer is None:
+        if submit is None:
             outbox = Outbox(largest, self._send, self.device)
             yield outbox
             outbox.flush()
             return
-        inbox = _Inbox(self._group, writer, payload_bytes)
-        outbox = Outbox(largest, lambda batch, payload: writer.submit(batch, payload.numpy()).result, self.device)
+        inbox = _Inbox(self._group, submit, payload_bytes)
+        outbox = Outbox(largest, lambda batch, payload: submit(batch, payload.numpy()).result, self.device)
         try:
             inbox.start({peer: plan.share(peer, self.num_ranks) for peer in range(1, self.num_ranks)})
             yield outbox
@@ -287,9 +292,9 @@ class _Copied:
 class _Inbox:
     """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up."""
 
-    def __init__(self, group: dist.ProcessGroup | None, writer: Writer, sizes: Array) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, submit: Submit, sizes: Array) -> None:
         self._group = group
-        self._writer = writer
+        self._submit = submit
         self._sizes = sizes
         self._threads: list[threading.Thread] = []
         self._failures: list[BaseException] = []
@@ -325,7 +330,7 @@ class _Inbox:
             payload = buffers[slot][: self._sizes[batch]]
             with _lost_connection_means(f"Rank {peer}"):
                 dist.recv(payload, src=peer, group=self._group)
-            waits[slot] = self._writer.submit(batch, payload.numpy()).result
+            waits[slot] = self._submit(batch, payload.numpy()).result
         for wait in waits:
             wait()
 

@@ -31,7 +31,9 @@ def test_the_largest_logprobs_are_kept_in_order(
     np.testing.assert_allclose(kept["logsumexp"], logsumexp, atol=1e-4)
     np.testing.assert_allclose(kept["target_logprob"], logprobs[np.arange(positions), targets], atol=1e-4)
     np.testing.assert_allclose(kept["kept_logprobs"], -np.sort(-logprobs, axis=1)[:, :k], atol=1e-4)
-    np.testing.assert_allclose(np.take_along_axis(logprobs, kept["kept_ids"].numpy(), 1), kept["kept_logprobs"], atol=1e-4)
+    np.testing.assert_allclose(
+        np.take_along_axis(logprobs, kept["kept_ids"].numpy(), 1), kept["kept_logprobs"], atol=1e-4
+    )
     assert all(len(set(ids.tolist())) == k for ids in kept["kept_ids"])
 
 
@@ -72,7 +74,9 @@ def captured(batch: Batch, layout: Layout, model: Any = None) -> dict[str, np.nd
 
 def test_a_masked_token_is_stored_as_a_finite_number() -> None:
     model = make_llama(50)
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), -torch.inf))
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), -torch.inf)
+    )
     batch = batch_of([[1, 2, 3]])
     arrays = captured(batch, layout_of(batch, top_k=50), model)
     assert np.isfinite(arrays["kept_logprobs"]).all()

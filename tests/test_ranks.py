@@ -31,7 +31,9 @@ def exit_statuses(ended: Ended) -> list[int]:
 
 def ranks_that_ran(log_dir: Path) -> list[str]:
     """The ranks whose logs say that they captured something."""
-    return sorted(log.stem for log in log_dir.glob("*.log") if re.search(r"Capturing .* \d+ rank\(s\)", log.read_text()))
+    return sorted(
+        log.stem for log in log_dir.glob("*.log") if re.search(r"Capturing .* \d+ CPU threads", log.read_text())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_users_mistake_is_one_line_and_status_2_on_every_rank(teacher: Path, r
         "Lower it, or keep every token with --capture full."
     ]
     assert exit_statuses(ended) == [2, 2]
-    assert "generate.py\", line" not in ended.stderr
+    assert 'generate.py", line' not in ended.stderr
     assert not list(tmp_path.glob("out.h5*"))
 
 
@@ -146,7 +148,9 @@ def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended
     return subprocess.CompletedProcess(run.args, run.returncode, out, err)
 
 
-@pytest.mark.parametrize(("rank", "message"), [(1, "Rank 1 ended without a word"), (0, "The leader ended without a word")])
+@pytest.mark.parametrize(
+    ("rank", "message"), [(1, "Rank 1 ended without a word"), (0, "The leader ended without a word")]
+)
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(
     long_run: subprocess.Popen[str], tmp_path: Path, rank: int, message: str
 ) -> None:
@@ -181,7 +185,11 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[300] = float("nan")
     teacher = save_teacher(tmp_path / "teacher", model, None)
-    rows = [{"input_ids": [1] * 20}, {"input_ids": [2] * 9 + [300] + [2] * 9}, *({"input_ids": [3] * 9} for _ in range(99))]
+    rows = [
+        {"input_ids": [1] * 20},
+        {"input_ids": [2] * 9 + [300] + [2] * 9},
+        *({"input_ids": [3] * 9} for _ in range(99)),
+    ]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     output = {"output": tmp_path / "out.h5", "log_dir": tmp_path / "logs"}
     result = launch(2, teacher=teacher, dataset=data, batch_tokens=20, **output)

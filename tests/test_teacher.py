@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from logitgen import LogitsFile, UsageError, teacher
 from logitgen.config import Config
-from logitgen.teacher import Teacher, check_top_k, describe_teacher, load_teacher, longest_row
+from logitgen.teacher import Teacher, describe_teacher, load_teacher
 
 VOCAB = 97
 USUAL: dict[str, Any] = {
@@ -45,7 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         USUAL | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
     ),
-    "gemma3 with a soft-cap": ("Gemma3Text", USUAL | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0}),
+    "gemma3 with a soft-cap": (
+        "Gemma3Text",
+        USUAL | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
+    ),
     "cohere with a logit scale": ("Cohere", USUAL | {"logit_scale": 0.25}),
     "granite with a logits scaling": ("Granite", USUAL | {"logits_scaling": 4.0}),
     "phi": ("Phi", USUAL),
@@ -56,7 +59,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2 moe": ("Qwen2Moe", USUAL | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}),
 }
-ROWS = [[(7 * row + 3 * index) % VOCAB for index in range(length)] for row, length in enumerate((23, 4, 17, 1, 9, 16, 2))]
+ROWS = [
+    [(7 * row + 3 * index) % VOCAB for index in range(length)] for row, length in enumerate((23, 4, 17, 1, 9, 16, 2))
+]
 """Ragged, so that rows are padded; longer than the sliding windows."""
 
 
@@ -96,7 +101,9 @@ def test_no_family_needs_the_full_logits_of_a_batch(
     wrapped = Teacher(model, VOCAB)
     assert "cannot be run in chunks" not in caplog.text
     widths: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output[0].shape[0]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: widths.append(output[0].shape[0])
+    )
     rows_P, positions_P = torch.arange(2).repeat_interleave(8), torch.arange(8).repeat(2)
     chunks = list(wrapped.logits(torch.arange(20).view(2, 10), rows_P, positions_P))
     assert widths == [5, 5, 5, 1]
@@ -166,19 +173,25 @@ def test_the_precision_is_the_saved_one_unless_another_is_asked_for(tmp_path: Pa
 
 
 def test_rows_may_be_as_long_as_the_teachers_context(teacher: Path) -> None:
-    info = describe_teacher(config(teacher=str(teacher)))
-    assert longest_row(config(), info) == 256
-    assert longest_row(config(max_length=256), info) == 256
+    folder = str(teacher)
+    assert describe_teacher(config(teacher=folder)).max_length == 256
+    assert describe_teacher(config(teacher=folder, max_length=256)).max_length == 256
+    assert describe_teacher(config(teacher=folder, max_length=9)).max_length == 9
     with pytest.raises(UsageError, match="--max_length must be at most the teacher's context length 256, got 257"):
-        longest_row(config(max_length=257), info)
+        describe_teacher(config(teacher=folder, max_length=257))
+
+
+def test_a_teacher_without_a_context_length_sets_no_limit(tmp_path: Path) -> None:
+    make("mamba").config.save_pretrained(tmp_path)
+    assert describe_teacher(config(teacher=str(tmp_path))).max_length is None
 
 
 def test_top_k_may_be_the_whole_vocabulary_and_no_more(teacher: Path) -> None:
-    info = describe_teacher(config(teacher=str(teacher)))
-    check_top_k(config(top_k=384), info)
-    check_top_k(config(top_k=385, capture="full"), info)
+    folder = str(teacher)
+    assert describe_teacher(config(teacher=folder, top_k=384)).vocab_size == 384
+    assert describe_teacher(config(teacher=folder, top_k=385, capture="full")).vocab_size == 384
     with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 384, got 385"):
-        check_top_k(config(top_k=385), info)
+        describe_teacher(config(teacher=folder, top_k=385))
 
 
 def test_a_configuration_that_lies_about_the_vocabulary_is_refused() -> None:
