@@ -58,8 +58,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}.")
-        for name in ("teacher", "dataset", "output", "split", "log_dir"):
-            if not getattr(self, name):
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed must be below {2**32}, got {self.seed}.")
+        for name, value in dataclasses.asdict(self).items():
+            if value == "":
                 raise UsageError(f"--{name} must not be empty.")
         if self.packing and self.overflow != "truncate":
             raise UsageError(
@@ -84,7 +86,7 @@ class Config:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}. See --help for the options.")
+        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}. See --help for the options.")
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -107,7 +109,11 @@ def parse_config(arguments: Sequence[str]) -> Config:
     words = list(arguments)
     if (path := _config_path(words)) is not None:
         words = _file_words(Path(path)) + words
-    config, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    config, _, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise UsageError(f"There is no option {unknown[0]}. See --help for the options.")
     return config
 
 
@@ -122,14 +128,17 @@ def _config_path(words: list[str]) -> str | None:
 def _file_words(path: Path) -> list[str]:
     """Turn an options file into command-line words, so that both go through the same checks."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
+        raise UsageError(f"--config {path} cannot be read: {reason}") from error
     if not isinstance(options, dict):
         raise UsageError(f"--config {path} must hold options as 'name: value' lines, got {type(options).__name__}.")
     words = []
     for name, value in options.items():
+        if name == "config":
+            raise UsageError(f"--config {path} must not name another options file. Put all options into one.")
         if isinstance(value, (dict, list)):
             raise UsageError(f"--config {path}: '{name}' must be a single value, got {type(value).__name__}.")
         if value is not None:

@@ -1,5 +1,6 @@
 """The split: loaded by `datasets` from wherever it is."""
 
+import glob
 import re
 from pathlib import Path
 
@@ -24,43 +25,59 @@ def load_split(config: Config) -> datasets.Dataset:
     Raises:
         UsageError: The dataset, its configuration or the split does not exist, cannot be read or has no rows.
     """
-    path = Path(config.dataset)
     try:
-        if path.is_file():
-            split = _load_file(path, config)
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            split = _load_saved(path, config.split)
-        else:
-            split = datasets.load_dataset(config.dataset, config.dataset_config, split=config.split)
+        splits = _load(config)
+        lengths = {name: len(rows) for name, rows in splits.items()}
+        # load_dataset would cut the split too, but reads some slices that end before they start up to the end.
+        spans = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
     except UsageError:
         raise
-    except Exception as error:
-        if not path.exists() and not _is_hub_id(config.dataset):
-            raise UsageError(
-                f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id."
-            ) from error
+    except Exception as error:  # `datasets` and the readers below it raise whatever they like
         cause = first_line(error.__cause__ or error)
         raise UsageError(f"--dataset {config.dataset} cannot be loaded with --split {config.split}: {cause}") from error
-    if not len(split):
-        raise UsageError(f"--split {config.split} of {config.dataset} has no rows.")
-    return split.select(range(min(config.limit or len(split), len(split))))
+    parts = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans if span.from_ < span.to]
+    if not parts:
+        raise _no_rows(config)
+    rows = datasets.concatenate_datasets(parts)
+    return rows.select(range(min(config.limit or len(rows), len(rows))))
+
+
+def _load(config: Config) -> datasets.DatasetDict:
+    path = Path(config.dataset)
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if config.dataset_config and (path.is_file() or is_saved):
+        raise UsageError(f"--dataset_config is for datasets that have several, {path} has one. Leave it out.")
+    if path.is_file():
+        return _load_file(path, config)
+    if is_saved:
+        return _load_saved(path, config)
+    if not path.exists() and not _is_hub_id(config.dataset):
+        raise UsageError(f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id.")
+    return datasets.load_dataset(config.dataset, config.dataset_config)
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and Path(name).suffix not in _FILE_FORMATS
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and Path(name).suffix not in _FILE_FORMATS
 
 
-def _load_file(path: Path, config: Config) -> datasets.Dataset:
+def _load_file(path: Path, config: Config) -> datasets.DatasetDict:
     if (file_format := _FILE_FORMATS.get(path.suffix.lower())) is None:
         raise UsageError(f"--dataset {path} must end in one of {' '.join(_FILE_FORMATS)}, got '{path.suffix}'.")
-    return datasets.load_dataset(file_format, data_files=str(path), split=config.split)
+    if not path.stat().st_size:
+        raise _no_rows(config)
+    return datasets.load_dataset(file_format, data_files=glob.escape(str(path)))
 
 
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    """Load a `save_to_disk` folder; a slice of a split is understood as `load_dataset` understands it."""
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.Dataset):
-        saved = datasets.DatasetDict({str(saved.split or split.partition("[")[0]): saved})
-    lengths = {name: len(rows) for name, rows in saved.items()}
-    spans = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    return datasets.concatenate_datasets([saved[span.splitname].select(range(span.from_, span.to)) for span in spans])
+def _load_saved(path: Path, config: Config) -> datasets.DatasetDict:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except IndexError as error:  # how `datasets` says that a saved dataset has no files
+        raise _no_rows(config) from error
+    if isinstance(saved, datasets.DatasetDict):
+        return saved
+    name = str(saved.split or config.split).partition("[")[0]  # a saved slice is named after the slice
+    return datasets.DatasetDict({name: saved})
+
+
+def _no_rows(config: Config) -> UsageError:
+    return UsageError(f"--split {config.split} of {config.dataset} has no rows.")

@@ -73,6 +73,7 @@ class Rows:
         self._input_ids = _Stream(tokens.data.column("input_ids"))
         self._mask = _Stream(tokens.data.column("completion_mask")) if config.completion_only else None
         row_ends = np.cumsum(_list_lengths(tokens.data.column("input_ids")), dtype=np.int64)
+        self._row_ends = row_ends
         self._starts, self.lengths, self.source_row = _cut(row_ends, config, max_length)
         num_source_tokens = int(row_ends[-1])
         self.num_dropped_tokens = num_source_tokens - self.num_tokens
@@ -146,9 +147,9 @@ class Rows:
         for start, chunk in self._input_ids.chunks():
             if len(chunk) and not 0 <= chunk.min() <= chunk.max() < vocab_size:
                 at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
-                row = int(np.searchsorted(self._starts, start + at, side="right")) - 1
+                row = int(np.searchsorted(self._row_ends, start + at, side="right"))
                 raise UsageError(
-                    f"Row {self.source_row[row]} of the split has token id {chunk[at]}, but the teacher's vocabulary "
+                    f"Row {row} of the split has token id {chunk[at]}, but the teacher's vocabulary "
                     f"is 0 to {vocab_size - 1}. Use the teacher's own tokenizer."
                 )
 

@@ -64,15 +64,18 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     fingerprint = Hasher.hash(("logitgen 1", split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     cache.parent.mkdir(parents=True, exist_ok=True)
-    return split.map(
-        encode,
-        batched=True,
-        with_indices=True,
-        remove_columns=split.column_names,
-        features=features,
-        new_fingerprint=fingerprint,
-        cache_file_name=os.fspath(cache),
-    )
+    try:
+        return split.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=split.column_names,
+            features=features,
+            new_fingerprint=fingerprint,
+            cache_file_name=os.fspath(cache),
+        )
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--dataset {config.dataset} holds text that is not UTF-8: {error}. Convert it.") from error
 
 
 Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
@@ -129,13 +132,25 @@ def _texts(rows: Any, indices: list[int], column: str, tokenizer: PreTrainedToke
 def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
     """Tokenise prompt and completion together; a token with any character of the completion belongs to it."""
     prompts, completions = (_strings(rows, indices, column) for column in ("prompt", "completion"))
-    whole = _encode(tokenizer, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
-    whole = _ended(whole, tokenizer, config)
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if not config.completion_only:
-        return {"input_ids": whole}
-    prompt_lengths = map(_common_prefix, _encode(tokenizer, prompts), whole)
-    masks = [[0] * length + [1] * (len(ids) - length) for ids, length in zip(whole, prompt_lengths, strict=True)]
+        return {"input_ids": _ended(_encode(tokenizer, texts), tokenizer, config)}
+    _check_fast(tokenizer)
+    encoded = tokenizer(texts, verbose=False, return_offsets_mapping=True)
+    whole = _ended(encoded["input_ids"], tokenizer, config)
+    prompt_tokens = map(_num_tokens_within, encoded["offset_mapping"], map(len, prompts))
+    masks = [[0] * count + [1] * (len(ids) - count) for ids, count in zip(whole, prompt_tokens, strict=True)]
     return {"input_ids": whole, "completion_mask": masks}
+
+
+def _num_tokens_within(offsets: list[tuple[int, int]], length: int) -> int:
+    """Count the tokens before the first one that reaches beyond so many characters."""
+    return next((index for index, (_, end) in enumerate(offsets) if end > length), len(offsets))
+
+
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise UsageError("--completion_only over text needs a fast tokenizer: only those know where a token stands.")
 
 
 def _chat(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
@@ -152,12 +167,15 @@ def _chat(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, con
 
 def _ready(rows: Any, indices: list[int], config: Config) -> Tokens:
     for index, ids in zip(indices, rows["input_ids"], strict=True):
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise UsageError(f"Row {index}: 'input_ids' must be a list of whole numbers, got {_kind(ids)}.")
+        if not isinstance(ids, list):
+            raise UsageError(f"Row {index}: 'input_ids' must be a list of token ids, got {_kind(ids)}.")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < 2**31:
+                raise UsageError(f"Row {index}: 'input_ids' must be a list of token ids, {token!r:.40} is none.")
     tokens = {"input_ids": rows["input_ids"]}
     if config.completion_only:
         for index, ids, mask in zip(indices, rows["input_ids"], rows["completion_mask"], strict=True):
-            if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
+            if not isinstance(mask, list) or len(mask) != len(ids) or any(flag not in (0, 1) for flag in mask):
                 raise UsageError(
                     f"Row {index}: 'completion_mask' must be {len(ids)} zeros and ones, one per token, "
                     f"got {_kind(mask)}."
@@ -191,11 +209,6 @@ def _ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Co
     return [ids if ids and ids[-1] == end else [*ids, end] for ids in rows]
 
 
-def _common_prefix(prompt: list[int], whole: list[int]) -> int:
-    pairs = enumerate(zip(prompt, whole, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(prompt), len(whole)))
-
-
 Chat = list[dict[str, Any]]
 
 
@@ -223,7 +236,13 @@ def _encode_chat(
         )
     if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
         encoded = _render(tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return encoded["input_ids"], encoded["assistant_masks"]
+        mask = encoded["assistant_masks"]
+        if not any(mask) and any(message["role"] == "assistant" for message in chat):
+            raise UsageError(
+                f"Row {index}: the chat template's generation block marks no token of the assistant's turns. "
+                "Use a tokenizer that keeps every character, or remove the block from the template."
+            )
+        return encoded["input_ids"], mask
     text = _render(tokenizer, index, chat, tokenize=False)
     spans = _assistant_spans(chat, text, index, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -241,8 +260,12 @@ def _assistant_spans(chat: Chat, text: str, index: int, tokenizer: PreTrainedTok
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True)
         after = _render(tokenizer, index, chat[: turn + 1], tokenize=False)
+        if turn:
+            before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True)
+        else:  # nothing can be rendered before the first turn: what follows it shows the generation prompt
+            prompt = _render(tokenizer, index, chat[:1], tokenize=False, add_generation_prompt=True)[len(after) :]
+            before = after[: after.find(prompt) + len(prompt)]
         if not (text.startswith(after) and after.startswith(before)):
             raise UsageError(
                 f"Row {index}: the chat template has no generation block and renders earlier turns differently once "

@@ -1,0 +1,309 @@
+"""The options: what there is, where they come from and what is refused."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from logitgen.config import Config, parse_config
+from logitgen.errors import UsageError
+
+REQUIRED = ["--teacher=m", "--dataset=d", "--output=o.h5"]
+DEFAULTS: dict[str, Any] = {
+    "teacher": "m",
+    "dataset": "d",
+    "output": "o.h5",
+    "revision": None,
+    "teacher_gguf": None,
+    "dtype": "auto",
+    "attn_implementation": None,
+    "dataset_config": None,
+    "split": "train",
+    "text_column": None,
+    "max_length": None,
+    "overflow": "truncate",
+    "packing": False,
+    "completion_only": False,
+    "limit": None,
+    "capture": "topk",
+    "top_k": 64,
+    "batch_tokens": 8192,
+    "overwrite": False,
+    "log_dir": "logs",
+    "seed": 0,
+}
+OTHERS: dict[str, Any] = {
+    "teacher": "org/model",
+    "dataset": "some/folder",
+    "output": "else.h5",
+    "revision": "main",
+    "teacher_gguf": "q4.gguf",
+    "dtype": "bfloat16",
+    "attn_implementation": "eager",
+    "dataset_config": "en",
+    "split": "train[:10%]",
+    "text_column": "body",
+    "max_length": 128,
+    "overflow": "split",
+    "completion_only": True,
+    "limit": 10,
+    "capture": "full",
+    "top_k": 5,
+    "batch_tokens": 100,
+    "overwrite": True,
+    "log_dir": "my logs",
+    "seed": 7,
+}
+"""Another value than the default for every option but `packing`, which `overflow` excludes."""
+
+
+def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return f"--config={path}"
+
+
+def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help"])
+    assert stopped.value.code == 0
+    shown = re.findall(r"^  (?:-h, )?--([a-z_]+)", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [
+        "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
+        "dataset_config", "split", "text_column", "max_length", "overflow", "packing", "completion_only", "limit",
+        "capture", "top_k", "batch_tokens", "overwrite", "log_dir", "seed", "config",
+    ]  # fmt: skip
+
+
+def test_help_shows_the_percent_sign_of_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    assert "train[:1%]" in capsys.readouterr().out
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    assert dataclasses.asdict(parse_config(REQUIRED)) == DEFAULTS
+
+
+def test_every_option_is_taken_from_the_command_line_with_underscores() -> None:
+    words = [f"--{name}={value}" for name, value in OTHERS.items()]
+    assert dataclasses.asdict(parse_config(words)) == DEFAULTS | OTHERS
+
+
+def test_every_option_is_taken_from_the_command_line_with_dashes() -> None:
+    words = [word for name, value in OTHERS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert dataclasses.asdict(parse_config(words)) == DEFAULTS | OTHERS
+
+
+def test_every_option_is_taken_from_a_yaml_file(tmp_path: Path) -> None:
+    assert dataclasses.asdict(parse_config([options_file(tmp_path, yaml.safe_dump(OTHERS))])) == DEFAULTS | OTHERS
+
+
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+def test_every_option_is_taken_from_a_json_file(tmp_path: Path, indent: int | str | None) -> None:
+    words = [options_file(tmp_path, json.dumps(OTHERS, indent=indent), "options.json")]
+    assert dataclasses.asdict(parse_config(words)) == DEFAULTS | OTHERS
+
+
+def test_an_options_file_may_spell_names_with_dashes(tmp_path: Path) -> None:
+    config = parse_config([*REQUIRED, options_file(tmp_path, "batch-tokens: 77\ncompletion-only: true\n")])
+    assert (config.batch_tokens, config.completion_only) == (77, True)
+
+
+def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) -> None:
+    file = options_file(tmp_path, "top_k: 5\nlimit: 3\npacking: true\nsplit: test\n")
+    for words in (["--top-k=9", "--packing=false", file], [file, "--top_k", "9", "--packing", "no"]):
+        config = parse_config([*REQUIRED, *words])
+        assert (config.top_k, config.limit, config.packing, config.split) == (9, 3, False, "test")
+
+
+def test_the_options_file_can_be_given_in_two_words(tmp_path: Path) -> None:
+    path = options_file(tmp_path, "top_k: 5\n").removeprefix("--config=")
+    assert parse_config(["--config", path, *REQUIRED]).top_k == 5
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("true", True), ("yes", True), ("on", True), ("'1'", True), ("false", False), ("no", False), ("'false'", False)],
+)
+def test_a_switch_in_a_yaml_file_means_what_it_says(tmp_path: Path, written: str, expected: bool) -> None:
+    assert parse_config([*REQUIRED, options_file(tmp_path, f"packing: {written}\n")]).packing is expected
+
+
+def test_a_switch_on_the_command_line_needs_no_value() -> None:
+    config = parse_config(["--packing", "--overwrite", *REQUIRED])
+    assert (config.packing, config.overwrite, config.completion_only) == (True, True, False)
+
+
+def test_null_in_a_file_leaves_the_default(tmp_path: Path) -> None:
+    config = parse_config([*REQUIRED, options_file(tmp_path, "text_column: null\noverflow:\ntop_k: ~\n")])
+    assert dataclasses.asdict(config) == DEFAULTS
+
+
+@pytest.mark.parametrize("value", ["a b", "--x", "a=b", "train[:10%]+test", "two\nlines", "Grüße/模型"])
+def test_a_text_arrives_from_a_file_as_it_stands_there(tmp_path: Path, value: str) -> None:
+    words = [*REQUIRED, options_file(tmp_path, yaml.safe_dump({"split": value}))]
+    assert parse_config(words).split == value
+
+
+def test_an_unknown_option_on_the_command_line_is_named() -> None:
+    with pytest.raises(UsageError, match="--nope"):
+        parse_config([*REQUIRED, "--nope", "1"])
+
+
+def test_a_stray_word_on_the_command_line_is_named() -> None:
+    with pytest.raises(UsageError, match="stray"):
+        parse_config([*REQUIRED, "stray"])
+
+
+def test_an_abbreviated_option_is_refused_instead_of_guessed() -> None:
+    with pytest.raises(UsageError, match="--batch"):
+        parse_config([*REQUIRED, "--batch=3"])
+
+
+def test_an_unknown_option_in_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="temperature"):
+        parse_config([*REQUIRED, options_file(tmp_path, "temperature: 2\n")])
+
+
+def test_missing_options_are_all_named() -> None:
+    with pytest.raises(UsageError, match=r"required: --dataset, --output\. See --help for the options\.$"):
+        parse_config(["--teacher=m"])
+
+
+def test_options_that_are_in_the_file_are_not_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"required: --output\. See --help"):
+        parse_config([options_file(tmp_path, "teacher: m\ndataset: d\n")])
+
+
+@pytest.mark.parametrize("name", ["max_length", "limit", "top_k", "batch_tokens", "seed"])
+@pytest.mark.parametrize("value", ["many", "3.5", "1e3", ""])
+def test_a_number_must_be_a_whole_number(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}.*: invalid int value: '{value}'. See --help"):
+        parse_config([*REQUIRED, f"--{name}={value}"])
+
+
+def test_a_number_in_a_file_must_be_a_whole_number_too(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--top_k.*: invalid int value: '3\.5'"):
+        parse_config([*REQUIRED, options_file(tmp_path, "top_k: 3.5\n")])
+
+
+@pytest.mark.parametrize("name", ["packing", "completion_only", "overwrite"])
+def test_a_switch_takes_only_yes_or_no(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}.*got maybe but expected one of yes/no, true/false"):
+        parse_config([*REQUIRED, f"--{name}=maybe"])
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("dtype", ["auto", "float32", "bfloat16", "float16"]),
+        ("overflow", ["truncate", "split", "error"]),
+        ("capture", ["topk", "full"]),
+    ],
+)
+def test_a_wrong_choice_is_told_what_there_is(name: str, choices: list[str]) -> None:
+    for choice in choices:
+        assert getattr(parse_config([*REQUIRED, f"--{name}={choice}"]), name) == choice
+    with pytest.raises(UsageError, match=rf"--{name}: invalid choice: 'other'.*{'.*'.join(choices)}"):
+        parse_config([*REQUIRED, f"--{name}=other"])
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("max_length", 2), ("limit", 1), ("top_k", 1), ("batch_tokens", 1), ("seed", 0)]
+)
+def test_a_number_below_its_bound_is_refused_with_the_bound(name: str, least: int) -> None:
+    assert getattr(parse_config([*REQUIRED, f"--{name}={least}"]), name) == least
+    with pytest.raises(UsageError, match=rf"^--{name} must be at least {least}, got {least - 1}\.$"):
+        parse_config([*REQUIRED, f"--{name}={least - 1}"])
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused() -> None:
+    assert parse_config([*REQUIRED, f"--seed={2**32 - 1}"]).seed == 2**32 - 1
+    with pytest.raises(UsageError, match=r"--seed.*4294967296"):
+        parse_config([*REQUIRED, f"--seed={2**32}"])
+
+
+@pytest.mark.parametrize("name", ["teacher", "dataset", "output", "split", "log_dir"])
+def test_an_empty_text_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^--{name} must not be empty"):
+        parse_config([*REQUIRED, f"--{name}="])
+
+
+@pytest.mark.parametrize("overflow", ["split", "error"])
+def test_packing_excludes_another_overflow_than_the_default(overflow: str) -> None:
+    message = rf"^--packing .* --overflow {overflow} has no meaning with it\. Leave one of the two out\.$"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, "--packing", f"--overflow={overflow}"])
+    assert parse_config([*REQUIRED, "--packing", "--overflow=truncate"]).packing
+
+
+def test_an_options_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .*none\.yaml cannot be read: .*No such file"):
+        parse_config([*REQUIRED, f"--config={tmp_path / 'none.yaml'}"])
+
+
+def test_a_folder_is_no_options_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .* cannot be read: .*Is a directory"):
+        parse_config([*REQUIRED, f"--config={tmp_path}"])
+
+
+def test_an_options_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"--config .*options\.yaml cannot be read: .*can't decode byte 0xff"):
+        parse_config([*REQUIRED, f"--config={path}"])
+
+
+def test_broken_yaml_is_refused_in_one_line_that_says_where(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .* cannot be read: .*line 2, column 9") as raised:
+        parse_config([*REQUIRED, options_file(tmp_path, "top_k: 5\nsplit: a: b\n")])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("- top_k\n- 5\n", "list"), ("top_k\n", "str"), ("", "NoneType"), ("5\n", "int")]
+)
+def test_an_options_file_must_hold_names_and_values(tmp_path: Path, content: str, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"--config .* must hold options as 'name: value' lines, got {kind}"):
+        parse_config([*REQUIRED, options_file(tmp_path, content)])
+
+
+@pytest.mark.parametrize(("value", "kind"), [("[1, 2]", "list"), ("{a: 1}", "dict")])
+def test_a_nested_value_in_a_file_is_refused_by_name(tmp_path: Path, value: str, kind: str) -> None:
+    with pytest.raises(UsageError, match=rf"--config .*: 'top_k' must be a single value, got {kind}\."):
+        parse_config([*REQUIRED, options_file(tmp_path, f"top_k: {value}\n")])
+
+
+def test_config_without_a_file_is_refused() -> None:
+    with pytest.raises(UsageError, match="--config: expected one argument"):
+        parse_config([*REQUIRED, "--config"])
+
+
+def test_the_options_cannot_be_changed_later() -> None:
+    config = parse_config(REQUIRED)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3  # type: ignore[misc]
+
+
+def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
+    assert parse_config([*REQUIRED, "--top_k=5"]).kept == 5
+    assert parse_config([*REQUIRED, "--top_k=5", "--capture=full"]).kept == 0
+
+
+def test_the_settings_leave_out_where_a_run_leaves_things() -> None:
+    expected = {name: value for name, value in OTHERS.items() if name not in ("output", "overwrite", "log_dir")}
+    assert Config(**OTHERS).settings == expected | {"packing": False}
+
+
+def test_settings_are_equal_text_if_and_only_if_they_are_equal() -> None:
+    first = parse_config(["--top_k=5", *REQUIRED])
+    same = parse_config(["--output=p.h5", "--dataset=d", "--teacher=m", "--top-k=5", "--overwrite", "--log_dir=x"])
+    assert first.settings_json() == same.settings_json()
+    assert json.loads(first.settings_json()) == first.settings
+    for word in ("--top_k=6", "--split=test", "--seed=1", "--packing", "--text_column=body"):
+        assert parse_config(["--top_k=5", *REQUIRED, word]).settings_json() != first.settings_json()

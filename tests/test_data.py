@@ -1,0 +1,283 @@
+"""Where rows come from: every file format, folders, saved datasets, slices, and what is refused."""
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from logitgen.config import Config
+from logitgen.data import load_split
+from logitgen.errors import UsageError
+
+TEXTS = [f"row {index}, “quoted” 模型" for index in range(20)]
+ROWS = [{"text": text, "number": index} for index, text in enumerate(TEXTS)]
+
+
+def load(path: Path | str, **options: Any) -> datasets.Dataset:
+    return load_split(Config(teacher="m", dataset=str(path), output="o.h5", **options))
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+
+
+def write_csv(path: Path) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "number"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_arrow_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_arrow_file(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same twenty rows as split `train` of every kind of source."""
+    folder = tmp_path_factory.mktemp("sources")
+    data = folder / "data"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", ROWS)
+    write_jsonl(data / "test.jsonl", ROWS[:3])
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(folder / "saved")
+    datasets.DatasetDict(train=rows, test=rows.select(range(3))).save_to_disk(folder / "saved_dict")
+    return {
+        "file": write_jsonl(folder / "rows.jsonl", ROWS),
+        "folder": data,
+        "saved": folder / "saved",
+        "saved_dict": folder / "saved_dict",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rows.json", write_json),
+        ("rows.jsonl", lambda path: write_jsonl(path, ROWS)),
+        ("rows.parquet", lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path)),
+        ("rows.csv", write_csv),
+        ("rows.arrow", write_arrow_stream),
+        ("rows_file.arrow", write_arrow_file),
+        ("ROWS.JSONL", lambda path: write_jsonl(path, ROWS)),
+        ("rows [1]*.jsonl", lambda path: write_jsonl(path, ROWS)),
+    ],
+)
+def test_a_file_gives_its_rows_in_order(tmp_path: Path, name: str, write: Callable[[Path], object]) -> None:
+    write(tmp_path / name)
+    assert load(tmp_path / name).to_list() == ROWS
+
+
+def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("first\n\n third \nfou\u2028rth\nlast without end", encoding="utf-8")
+    expected = ["first", "", " third ", "fou\u2028rth", "last without end"]
+    assert load(tmp_path / "lines.txt").to_list() == [{"text": text} for text in expected]
+
+
+def test_every_source_gives_the_rows_of_its_train_split(sources: dict[str, Path]) -> None:
+    for path in sources.values():
+        assert load(path).to_list() == ROWS
+
+
+def test_another_split_is_taken_by_its_name(sources: dict[str, Path]) -> None:
+    for source in ("folder", "saved_dict"):
+        assert load(sources[source], split="test").to_list() == ROWS[:3]
+
+
+def test_a_folder_without_split_names_is_one_train_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "part_a.jsonl", ROWS[:12])
+    write_jsonl(tmp_path / "part_b.jsonl", ROWS[12:])
+    assert load(tmp_path).to_list() == ROWS
+
+
+def test_a_relative_path_is_taken_from_the_working_folder(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sources["file"].parent)
+    for path in ("rows.jsonl", "./rows.jsonl", "data", "./data", "saved"):
+        assert load(path).to_list() == ROWS
+
+
+@pytest.mark.parametrize("source", ["file", "folder", "saved", "saved_dict"])
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train[:10%]", ROWS[:2]),
+        ("train[10%:20%]", ROWS[2:4]),
+        ("train[2:5]", ROWS[2:5]),
+        ("train[-3:]", ROWS[-3:]),
+        ("train[15:99]", ROWS[15:99]),
+        ("train[:2]+train[5:7]", ROWS[:2] + ROWS[5:7]),
+        ("train[5:7]+train[:2]", ROWS[5:7] + ROWS[:2]),
+    ],
+)
+def test_a_slice_gives_the_rows_the_slice_of_a_list_has(
+    sources: dict[str, Path], source: str, split: str, expected: list[dict[str, Any]]
+) -> None:
+    assert load(sources[source], split=split).to_list() == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(["file", "saved_dict"]), st.integers(-20, 19), st.integers(-20, 25))
+def test_any_slice_that_has_rows_gives_those_of_the_list(
+    sources: dict[str, Path], source: str, start: int, end: int
+) -> None:
+    assume(ROWS[start:end])
+    assert load(sources[source], split=f"train[{start}:{end}]").to_list() == ROWS[start:end]
+
+
+@pytest.mark.parametrize("source", ["folder", "saved_dict"])
+def test_slices_of_two_splits_are_joined_in_the_order_they_are_named(sources: dict[str, Path], source: str) -> None:
+    assert load(sources[source], split="test[1:]+train[18:]").to_list() == ROWS[1:3] + ROWS[18:]
+
+
+def test_a_saved_slice_of_a_split_is_that_split(sources: dict[str, Path], tmp_path: Path) -> None:
+    part = datasets.load_dataset("json", data_files=str(sources["file"]), split="train[:50%]")
+    part.save_to_disk(tmp_path / "half")
+    assert load(tmp_path / "half").to_list() == ROWS[:10]
+    assert load(tmp_path / "half", split="train[2:4]").to_list() == ROWS[2:4]
+
+
+def test_limit_takes_the_first_rows_and_never_more_than_there_are(sources: dict[str, Path]) -> None:
+    for path in sources.values():
+        assert load(path, limit=4).to_list() == ROWS[:4]
+        assert load(path, limit=1000).to_list() == ROWS
+        assert load(path, limit=2, split="train[5:9]").to_list() == ROWS[5:7]
+
+
+def test_a_changed_file_gives_its_new_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "before"}])
+    assert load(path).to_list() == [{"text": "before"}]
+    write_jsonl(path, [{"text": "after it"}])
+    assert load(path).to_list() == [{"text": "after it"}]
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "nowhere/none.parquet", "nowhere", "nowhere/deep/er"])
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
+    message = rf"^--dataset {tmp_path / name} does not exist\. Give a file, a folder or a hub id\.$"
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "nowhere/none.csv", "./nowhere", "../nowhere", "a/b/c", "nowhere/"])
+def test_a_relative_path_that_does_not_exist_is_not_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^--dataset {name} does not exist"):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["some-user/unknown.set", "unknown_set"])
+def test_a_hub_id_that_cannot_be_reached_is_refused_quickly(name: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=rf"^--dataset {name} cannot be loaded with --split train: .*'{name}'"):
+        load(name)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("name", "ending"), [("rows.tsv", ".tsv"), ("rows", ""), ("rows.jsonl.bak", ".bak")])
+def test_an_unknown_kind_of_file_is_told_what_there_is(tmp_path: Path, name: str, ending: str) -> None:
+    (tmp_path / name).write_text("a\n")
+    message = rf"--dataset .*{name} must end in one of .json .jsonl .parquet .csv .txt .arrow, got '{ending}'\.$"
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "there"),
+    [("file", r"\['train'\]"), ("folder", r"\['train', 'test'\]"), ("saved_dict", r"\['train', 'test'\]")],
+)
+@pytest.mark.parametrize("split", ["validation", "validation[:5]", "train+validation"])
+def test_an_unknown_split_is_told_what_there_is(sources: dict[str, Path], source: str, split: str, there: str) -> None:
+    with pytest.raises(UsageError, match=rf'^--dataset .* cannot be loaded with --split .*"validation".*{there}'):
+        load(sources[source], split=split)
+
+
+def test_a_saved_dataset_that_knows_its_split_has_no_other(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS, split="validation").save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved", split="validation").to_list() == ROWS
+    with pytest.raises(UsageError, match=r'Unknown split "train".*\[\'validation\'\]'):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("source", ["file", "saved"])
+@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[:5", "train[::2]"])
+def test_a_split_that_cannot_be_read_is_named(sources: dict[str, Path], source: str, split: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        load(sources[source], split=split)
+    assert f"cannot be loaded with --split {split}: Unrecognized instruction format: {split}" in str(raised.value)
+
+
+def test_an_unknown_configuration_is_told_what_there_is(sources: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=r"cannot be loaded .*'nope' not found\. Available: \['default'\]"):
+        load(sources["folder"], dataset_config="nope")
+
+
+@pytest.mark.parametrize("source", ["file", "folder", "saved", "saved_dict"])
+@pytest.mark.parametrize("span", ["5:2", "5:4", "0:0", ":1%", "20:", "50:60"])
+def test_a_slice_without_rows_is_refused(sources: dict[str, Path], source: str, span: str) -> None:
+    split = f"train[{span}]"
+    with pytest.raises(UsageError, match=r"no rows|no data") as raised:
+        load(sources[source], split=split)
+    assert f"--split {split}" in str(raised.value)
+    assert str(sources[source]) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.json", "[]"), ("rows.csv", "text\n"), ("rows.jsonl", ""), ("rows.txt", ""), ("rows.csv", "")],
+)
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=rf"{name}.*(no rows|no data|No columns)|no rows.*{name}"):
+        load(tmp_path / name)
+
+
+def test_a_saved_dataset_without_rows_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    load(sources["saved"]).select([]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match=r"saved.*(no rows|no data)|no rows.*saved"):
+        load(tmp_path / "saved")
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--dataset .* cannot be loaded .* doesn't contain any data files"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "JSON parse error.* row 1"),
+        ("rows.json", '[{"text": "a"}, {"te', "Unmatched"),
+        ("rows.parquet", "text", "Parquet file size is 4 bytes"),
+        ("rows.arrow", "text", "File is too small: 4"),
+        ("rows.csv", 'text\n"a\nb', "EOF inside string"),
+    ],
+)
+def test_a_broken_file_is_refused_in_one_line_with_the_reason(
+    tmp_path: Path, name: str, content: str, reason: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=rf"^--dataset .*{name} cannot be loaded .*{reason}") as raised:
+        load(tmp_path / name)
+    assert "\n" not in str(raised.value)
