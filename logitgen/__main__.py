@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.positions is not None and options.positions < 1:
+        raise UsageError(f"--positions must be at least 1, got {options.positions}.")
     file = LogitsFile(options.file)
     if options.row is None:
         known = facts(file)

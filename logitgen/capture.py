@@ -33,24 +33,20 @@ def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
         `kept_ids` int64[C, K] and `kept_logprobs` float32[C, K] (nats, descending), `logsumexp` and `target_logprob`
         float32[C]. The mass of the tail is 1 minus the sum of the kept probabilities.
     """
-    logsumexp_C = logits_CV.logsumexp(-1)
     kept_CK, ids_CK = logits_CV.topk(k)
-    return {
-        "logsumexp": logsumexp_C,
-        "target_logprob": logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C,
-        "kept_ids": ids_CK,
-        "kept_logprobs": kept_CK - logsumexp_C[:, None],
-    }
+    scalars = _scalars(logits_CV, target_C)
+    return scalars | {"kept_ids": ids_CK, "kept_logprobs": kept_CK - scalars["logsumexp"][:, None]}
 
 
 def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     """Keep every logit of each position, with the same scalars as `top_k`."""
+    return _scalars(logits_CV, target_C) | {"logits": logits_CV}
+
+
+def _scalars(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     logsumexp_C = logits_CV.logsumexp(-1)
-    return {
-        "logsumexp": logsumexp_C,
-        "target_logprob": logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C,
-        "logits": logits_CV,
-    }
+    target_logprob_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C
+    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-_FLOAT16_MAX)}
 
 
 @torch.inference_mode()

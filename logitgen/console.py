@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from logitgen.errors import UsageError
 from logitgen.schema import Array
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,11 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     The file gets every record, other libraries' too. The console gets logitgen's records from the leader, and its
     warnings and errors from every rank.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--log_dir {log_dir} cannot be written to: {error.strerror}. Choose another.") from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     console = _ConsoleHandler(prefix=f"rank {rank}: " if num_ranks > 1 and rank else "")
     console.setLevel(logging.WARNING if rank else logging.INFO)
@@ -135,7 +139,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """Time since the display started."""
-        return time.monotonic() - self._start
+        return max(time.monotonic() - self._start, 1e-9)  # a coarse clock stands still at first
 
     def _totals(self) -> tuple[int, int, float, str]:
         """Tokens so far, tokens in all, tokens per second, time left."""
@@ -175,11 +179,11 @@ class Progress:
         numbers = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {format_bytes(self._written_bytes)} written"
         hidden = len(self._source_totals) - len(self._visible_sources())
         more = [Text(f"and {hidden} faster ranks", style="dim")] if hidden else []
-        return Group(Text(numbers, no_wrap=True, overflow="ellipsis"), bars, *more)
+        return Group(Text(numbers), bars, *more)
 
     def _visible_sources(self) -> list[int]:
         """All sources, or the slowest where the terminal has fewer lines."""
-        lines = max(1, _messages.height - 4)
+        lines = max(1, _messages.height - 3 - -(-120 // _messages.width))  # the numbers may take several
         sources = sorted(range(len(self._source_totals)), key=self._share)[:lines]
         return sorted(sources)
 

@@ -35,7 +35,7 @@ class LogitsDataset(Dataset[Row]):
         Raises:
             FormatError: It is missing, foreign, of a newer version, or not complete.
         """
-        self._path = Path(path)
+        self._path = Path(path).absolute()  # a worker may be started in another folder
         self._file = LogitsFile(self._path)
         self.attributes: dict[str, Any] = self._file.attributes
         self.settings: dict[str, Any] = self.attributes["settings"]

@@ -45,7 +45,11 @@ class LogitsFile:
                 self.layout = _layout(file, self.attributes, self.path)
                 places = {name: _place(file, name, field, self.path) for name, field in self.layout.datasets.items()}
         except OSError as error:
+            if "truncated file" in str(error):
+                raise FormatError(f"{self.path} is cut off: its end is missing. Copy it again.") from error
             raise FormatError(f"{self.path} cannot be read as HDF5: {error}.") from error
+        except RuntimeError as error:  # what h5py raises over garbled structures
+            raise FormatError(f"{self.path} is damaged: {error}. Copy it again.") from error
         self.arrays: dict[str, Array] = {
             name: np.memmap(self.path, dtype, "r", places[name], shape)
             if nbytes((shape, dtype))
@@ -104,21 +108,33 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this logitgen reads up to {FORMAT_VERSION}. Update logitgen."
         )
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in attributes.items()}
-    return plain | {name: json.loads(plain[name]) for name in ("settings", "packages")}
+    if missing := [name for name in ("capture", "top_k", "vocab_size", "settings", "packages") if name not in plain]:
+        raise FormatError(f"{path} is damaged: attribute {missing[0]} is missing.")
+    for name in ("settings", "packages"):
+        try:
+            plain[name] = json.loads(plain[name])
+        except ValueError as error:
+            raise FormatError(f"{path} is damaged: attribute {name} is not JSON.") from error
+    return plain
 
 
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
-    try:
-        return Layout(
-            capture=attributes["capture"],
-            num_rows=file["done"].shape[0],
-            num_tokens=file["input_ids"].shape[0],
-            num_positions=file["positions"].shape[0],
-            vocab_size=attributes["vocab_size"],
-            top_k=attributes["top_k"],
-        )
-    except (KeyError, IndexError, AttributeError) as error:
-        raise FormatError(f"{path} is damaged: {error} is missing.") from error
+    sizes = {}
+    for name in ("done", "input_ids", "positions"):
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise FormatError(f"{path} is damaged: dataset {name} is missing.")
+        if dataset.ndim != 1:
+            raise FormatError(f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected one axis.")
+        sizes[name] = dataset.shape[0]
+    return Layout(
+        capture=attributes["capture"],
+        num_rows=sizes["done"],
+        num_tokens=sizes["input_ids"],
+        num_positions=sizes["positions"],
+        vocab_size=attributes["vocab_size"],
+        top_k=attributes["top_k"],
+    )
 
 
 def _place(file: h5py.File, name: str, field: tuple[tuple[int, ...], np.dtype], path: Path) -> int:
@@ -133,6 +149,4 @@ def _place(file: h5py.File, name: str, field: tuple[tuple[int, ...], np.dtype], 
     place = dataset.id.get_offset()
     if nbytes(field) and place is None:
         raise FormatError(f"{path} was rewritten by another program: {name} is no longer contiguous. Use the original.")
-    if nbytes(field) and place + nbytes(field) > path.stat().st_size:
-        raise FormatError(f"{path} is cut off: {name} ends beyond the end of the file. Copy it again.")
     return place or 0

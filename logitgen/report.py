@@ -1,5 +1,6 @@
 """What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from logitgen.reader import LogitsFile
 from logitgen.schema import Array
 
 NUM_GUESSES = 5
+_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NUM_DRAWN = 3
 """Guesses a line of 80 columns has room for."""
 
@@ -112,7 +114,9 @@ def overview(known: dict[str, Any]) -> RenderableType:
         "kept": f"{kept} of {known['vocab_size']:,}  {known['bytes_per_position']:,} bytes per position",
         "bytes per token": f"{known['bytes_per_token']:,.1f}, tokens and index included",
         "perplexity": f"{known['perplexity']:,.3f}  of the teacher, over the captured positions",
-        "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False)),
+        "settings": ", ".join(
+            f"{name} {value}" for name, value in settings.items() if value is not None and value is not False
+        ),
         "fingerprints": ", ".join(
             f"{name} {known[f'{name}_fingerprint'][:12]}" for name in ("teacher", "tokenizer", "dataset")
         ),
@@ -183,5 +187,6 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
     title = f"row {known['row']} (row {known['source_row']} of the split), {known['tokens']} tokens"
     hidden = len(known["positions"]) - len(known["positions"][:most])
     more = [Text(f"and {hidden} more positions", style="dim")] if hidden else []
-    text = [Text(known["text"], style="dim")] if known["text"] is not None and most is None else []
+    shown = known["text"] is not None and most is None
+    text = [Text(_CONTROL_CODES.sub("\N{REPLACEMENT CHARACTER}", known["text"]), style="dim")] if shown else []
     return Group(Text(title, style="bold"), *text, table, *more)

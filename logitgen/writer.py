@@ -115,7 +115,8 @@ class Writer:
             _reserve(self._file.fileno())
             self._write_known(rows)
         except OSError as error:
-            self._partial.unlink(missing_ok=True)
+            if self._partial.is_file():
+                self._partial.unlink()
             raise UsageError(f"--output {output} cannot be created: {error.strerror or error}.") from error
         self._last_commit = time.monotonic()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")

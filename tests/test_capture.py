@@ -77,8 +77,9 @@ def test_a_masked_token_is_stored_as_a_finite_number() -> None:
     model.lm_head.register_forward_hook(
         lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), -torch.inf)
     )
-    batch = batch_of([[1, 2, 3]])
+    batch = batch_of([[1, 2, 7]])
     arrays = captured(batch, layout_of(batch, top_k=50), model)
+    assert np.isfinite(arrays["target_logprob"]).all()
     assert np.isfinite(arrays["kept_logprobs"]).all()
     assert arrays["kept_ids"].reshape(2, 50)[:, -1].tolist() == [7, 7]
     assert np.exp(arrays["kept_logprobs"].astype(np.float64)).sum() == pytest.approx(2, rel=1e-3)

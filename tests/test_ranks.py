@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ def ranks_of(run: subprocess.Popen[str]) -> dict[int, psutil.Process]:
 def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended:
     """Wait for the end of a run, and check that no process of it is left."""
     out, err = run.communicate(timeout=60)
-    gone, alive = psutil.wait_procs(ranks.values(), timeout=10)
+    _, alive = psutil.wait_procs(ranks.values(), timeout=10)
     assert not alive
     return subprocess.CompletedProcess(run.args, run.returncode, out, err)
 
@@ -207,3 +208,26 @@ def test_a_partial_file_is_refused_and_kept(teacher: Path, ragged: Path, tmp_pat
     assert "out.h5.partial is left from a run that did not finish" in error_lines(result)[0]
     assert exit_statuses(result) == [2, 2]
     assert partial.read_text() == "half of it"
+
+
+def peak_memory_mb(**options: Any) -> float:
+    """Peak resident memory of a whole run on one rank, as the operating system counts it."""
+    words = [f"--{name}={value}" for name, value in options.items()]
+    run = subprocess.Popen(
+        [sys.executable, "generate.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(run.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss / 1024
+
+
+def test_memory_does_not_grow_with_the_rows(teacher: Path, tmp_path: Path) -> None:
+    """Twenty times the rows, a file of over 200 MB; 60 MB are left to `datasets`, which tokenises more of them."""
+    places = {"teacher": teacher, "log_dir": tmp_path, "batch_tokens": 2048, "top_k": 128}
+    peaks = []
+    for num_rows in (1_000, 20_000):
+        rows = [{"input_ids": list(range(5 + index % 40))} for index in range(num_rows)]
+        data = write_jsonl(tmp_path / f"{num_rows}.jsonl", rows)
+        peaks.append(peak_memory_mb(dataset=data, output=tmp_path / f"{num_rows}.h5", **places))
+    assert (tmp_path / "20000.h5").stat().st_size > 200e6
+    assert peaks[1] < peaks[0] + 60

@@ -46,7 +46,7 @@ def test_the_module_table_is_the_package() -> None:
 def test_a_module_imports_only_what_stands_before_it() -> None:
     order = re.search(r"`(config → .*)`; a module", README)
     assert order
-    flow = [name for name in order[1].replace("[file] → ", "").split(" → ")]
+    flow = order[1].replace("[file] → ", "").split(" → ")
     for position, name in enumerate(flow):
         source = (ROOT / "logitgen" / f"{name}.py").read_text()
         imported = set(re.findall(r"^from logitgen\.(\w+) import", source, re.MULTILINE))

@@ -161,7 +161,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_attention_is_refused(teacher: Path) -> None:
     options = config(teacher=str(teacher), attn_implementation="telepathy")
-    with pytest.raises(UsageError, match="cannot be loaded: .*telepathy"):
+    with pytest.raises(UsageError, match=r"cannot be loaded: .*telepathy"):
         load_teacher(options, describe_teacher(options), torch.device("cpu"))
 
 

@@ -65,7 +65,9 @@ def make_job(
     seed: int = 0,
 ) -> Job:
     """Make up rows and values, laid out by hand as the format's description says."""
-    split = datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks or ids}, features=FEATURES)
+    split = datasets.Dataset.from_dict(
+        {"input_ids": ids, "completion_mask": masks or [[]] * len(ids)}, features=FEATURES
+    )
     config = Config(teacher="t", dataset="d", output="o", completion_only=masks is not None)
     rows = Rows(split, config, None)
     plan = Plan(rows.forward_lengths, batch_tokens)
@@ -121,7 +123,7 @@ def make_job(
 
 @pytest.fixture
 def job() -> Job:
-    """Five rows in three batches, of two rows, two rows and one; row 1 has no position."""
+    """Five rows in three batches: row 2, rows 0 and 4, row 3; row 1 has no position."""
     return make_job([[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 0], [2, 2, 2]])
 
 
@@ -174,8 +176,8 @@ def test_the_file_is_plain_contiguous_hdf5_allocated_at_creation(job: Job, tmp_p
             assert creation.get_layout() == h5py.h5d.CONTIGUOUS
             assert creation.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
             assert creation.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
-            assert creation.get_obj_track_times() is False
             assert creation.get_nfilters() == 0
+            assert h5py.h5g.get_objinfo(file.id, dataset.name.encode()).mtime == 0  # the only time HDF5 would store
     assert path.read_bytes()[:9] == b"\x89HDF\r\n\x1a\n\x00"  # superblock 0: the oldest, which every HDF5 reads
 
 
@@ -207,6 +209,7 @@ def test_an_old_output_stays_until_the_new_one_is_complete(job: Job, tmp_path: P
     assert output.read_bytes() == job.write(tmp_path / "other.h5").read_bytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
 def test_all_the_space_is_taken_before_the_first_batch(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     before = (tmp_path / "out.h5.partial").stat()
@@ -226,7 +229,7 @@ def test_an_unfinished_file_opens_and_says_what_is_done(
     with h5py.File(tmp_path / "out.h5.partial", "r") as file:
         done = file["done"][()].astype(bool)
         positions = np.repeat(done, np.diff(job.expected["position_offsets"]))
-        assert set(np.flatnonzero(done)) == {1, *job.plan.rows(1)}  # row 1 needs no forward pass
+        assert np.flatnonzero(done).tolist() == [0, 1, 4]  # row 1 needs no forward pass
         assert file["crc32"][done].tolist() == job.expected["crc32"][done].tolist()
         for name in ("logsumexp", "kept_ids", "kept_logprobs"):
             np.testing.assert_array_equal(file[name][()][positions], job.expected[name][positions])
@@ -239,7 +242,7 @@ def test_nothing_is_called_done_between_two_commits(job: Job, tmp_path: Path) ->
     made.submit(0, job.payloads[0]).result()
     with h5py.File(tmp_path / "out.h5.partial", "r") as file:
         assert not file["done"][()].any()
-    assert made.num_written == 3
+    assert made.num_written == 2  # row 2, and row 1, which needs no forward pass
 
 
 def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) -> None:
@@ -268,18 +271,17 @@ def test_a_missing_batch_keeps_the_partial_file(job: Job, tmp_path: Path) -> Non
     ):
         made.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
-    assert made.num_written == 5 - missing
+    assert made.num_written == 3
 
 
 def test_a_batch_written_twice_keeps_the_partial_file(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     for batch in (0, 1, 2, 1):
         made.submit(batch, job.payloads[batch])
-    twice = len(job.plan.rows(1))
-    with pytest.raises(CaptureError, match=rf"0 rows are missing and {twice} written twice; .*out.h5.partial is kept"):
+    with pytest.raises(CaptureError, match=r"0 rows are missing and 2 written twice; .*out\.h5\.partial is kept"):
         made.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
-    assert made.num_twice == twice
+    assert made.num_twice == 2
 
 
 class Disk:
@@ -402,7 +404,7 @@ def test_space_that_cannot_be_reserved_is_a_usage_error_and_leaves_nothing(
     def full_disk(descriptor: int, start: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
     with pytest.raises(UsageError, match=r"--output .*out\.h5 cannot be created: No space left on device\.") as caught:
         job.writer(tmp_path / "out.h5")
     assert isinstance(caught.value.__cause__, OSError)

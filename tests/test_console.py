@@ -1,0 +1,382 @@
+"""What a person sees: the progress display as a terminal would show it, log records, numbers with units."""
+
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tqdm
+from rich.console import Console
+from rich.text import Text
+
+from logitgen import UsageError, console
+from logitgen.console import (
+    PLAIN_SECONDS,
+    Progress,
+    format_bytes,
+    format_seconds,
+    print_error,
+    print_result,
+    silence_stdout,
+    start_logging,
+)
+
+REDRAW = re.compile(r"(?:\r|\x1b\[2K|\x1b\[\d+A)+")
+ESCAPES = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
+
+
+class Clock:
+    """A clock the test sets. It never shows one time twice, unless it is told to stand still."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.tick = 1e-6
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=made))
+    return made
+
+
+Terminal = Callable[[int, int], io.StringIO]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    def make(width: int, height: int) -> io.StringIO:
+        screen = io.StringIO()
+        drawn = Console(file=screen, force_terminal=True, width=width, height=height)
+        monkeypatch.setattr(console, "_messages", drawn)
+        return screen
+
+    return make
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed to standard error where that is not a terminal."""
+    output = io.StringIO()
+    monkeypatch.setattr(console, "_messages", Console(file=output, force_terminal=False, width=80))
+    return output
+
+
+def frames(screen: io.StringIO) -> list[list[str]]:
+    """Every picture the display has drawn, as lines of plain text."""
+    drawn = [ESCAPES.sub("", picture) for picture in REDRAW.split(screen.getvalue())]
+    return [picture.rstrip("\n").split("\n") for picture in drawn if picture.strip()]
+
+
+def run_progress(clock: Clock, num_sources: int, seconds: float = 10.0) -> None:
+    """Draw 128 batches of 3 rows, 500 tokens and 1 MB, of which each source has finished as many as its number."""
+    progress = Progress(np.full(128, 3), np.full(128, 500), np.full(128, 1_000_000), num_sources)
+    with progress:
+        clock.now += seconds
+        for source in range(num_sources):
+            for batch in range(source, 128, num_sources)[:source]:
+                progress.written(batch)
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_the_display_shows_everything_at_any_width(terminal: Terminal, clock: Clock, width: int) -> None:
+    screen = terminal(width, 24)
+    run_progress(clock, num_sources=4)  # 0 + 1 + 2 + 3 batches in 10 s
+    pictures = frames(screen)
+    assert pictures
+    assert all(len(line) <= width for picture in pictures for line in picture)
+    shown = " ".join(" ".join(pictures[-1]).split())
+    for words in ("18/384 rows", "3,000/64,000 tokens", "300 tok/s", "ETA 3:23", "6.0 MB written"):
+        assert words in shown
+    assert [line[:6] for line in pictures[-1] if line.startswith("rank")] == [f"rank {source}" for source in range(4)]
+    rates = [line.split()[-2:] for line in pictures[-1] if line.startswith("rank")]
+    assert rates == [["0", "tok/s"], ["50", "tok/s"], ["100", "tok/s"], ["150", "tok/s"]]
+    shares = re.findall(r"rank \d.*? (\d+%)", shown)
+    assert shares == ["0%", "3%", "6%", "9%"]
+
+
+def test_large_numbers_are_shown_whole(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    progress = Progress(np.full(8, 1_250_000), np.full(8, 1_250_000_000), np.full(8, 330_000_000_000), 8)
+    with progress:
+        clock.now += 10_000
+        for batch in range(7):
+            progress.written(batch)
+    pictures = frames(screen)
+    assert all(len(line) <= 80 for picture in pictures for line in picture)
+    shown = " ".join(" ".join(pictures[-1]).split())
+    numbers = "8,750,000/10,000,000 rows", "8,750,000,000/10,000,000,000 tokens", "875,000 tok/s", "2.3 TB written"
+    for words in (*numbers, "ETA 23:48"):
+        assert words in shown
+
+
+@pytest.mark.parametrize("width", [80, 40])
+@pytest.mark.parametrize("height", [24, 10])
+def test_many_ranks_fit_the_screen_and_the_slowest_are_shown(
+    terminal: Terminal, clock: Clock, width: int, height: int
+) -> None:
+    screen = terminal(width, height)
+    # Ranks 0 and 1 have done all, 0 and 1 of their two batches, and the others two.
+    progress = Progress(np.full(128, 3), np.full(128, 500), np.full(128, 1000), 64)
+    with progress:
+        clock.now += 1
+        for batch in range(128):
+            if batch not in (40, 104, 41):
+                progress.written(batch)
+    pictures = frames(screen)
+    assert pictures
+    assert all(len(picture) <= height and all(len(line) <= width for line in picture) for picture in pictures)
+    ranks = [int(line.split()[1]) for line in pictures[-1] if line.startswith("rank")]
+    assert {40, 41} <= set(ranks)
+    assert ranks == sorted(ranks)
+    assert len(ranks) >= height // 3
+    assert f"and {64 - len(ranks)} faster ranks" in pictures[-1][-1]
+
+
+def test_a_rank_without_batches_is_not_the_slowest(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    with Progress(np.array([1]), np.array([10]), np.array([100]), 2):
+        clock.now += 1
+    shares = [line.split()[-3] for line in frames(screen)[-1] if line.startswith("rank")]
+    assert shares == ["0%", "100%"]
+
+
+def test_the_display_can_be_drawn_in_the_instant_it_starts(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    clock.tick = 0.0  # where the clock is coarse, no time has passed yet
+    progress = Progress(np.array([3]), np.array([500]), np.array([1000]), 1)
+    with progress:
+        progress.written(0)
+    assert "3/3 rows" in frames(screen)[-1][0]
+
+
+def test_the_display_leaves_no_trace_on_the_screen(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    run_progress(clock, num_sources=2)
+    height = len(frames(screen)[-1])
+    assert screen.getvalue().endswith("\r" + height * "\x1b[1A\x1b[2K")
+
+
+def test_time_is_counted_from_the_start_of_the_display(messages: io.StringIO, clock: Clock) -> None:
+    progress = Progress(np.array([1]), np.array([10]), np.array([100]), 1)
+    clock.now += 500
+    with progress:
+        clock.now += 30
+        assert progress.seconds == pytest.approx(30, abs=0.01)
+
+
+def test_without_a_terminal_a_plain_line_comes_now_and_then(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    progress = Progress(np.full(100, 30), np.full(100, 5000), np.full(100, 1_000_000), 2)
+    written_at = []
+    with progress:
+        for batch in range(50):
+            clock.now += PLAIN_SECONDS / 4
+            before = len(caplog.messages)
+            progress.written(batch)
+            if len(caplog.messages) > before:
+                written_at.append(clock.now)
+    assert len(written_at) == len(caplog.messages) == 12
+    gaps = np.diff([1000.0, *written_at])
+    assert (gaps >= PLAIN_SECONDS).all()
+    assert (gaps < 1.5 * PLAIN_SECONDS).all()
+    assert "capture" not in messages.getvalue()  # the picture for a terminal
+
+
+def test_the_plain_line_says_how_far_the_run_is(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    progress = Progress(np.full(100, 30), np.full(100, 5000), np.full(100, 1_000_000), 2)
+    with progress:
+        for batch in (0, 2, 1, 4):
+            progress.written(batch)
+        clock.now += 20
+        progress.written(6)
+    assert caplog.messages == [
+        "150/3,000 rows, 25,000/500,000 tokens, 1,250 tok/s, ETA 6:20, 5.0 MB written, slowest rank 1 at 2%"
+    ]
+
+
+def test_the_plain_line_of_one_rank_names_no_slowest(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    progress = Progress(np.full(2, 1500), np.full(2, 1_000_000), np.full(2, 250), 1)
+    with progress:
+        clock.now += 3700
+        progress.written(1)
+    assert caplog.messages == ["1,500/3,000 rows, 1,000,000/2,000,000 tokens, 270 tok/s, ETA 1:01:40, 250 B written"]
+
+
+def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    terminal(80, 24)
+    caplog.set_level(logging.INFO, "logitgen")
+    run_progress(clock, num_sources=2, seconds=5 * PLAIN_SECONDS)
+    assert caplog.messages == []
+
+
+LOGGING_OF = ("", "logitgen", "py.warnings", "transformers", "datasets", "huggingface_hub", "accelerate")
+
+
+@pytest.fixture
+def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give pytest and the other tests back the logging and the progress bars they had."""
+    monkeypatch.setattr(tqdm.tqdm, "__init__", tqdm.tqdm.__init__)
+    loggers = [logging.getLogger(name) for name in LOGGING_OF]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    root = logging.getLogger()
+    for handler in list(root.handlers):  # start_logging closes those it finds
+        root.removeHandler(handler)
+    yield
+    logging.captureWarnings(False)
+    for handler in root.handlers:
+        handler.close()
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def log_of_everything(folder: Path, rank: int, num_ranks: int = 2) -> str:
+    """Log as logitgen and as others do, in a rank of its own; return the rank's log file."""
+    start_logging(folder, rank, num_ranks)
+    ours, others = logging.getLogger("logitgen.some.part"), logging.getLogger("transformers.models")
+    ours.debug("our detail")
+    others.debug("their detail")
+    ours.info("our %s with [bold] in it", "information")
+    ours.warning("our warning")
+    ours.error("our error")
+    others.warning("their warning")
+    others.error("their error")
+    logging.getLogger("logitgenerator").error("a stranger's error")
+    warnings.warn("a Python warning", UserWarning, stacklevel=1)
+    return (folder / f"rank_{rank}.log").read_text(encoding="utf-8")
+
+
+RECORDS = {
+    "our detail": "DEBUG logitgen.some.part",
+    "our information with [bold] in it": "INFO logitgen.some.part",
+    "our warning": "WARNING logitgen.some.part",
+    "our error": "ERROR logitgen.some.part",
+    "their warning": "WARNING transformers.models",
+    "their error": "ERROR transformers.models",
+    "a stranger's error": "ERROR logitgenerator",
+}
+
+
+@pytest.mark.usefixtures("logging_restored")
+@pytest.mark.parametrize("rank", [0, 1, 12])
+def test_every_record_is_in_the_ranks_own_file_with_its_rank(
+    tmp_path: Path, messages: io.StringIO, recwarn: pytest.WarningsRecorder, rank: int
+) -> None:
+    folder = tmp_path / "new" / "logs"
+    logged = log_of_everything(folder, rank, num_ranks=13)
+    assert [path.name for path in folder.iterdir()] == [f"rank_{rank}.log"]
+    lines = [line for line in logged.splitlines() if re.match(r"\d{4}-\d\d-\d\d ", line)]
+    for message, origin in RECORDS.items():
+        (line,) = [line for line in lines if line.endswith(f": {message}")]
+        assert f" rank {rank} {origin}: " in line
+    assert "their detail" not in logged
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_python_warnings_go_into_the_file_and_not_onto_the_console(tmp_path: Path, messages: io.StringIO) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logged = log_of_everything(tmp_path, 0)
+        logging.captureWarnings(False)  # before catch_warnings puts back what it found
+    assert "rank 0 WARNING py.warnings: " in logged
+    assert "a Python warning" in logged
+    assert "a Python warning" not in messages.getvalue()
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_the_leaders_records_are_on_the_console(tmp_path: Path, messages: io.StringIO) -> None:
+    log_of_everything(tmp_path, 0)
+    lines = messages.getvalue().splitlines()
+    assert lines == ["our information with [bold] in it", "warning: our warning", "error: our error"]
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_the_other_ranks_show_only_warnings_with_their_number(tmp_path: Path, messages: io.StringIO) -> None:
+    log_of_everything(tmp_path, 3, num_ranks=4)
+    assert messages.getvalue().splitlines() == ["warning: rank 3: our warning", "error: rank 3: our error"]
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_a_long_record_stays_one_line(tmp_path: Path, messages: io.StringIO) -> None:
+    start_logging(tmp_path, 0, 1)
+    logging.getLogger("logitgen").warning("word " * 50)
+    assert messages.getvalue().strip() == "warning: " + ("word " * 50).strip()
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_other_libraries_draw_no_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_logging(tmp_path, 0, 1)
+    assert sum(tqdm.tqdm([1, 2, 3], mininterval=0)) == 6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_a_log_folder_that_cannot_be_made_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UsageError, match=r"--log_dir .*logs"):
+        start_logging(tmp_path / "logs", 0, 1)
+
+
+def test_an_error_is_one_line_whatever_is_in_it(messages: io.StringIO) -> None:
+    message = "--output [bold]x[/bold].h5 exists. " + "Choose another name. " * 10
+    print_error(message)
+    assert messages.getvalue() == f"error: {message}\n"
+
+
+def test_a_result_goes_to_standard_output_without_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(Text("a result", style="bold red"))
+    captured = capsys.readouterr()
+    assert captured.out == "a result\n"
+    assert captured.err == ""
+
+
+def test_silenced_processes_print_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # what follows is undone at the end
+    silence_stdout()
+    print("from a rank that has nothing to say")  # noqa: T201
+    sys.stdout.close()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock_text"),
+    [(0, "0:00"), (9.99, "0:09"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_durations_are_written_as_a_clock_does(seconds: float, clock_text: str) -> None:
+    assert format_seconds(seconds) == clock_text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1_550_000, "1.6 MB"),
+        (2_340_000_000, "2.3 GB"),
+        (35e12, "35.0 TB"),
+        (4.2e15, "4,200.0 TB"),
+    ],
+)
+def test_sizes_are_written_with_the_unit_that_suits_them(size_bytes: float, text: str) -> None:
+    assert format_bytes(size_bytes) == text

@@ -1,0 +1,212 @@
+"""The file as a torch dataset: items, batches, worker processes."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_reader import ARRAYS, FULL, write_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+import logitgen
+from logitgen import FormatError, LogitsDataset, collate
+
+Capture = Callable[..., Path]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_file(tmp_path / "out.h5")
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert list(left) == list(right)
+    for name, values in left.items():
+        assert values.dtype == right[name].dtype
+        assert torch.equal(values, right[name]), name
+
+
+def test_items_are_tensors_a_model_takes(path: Path) -> None:
+    dataset = LogitsDataset(str(path))
+    assert len(dataset) == 3
+    row = dataset[2]
+    assert {name: (values.dtype, list(values.shape)) for name, values in row.items()} == {
+        "input_ids": (torch.int64, [5]),
+        "positions": (torch.int64, [2]),
+        "logsumexp": (torch.float32, [2]),
+        "target_logprob": (torch.float32, [2]),
+        "kept_ids": (torch.int64, [2, 2]),
+        "kept_logprobs": (torch.float32, [2, 2]),
+    }
+    assert row["input_ids"].tolist() == [5, 6, 7, 8, 9]
+    assert row["positions"].tolist() == [1, 3]
+    assert row["logsumexp"].tolist() == [5.5, 6.5]
+    assert row["target_logprob"].tolist() == [-0.5, -0.5]
+    assert row["kept_ids"].tolist() == [[7, 0], [1, 9]]
+    assert row["kept_logprobs"].tolist() == [[-0.5, -3], [-0.25, -0.5]]
+
+
+def test_items_of_a_full_capture_hold_all_logits(tmp_path: Path) -> None:
+    row = LogitsDataset(write_file(tmp_path / "out.h5", FULL, capture="full", top_k=0))[0]
+    assert row["logits"].dtype == torch.float32
+    assert row["logits"].tolist() == [list(range(10)), list(range(10, 20))]
+    assert "kept_ids" not in row
+
+
+def test_ids_above_16_bits_stay_what_they_are(tmp_path: Path) -> None:
+    ids = np.array([0, 65_535, 65_536, 131_071, 131_072, 199_999, 1, 2, 3], "<u4")
+    kept = np.array([[199_999, 0], [65_536, 1], [131_072, 2], [70_000, 3]], "<u4")
+    path = write_file(tmp_path / "out.h5", ARRAYS | {"input_ids": ids, "kept_ids": kept}, vocab_size=200_000)
+    dataset = LogitsDataset(path)
+    assert torch.cat([row["input_ids"] for row in dataset]).tolist() == ids.tolist()
+    assert torch.cat([row["kept_ids"] for row in dataset]).tolist() == kept.tolist()
+
+
+def test_a_changed_item_leaves_the_file_alone(path: Path) -> None:
+    dataset = LogitsDataset(path)
+    for values in dataset[0].values():
+        values.zero_()
+    assert dataset[0]["input_ids"].tolist() == [1, 2, 3]
+    assert dataset[0]["target_logprob"].tolist() == [-1, -2]
+
+
+def test_rows_can_be_counted_from_the_end_and_iterated_over(path: Path) -> None:
+    dataset = LogitsDataset(path)
+    assert dataset[-1]["input_ids"].tolist() == [5, 6, 7, 8, 9]
+    assert [row["input_ids"].tolist() for row in dataset] == [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    with pytest.raises(IndexError, match=r"Row must be between 0 and 2, got 3\."):
+        dataset[3]
+
+
+def test_the_dataset_knows_the_run_that_made_the_file(path: Path) -> None:
+    dataset = LogitsDataset(path)
+    assert dataset.attributes["teacher"] == "some/teacher"
+    assert dataset.settings == {"dataset": "some/text", "dataset_config": None, "split": "train", "seed": 0}
+
+
+def test_an_incomplete_file_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", ARRAYS | {"done": np.array([0, 0, 1], "u1")})
+    with pytest.raises(FormatError, match="2 of 3 rows are missing"):
+        LogitsDataset(path)
+
+
+def test_a_batch_is_padded_as_worked_out_by_hand(path: Path) -> None:
+    batch = collate(list(LogitsDataset(path)), pad_token_id=99)
+    expected: dict[str, Any] = {
+        "input_ids": [[1, 2, 3, 99, 99], [4, 99, 99, 99, 99], [5, 6, 7, 8, 9]],
+        "attention_mask": [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+        "captured": [[True, True, False, False, False], [False] * 5, [False, True, False, True, False]],
+        "labels": [[-100, 2, 3, -100, -100], [-100] * 5, [-100, -100, 7, -100, 9]],
+        "logsumexp": [[3.5, 4.5, 0, 0, 0], [0] * 5, [0, 5.5, 0, 6.5, 0]],
+        "target_logprob": [[-1, -2, 0, 0, 0], [0] * 5, [0, -0.5, 0, -0.5, 0]],
+        "kept_ids": [
+            [[2, 7], [9, 3], [0, 0], [0, 0], [0, 0]],
+            [[0, 0]] * 5,
+            [[0, 0], [7, 0], [0, 0], [1, 9], [0, 0]],
+        ],
+        "kept_logprobs": [
+            [[-1, -1.25], [-0.125, -2], [0, 0], [0, 0], [0, 0]],
+            [[0, 0]] * 5,
+            [[0, 0], [-0.5, -3], [0, 0], [-0.25, -0.5], [0, 0]],
+        ],
+    }
+    assert {name: values.tolist() for name, values in batch.items()} == expected
+    dtypes = {name: values.dtype for name, values in batch.items()}
+    whole = {"input_ids", "attention_mask", "labels", "kept_ids"}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.int64} == whole
+    assert dtypes["captured"] == torch.bool
+    assert {dtypes[name] for name in ("logsumexp", "target_logprob", "kept_logprobs")} == {torch.float32}
+
+
+def test_a_batch_of_nothing_but_a_row_without_positions_captures_nothing(path: Path) -> None:
+    batch = collate([LogitsDataset(path)[1]])
+    assert batch["input_ids"].tolist() == [[4]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert not batch["captured"].any()
+    assert batch["kept_ids"].shape == (1, 1, 2)
+
+
+def test_padding_is_token_0_unless_told(path: Path) -> None:
+    batch = collate([LogitsDataset(path)[1], LogitsDataset(path)[0]])
+    assert batch["input_ids"].tolist() == [[4, 0, 0], [1, 2, 3]]
+
+
+def test_a_batch_is_aligned_with_a_students_logits(capture: Capture, teacher: Path, ragged: Path) -> None:
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=ragged, top_k=4))
+    batch = collate([dataset[row] for row in (3, 20, 1, 9)])
+    student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        output = student(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+    captured = batch["captured"]
+    assert output.loss.item() == pytest.approx(-batch["target_logprob"][captured].mean().item(), rel=1e-4)
+    logprobs = output.logits.log_softmax(-1).gather(-1, batch["kept_ids"])[captured]
+    torch.testing.assert_close(logprobs, batch["kept_logprobs"][captured], atol=1e-3, rtol=2**-11)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_worker_processes_give_the_same_batches(
+    capture: Capture, teacher: Path, ragged: Path, start_method: str
+) -> None:
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=ragged, top_k=3))
+    alone = list(DataLoader(dataset, batch_size=8, collate_fn=collate))
+    workers = {"num_workers": 2, "multiprocessing_context": start_method}
+    together = list(DataLoader(dataset, batch_size=8, collate_fn=collate, **workers))
+    assert len(alone) == len(together) == 7
+    for left, right in zip(alone, together, strict=True):
+        assert_equal(left, right)
+
+
+def test_a_pickled_dataset_is_its_path(path: Path) -> None:
+    dataset = LogitsDataset(path)
+    pickled = pickle.dumps(dataset)
+    copy = pickle.loads(pickled)
+    assert len(pickled) < 1000
+    assert copy.attributes == dataset.attributes
+    for left, right in zip(copy, dataset, strict=True):
+        assert_equal(left, right)
+
+
+def test_a_pickled_dataset_opens_in_another_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    dataset = LogitsDataset(path.name)
+    monkeypatch.chdir("/")
+    assert len(pickle.loads(pickle.dumps(dataset))) == 3
+
+
+def imported_by(code: str, *arguments: object) -> set[str]:
+    """Run code in a fresh interpreter; return the top-level modules it has imported."""
+    report = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", code + report, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_training_from_a_file_needs_no_transformers(path: Path) -> None:
+    code = "import sys; from logitgen import LogitsDataset, collate; collate(list(LogitsDataset(sys.argv[1])))"
+    imported = imported_by(code, path)
+    assert {"torch", "h5py"} <= imported
+    assert imported.isdisjoint({"transformers", "accelerate", "datasets", "tokenizers", "rich"})
+
+
+def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
+    imported = imported_by("import sys; from logitgen import LogitsFile; LogitsFile(sys.argv[1]).row(0)", path)
+    assert "h5py" in imported
+    assert imported.isdisjoint({"torch", "transformers", "accelerate", "datasets"})
+
+
+def test_the_package_hands_out_what_it_names() -> None:
+    from logitgen import dataset, errors, reader
+
+    origins = {"LogitsDataset": dataset, "collate": dataset, "LogitsFile": reader}
+    for name in logitgen.__all__:
+        assert getattr(logitgen, name) is getattr(origins.get(name, errors), name)
+    with pytest.raises(AttributeError, match="module 'logitgen' has no attribute 'nonsense'"):
+        logitgen.nonsense  # noqa: B018

@@ -1,0 +1,417 @@
+"""What `python -m logitgen inspect` and the end of a run say about a file."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_jsonl
+from rich.console import Console, RenderableType
+from test_reader import ARRAYS, ATTRIBUTES, FULL, write_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitgen import LogitsFile, UsageError, console
+from logitgen.__main__ import main
+from logitgen.report import facts, overview, row_facts, row_view, summary
+
+Capture = Callable[..., Path]
+SETTINGS = {
+    "teacher": "no/such-teacher",
+    "revision": None,
+    "teacher_gguf": None,
+    "dataset": "some/text",
+    "dataset_config": "en",
+    "split": "train[:5]",
+    "packing": False,
+    "completion_only": True,
+    "limit": None,
+    "top_k": 2,
+    "seed": 0,
+}
+KNOWN = {
+    "rows": 3,
+    "tokens": 9,
+    "positions": 4,
+    "shortest_row": 1,
+    "longest_row": 5,
+    "bytes_per_position": 16,  # two float32, two uint16, two float16
+    "perplexity": pytest.approx(math.e),
+}
+
+
+class Letters:
+    """A tokenizer whose token 1 is the letter b."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        assert all(type(token) is int for token in token_ids)
+        return "".join("abcdefghij"[token] for token in token_ids)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_file(tmp_path / "out.h5", settings=SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no setting of this machine's colour or width the output."""
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(console, "_messages", Console(stderr=True))
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have room for every line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+def drawn(result: RenderableType) -> list[str]:
+    screen = io.StringIO()
+    Console(file=screen, width=1000).print(result)
+    return [line.rstrip() for line in screen.getvalue().splitlines()]
+
+
+def definitions(lines: list[str]) -> dict[str, str]:
+    """The lines of an overview: a name, two spaces or more, a text."""
+    return {name: text.strip() for name, _, text in (line.partition("  ") for line in lines)}
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_facts_are_what_is_in_the_file(path: Path) -> None:
+    size_bytes = path.stat().st_size
+    expected = {"path": str(path), "size_bytes": size_bytes, "bytes_per_token": pytest.approx(size_bytes / 9)}
+    assert facts(LogitsFile(path)) == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
+
+
+def test_a_row_is_shown_position_by_position(path: Path) -> None:
+    assert row_facts(LogitsFile(path), 2, Letters()) == {
+        "row": 2,
+        "source_row": 5,
+        "tokens": 5,
+        "text": "fghij",
+        "positions": [
+            {
+                "position": 1,
+                "token": "g",
+                "next": "h",
+                "probability": pytest.approx(math.exp(-0.5)),
+                "guesses": [
+                    {"token": "h", "probability": pytest.approx(math.exp(-0.5))},
+                    {"token": "a", "probability": pytest.approx(math.exp(-3))},
+                ],
+            },
+            {
+                "position": 3,
+                "token": "i",
+                "next": "j",
+                "probability": pytest.approx(math.exp(-0.5)),
+                "guesses": [
+                    {"token": "b", "probability": pytest.approx(math.exp(-0.25))},
+                    {"token": "j", "probability": pytest.approx(math.exp(-0.5))},
+                ],
+            },
+        ],
+    }
+
+
+def test_a_row_counted_from_the_end_is_the_same_row(path: Path) -> None:
+    file = LogitsFile(path)
+    assert row_facts(file, -3, Letters()) == row_facts(file, 0, Letters())
+    assert row_facts(file, -1, Letters())["row"] == 2
+
+
+def test_a_row_without_positions_has_only_its_text(path: Path) -> None:
+    expected = {"row": 1, "source_row": 1, "tokens": 1, "text": "e", "positions": []}
+    assert row_facts(LogitsFile(path), 1, Letters()) == expected
+
+
+def test_without_a_tokenizer_tokens_are_numbers(path: Path) -> None:
+    found = row_facts(LogitsFile(path), 2, None)
+    assert found["text"] is None
+    assert [(position["token"], position["next"]) for position in found["positions"]] == [("6", "7"), ("8", "9")]
+    assert [guess["token"] for guess in found["positions"][0]["guesses"]] == ["7", "0"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"capture": "topk", "top_k": 7}, {"capture": "topk", "top_k": 2}, {"capture": "full"}]
+)
+def test_guesses_are_those_of_a_direct_forward_pass(
+    capture: Capture, teacher: Path, ragged: Path, options: dict[str, Any]
+) -> None:
+    file = LogitsFile(capture(teacher=teacher, dataset=ragged, limit=9, **options))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    found = row_facts(file, 8, tokenizer)
+    text = json.loads(ragged.read_text().splitlines()[8])["text"]
+    ids = tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        probabilities_TV = model(torch.tensor([ids])).logits[0].softmax(-1)
+    assert (found["text"], found["tokens"], found["source_row"]) == (text, len(ids), 8)
+    assert [position["position"] for position in found["positions"]] == list(range(len(ids) - 1))
+    for index, position in enumerate(found["positions"]):
+        assert position["token"] == tokenizer.decode([ids[index]])
+        assert position["next"] == tokenizer.decode([ids[index + 1]])
+        assert position["probability"] == pytest.approx(probabilities_TV[index, ids[index + 1]].item(), rel=1e-3)
+        best, best_ids = probabilities_TV[index].topk(min(5, options.get("top_k", 5)))
+        probabilities = [guess["probability"] for guess in position["guesses"]]
+        assert probabilities == pytest.approx(best.tolist(), rel=0.02)  # a logit near 20 has float16 steps of 1/64
+        if options["capture"] == "topk":
+            expected = [tokenizer.decode([token]) for token in best_ids.tolist()]
+            assert [guess["token"] for guess in position["guesses"]] == expected
+
+
+@pytest.mark.parametrize("row", [3, -4])
+def test_a_row_that_does_not_exist_is_refused(path: Path, row: int) -> None:
+    with pytest.raises(UsageError, match=rf"--row must be between 0 and 2, got {row}\."):
+        row_facts(LogitsFile(path), row, None)
+
+
+def test_the_overview_says_what_the_file_is(path: Path) -> None:
+    lines = definitions(drawn(overview(facts(LogitsFile(path)))))
+    assert lines["file"].startswith(str(path))
+    assert lines["file"].endswith(f"{path.stat().st_size / 1000:.1f} kB, format version 1")
+    assert lines["teacher"].split() == ["some/teacher", "bfloat16,", "c0ffee"]
+    assert lines["dataset"] == "some/text en train[:5]"
+    assert words(lines["rows"]) == "3, all complete 1 to 5 tokens each"
+    assert words(lines["tokens"]) == "9 4 positions captured"
+    assert words(lines["kept"]) == "top 2 of 10 16 bytes per position"
+    assert lines["bytes per token"].startswith(f"{path.stat().st_size / 9:,.1f}")
+    assert lines["perplexity"].startswith("2.718")
+    assert lines["fingerprints"] == "teacher aaaaaaaaaaaa, tokenizer bbbbbbbbbbbb, dataset cccccccccccc"
+    assert lines["packages"] == "torch 2.13.0"
+
+
+def test_the_overview_names_every_setting_that_is_on(path: Path) -> None:
+    settings = definitions(drawn(overview(facts(LogitsFile(path)))))["settings"].split(", ")
+    on = {name: value for name, value in SETTINGS.items() if value is not None and value is not False}
+    assert settings == [f"{name} {value}" for name, value in on.items()]
+
+
+def test_the_overview_of_a_full_capture_says_so(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", FULL, capture="full", top_k=0, commit="")
+    lines = definitions(drawn(overview(facts(LogitsFile(path)))))
+    assert words(lines["kept"]) == "all logits of 10 28 bytes per position"
+    assert lines["teacher"].split() == ["some/teacher", "bfloat16"]
+
+
+def test_the_view_of_a_row_shows_what_came_and_what_was_expected(path: Path) -> None:
+    lines = drawn(row_view(row_facts(LogitsFile(path), 2, Letters())))
+    assert lines[:2] == ["row 2 (row 5 of the split), 5 tokens", "fghij"]
+    assert lines[2].split() == ["pos", "token", "came", "p", "the", "teacher", "expected"]
+    assert [line.split() for line in lines[3:]] == [
+        ["1", "'g'", "'h'", "0.61", "'h'", "0.61", "'a'", "0.05"],
+        ["3", "'i'", "'j'", "0.61", "'b'", "0.78", "'j'", "0.61"],
+    ]
+
+
+def test_the_view_of_a_row_can_be_cut_short(path: Path) -> None:
+    known = row_facts(LogitsFile(path), 2, Letters())
+    lines = drawn(row_view(known, 1))
+    assert [line.split()[0] for line in lines] == ["row", "pos", "1", "and"]
+    assert lines[-1].startswith("and 1 more position")
+    assert not any("more position" in line for line in drawn(row_view(known, 2)))
+
+
+def test_the_end_of_a_run_is_summed_up(path: Path) -> None:
+    shown = summary(LogitsFile(path), 0, num_forward_tokens=1000, padding_share=0.25, seconds=65.2)
+    assert definitions(drawn(shown)) == {
+        "rows": "3 expected, 3 present, 0 missing, 0 written twice",
+        "tokens": "9, 4 positions captured",
+        "speed": "15 tokens/s over 1:05, 25.0% padding",
+        "size": f"{path.stat().st_size / 1000:.1f} kB, {path.stat().st_size / 9:,.1f} bytes per token",
+        "teacher perplexity": "2.718",
+        "file": str(path),
+    }
+
+
+@pytest.mark.usefixtures("wide")
+def test_inspect_prints_the_overview_as_plain_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert [line.rstrip() for line in captured.out.splitlines()] == drawn(overview(facts(LogitsFile(path))))
+    assert "\x1b" not in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--row", "2"], ["--row=-1", "--positions=1"]])
+def test_nothing_is_wider_than_80_columns(path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(["inspect", str(path), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert "\x1b" not in printed
+
+
+def test_json_holds_everything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path), "--json"]) == 0
+    size_bytes = path.stat().st_size
+    expected = {"path": str(path), "size_bytes": size_bytes, "bytes_per_token": pytest.approx(size_bytes / 9)}
+    assert json.loads(capsys.readouterr().out) == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
+
+
+def test_json_of_a_row_holds_every_position(path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path), "--row", "2", "--json", "--tokenizer", str(teacher)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    decode = AutoTokenizer.from_pretrained(teacher).decode
+    assert found["text"] == decode([5, 6, 7, 8, 9])
+    assert [(position["token"], position["next"]) for position in found["positions"]] == [
+        (decode([6]), decode([7])),
+        (decode([8]), decode([9])),
+    ]
+    assert [[guess["token"] for guess in position["guesses"]] for position in found["positions"]] == [
+        [decode([7]), decode([0])],
+        [decode([1]), decode([9])],
+    ]
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_row_is_shown_in_the_teachers_own_words(
+    capture: Capture, teacher: Path, ragged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged)
+    text = json.loads(ragged.read_text().splitlines()[20])["text"]
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--row", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokens = AutoTokenizer.from_pretrained(teacher)(text)["input_ids"]
+    assert lines[0] == f"row 20 (row 20 of the split), {len(tokens)} tokens"
+    assert lines[1].rstrip() == text.rstrip()
+    assert len(lines) == 3 + len(tokens) - 1
+
+
+@pytest.mark.usefixtures("wide")
+def test_positions_limits_what_is_shown_of_a_row(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path), "--row", "2", "--positions", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["row", "pos", "1", "and"]
+
+
+def test_fewer_positions_than_none_are_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path), "--row", "2", "--positions", "-1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --positions must be at least ")
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_teacher_that_is_elsewhere_leaves_the_ids(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(path), "--row", "2"]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "row 2 (row 5 of the split), 5 tokens"
+    assert [line.split() for line in lines] == [
+        ["1", "'6'", "'7'", "0.61", "'7'", "0.61", "'0'", "0.05"],
+        ["3", "'8'", "'9'", "0.61", "'1'", "0.78", "'9'", "0.61"],
+    ]
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_full_capture_is_shown_like_any_other(
+    capture: Capture, teacher: Path, ragged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged, capture="full", limit=9)
+    capsys.readouterr()
+    assert main(["inspect", str(path)]) == 0
+    assert definitions(capsys.readouterr().out.splitlines())["kept"].startswith("all logits of 384")
+    assert main(["inspect", str(path), "--row", "8"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 + len(LogitsFile(path).row(8)["positions"])
+
+
+@pytest.mark.usefixtures("wide")
+def test_what_looks_like_markup_is_shown_as_it_is(
+    capture: Capture, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "[bold]x[/bold] [/] [red]:smile:"
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": text}])
+    path = capture(teacher=teacher, dataset=data, output=tmp_path / "[bold]out[blue].h5")
+    assert "[bold]out[blue].h5" in capsys.readouterr().out
+    assert main(["inspect", str(path)]) == 0
+    assert definitions(capsys.readouterr().out.splitlines())["file"].startswith(str(path))
+    assert main(["inspect", str(path), "--row", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].rstrip() == text
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokens = [repr(tokenizer.decode([token])) for token in tokenizer(text)["input_ids"]]
+    for line, token, came in zip(lines[3:], tokens[:-1], tokens[1:], strict=True):
+        assert line.split(maxsplit=1)[1].startswith(token)
+        assert f" {came} " in line
+    assert main(["inspect", str(tmp_path / "[bold]missing[/].h5")]) == 2
+    assert "[bold]missing[/].h5 is not a file." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("wide")
+def test_escape_codes_in_the_data_do_not_reach_the_terminal(
+    capture: Capture, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "red \x1b[31m and a bell \x07"}])
+    path = capture(teacher=teacher, dataset=data)
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--row", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "red" in printed
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--row", "3"], "--row must be between 0 and 2, got 3."),
+        (["--row=-4"], "--row must be between 0 and 2, got -4."),
+        (["--row", "first"], "Argument --row: invalid int value: 'first'. See --help."),
+        (["--nonsense"], "Unrecognized arguments: --nonsense. See --help."),
+        (
+            ["--row", "0", "--tokenizer", "no-such-folder"],
+            "--tokenizer no-such-folder cannot be loaded. Give the teacher's folder or hub id.",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_status_2(
+    path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["inspect", str(path), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {message}\n"
+    assert captured.out == ""
+
+
+def test_a_missing_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: The following arguments are required: COMMAND. See --help.\n"
+
+
+def test_an_incomplete_file_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_file(tmp_path / "out.h5", ARRAYS | {"done": np.zeros(3, "u1")})
+    assert main(["inspect", str(path)]) == 2
+    message = f"error: {path} is not complete: 3 of 3 rows are missing. Finish the run.\n"
+    assert capsys.readouterr().err == message
+
+
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--row", "--positions", "--tokenizer", "--json"))
+
+
+def test_the_command_ends_with_its_status(path: Path) -> None:
+    def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "logitgen", "inspect", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+
+    good, bad = inspect(path, "--json"), inspect(path.parent / "missing.h5")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert json.loads(good.stdout)["rows"] == 3
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == f"error: {path.parent / 'missing.h5'} is not a file.\n"
