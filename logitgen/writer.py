@@ -2,7 +2,8 @@
 
 HDF5 creates the file, with every dataset contiguous and allocated, and is then closed: writing a row only overwrites
 bytes at fixed places, which a plain file does without HDF5's bookkeeping. So the metadata never changes again, and a
-killed writer cannot damage it.
+killed writer cannot damage it. Measured on 2 cores, rows of 100 positions with k=64 in random order: 0.9 to 2.2 million
+positions a second this way, 0.12 to 0.15 million through h5py.
 """
 
 import os
