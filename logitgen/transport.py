@@ -47,6 +47,7 @@ NUM_BUFFERS = 2
 _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; one that is only slow is waited for."""
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 
@@ -82,6 +83,7 @@ class Ranks:
         self.is_leader = accelerator.is_main_process
         self.device = accelerator.device
         self._first_of_machine = accelerator.is_local_main_process
+        self._failures: list[BaseException] = []  # of other threads, which interrupt the main one
         self._group = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT) if self.num_ranks > 1 else None
 
     def check_launch(self) -> None:
@@ -173,16 +175,12 @@ class Ranks:
             yield outbox
             outbox.flush()
             return
-        inbox = _Inbox(self._group, submit, payload_bytes)
+        inbox = _Inbox(self._group, submit, payload_bytes, self._failures)
         outbox = Outbox(largest, lambda batch, payload: submit(batch, payload.numpy()).result, self.device)
-        try:
-            inbox.start({peer: plan.share(peer, self.num_ranks) for peer in range(1, self.num_ranks)})
-            yield outbox
-            outbox.flush()
-            inbox.join()
-        except KeyboardInterrupt:
-            inbox.raise_failure()
-            raise
+        inbox.start({peer: plan.share(peer, self.num_ranks) for peer in range(1, self.num_ranks)})
+        yield outbox
+        outbox.flush()
+        inbox.join()
 
     def _send(self, batch: int, payload: Tensor) -> Wait:
         def wait() -> None:
@@ -196,20 +194,24 @@ class Ranks:
     @contextmanager
     def ending_together(self) -> Iterator[None]:
         """End every rank with one message and one status as soon as one of them fails in the block."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOP_SIGNALS:
             signal.signal(number, _raise_stopped)
         try:
             yield
         except SystemExit:
             raise
         except BaseException as error:
-            self._end(error)
+            try:
+                self._end(error)
+            except Stopped:  # at the very last moment; there is no second one
+                self._end(error)
         if self._group is not None:
             dist.destroy_process_group()
 
     def _end(self, error: BaseException) -> NoReturn:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
+        if isinstance(error, Stopped) and self._failures:
+            error = self._failures[0]
         logger.debug("This rank ends.", exc_info=error)
         if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
             traceback.print_exception(error)
@@ -292,12 +294,14 @@ class _Copied:
 class _Inbox:
     """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up."""
 
-    def __init__(self, group: dist.ProcessGroup | None, submit: Submit, sizes: Array) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, submit: Submit, sizes: Array, failures: list[BaseException]
+    ) -> None:
         self._group = group
         self._submit = submit
         self._sizes = sizes
+        self._failures = failures
         self._threads: list[threading.Thread] = []
-        self._failures: list[BaseException] = []
 
     def start(self, shares: Mapping[int, Sequence[int]]) -> None:
         for peer, share in shares.items():
@@ -308,9 +312,6 @@ class _Inbox:
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
-        self.raise_failure()
-
-    def raise_failure(self) -> None:
         if self._failures:
             raise self._failures[0]
 
@@ -387,4 +388,10 @@ def _lost_connection_means(who: str) -> Iterator[None]:
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
+    _ignore_signals()
     raise Stopped(number)
+
+
+def _ignore_signals() -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -99,20 +99,39 @@ def test_help_is_printed_once(tmp_path: Path) -> None:
     assert ended.stdout.count("usage: generate.py") == 1
 
 
+def launch_changed(folder: Path, change: str, **options: Any) -> Ended:
+    """Launch the main program on two ranks after some Python that changes it."""
+    script = folder / "changed.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
+    command = launch_command(2, output=folder / "out.h5", log_dir=folder / "logs", **options)
+    command[command.index("generate.py")] = str(script)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_ranks_that_do_not_see_each_other_are_refused(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     """Accelerate leaves ranks alone on a machine whose accelerator is not of the profile's kind."""
-    script = tmp_path / "alone.py"
-    script.write_text(
-        f"import sys, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "torch.accelerator.is_available = lambda: True\nimport generate\ngenerate.main()\n"
-    )
-    command = launch_command(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
-    command[command.index("generate.py")] = str(script)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    change = "import torch\ntorch.accelerator.is_available = lambda: True"
+    result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged)
     assert len(error_lines(result)) == 1
     assert "The launcher started 2 processes, but they do not see each other (Accelerate reports 1)" in result.stderr
     assert exit_statuses(result) == [2, 2]
     assert not list(tmp_path.glob("out.h5*"))
+
+
+def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    change = (
+        "import errno, os\nfrom logitgen.writer import Writer\n"
+        "def full_disk(self, batch, payload):\n"
+        "    if batch < 9: return write(self, batch, payload)\n"
+        "    raise self._failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))\n"
+        "write, Writer._write_batch = Writer._write_batch, full_disk"
+    )
+    result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged, batch_tokens=40)
+    partial = tmp_path / "out.h5.partial"
+    assert error_lines(result) == [f"error: Rank 0: {partial} cannot be written: No space left on device."]
+    assert result.returncode == 1
+    assert partial.exists()
+    assert not (tmp_path / "out.h5").exists()
 
 
 @pytest.fixture
