@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher over embedded text on two CPU ranks, and show the file
+run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU ranks, and show the file
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
 		--teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl --split 'train[:10%]' --batch_tokens 512 \
 		--output $(OUTPUT) --overwrite --log_dir $(DEMO)/logs

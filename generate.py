@@ -20,22 +20,21 @@ from logitgen.config import parse_config
 from logitgen.console import Progress, print_result, silence_stdout, start_logging
 from logitgen.data import load_split
 from logitgen.plan import Plan
-from logitgen.provenance import attributes
+from logitgen.provenance import attributes, facts_of_launch
 from logitgen.reader import LogitsFile
 from logitgen.report import summary
 from logitgen.rows import Rows
 from logitgen.schema import Layout
 from logitgen.teacher import describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenize
-from logitgen.transport import Ranks
+from logitgen.transport import Ranks, launched
 from logitgen.writer import Writer, check_output, check_space
 
 logger = logging.getLogger("logitgen.generate")
 
 
 def main() -> None:
-    ranks = Ranks()
-    with ranks.ending_together():
+    with launched() as ranks:
         capture(ranks, sys.argv[1:])
 
 
@@ -45,6 +44,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     if not ranks.is_leader:
         silence_stdout()
     config = ranks.together(lambda: parse_config(arguments))
+    ranks.same(facts_of_launch(config))
     output = Path(config.output)
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     ranks.on_leader(lambda: check_output(output, config.overwrite))
@@ -53,15 +53,15 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
 
     # The split becomes tokens, and the tokens rows.
     logger.info(f"Reading {config.dataset}, split {config.split}.")
-    tokenizer = load_tokenizer(config)
+    tokenizer = ranks.together(lambda: load_tokenizer(config))
     tokens = ranks.together(lambda: tokenize(load_split(config), tokenizer, config), machine_by_machine=True)
-    rows = ranks.together(lambda: Rows(tokens, config, info.max_length))
+    rows = ranks.together(lambda: Rows(tokens, config, info.max_length, info.length_switch))
     ranks.together(lambda: rows.check_ids(info.vocab_size))
     if rows.num_dropped_tokens:
         logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
 
     # The plan and the layout fix every byte's place in the file.
-    plan = Plan(rows.forward_lengths, config.batch_tokens)
+    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     layout = Layout(
         capture=config.capture,
         num_rows=len(rows),
@@ -74,7 +74,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
 
     logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
-    ranks.same({"teacher": teacher.fingerprint, "split": rows.fingerprint})
+    ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
     logger.info(
         f"Capturing {len(rows):,} rows, {plan.num_tokens:,} tokens in {plan.num_batches:,} batches. "
         f"Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU threads each."

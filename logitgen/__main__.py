@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.row is None and (options.positions is not None or options.tokenizer is not None):
+        raise UsageError("--positions and --tokenizer show a row: name one with --row.")
     if options.positions is not None and options.positions < 1:
         raise UsageError(f"--positions must be at least 1, got {options.positions}.")
     file = LogitsFile(options.file)
@@ -58,8 +60,8 @@ def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
     settings = file.attributes["settings"]
     try:
         if name is not None:
-            return cast(Decoder, AutoTokenizer.from_pretrained(name))
-        teacher = {"revision": settings["revision"], "gguf_file": settings["teacher_gguf"]}
+            return cast(Decoder, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        teacher = {"revision": settings["revision"], "gguf_file": settings["teacher_gguf"], "trust_remote_code": False}
         return cast(Decoder, AutoTokenizer.from_pretrained(settings["teacher"], **teacher))
     except Exception as error:  # transformers says "no tokenizer" in many ways
         if name is not None:

@@ -55,9 +55,12 @@ def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
 
     Returns:
         uint8 payload on the teacher's device, laid out as `Layout.payload_slices`; the checksums are left to `seal`.
+
+    Raises:
+        CaptureError: The device has not enough memory.
     """
     row_P, position_P, target_P, input_ids_BT = (
-        torch.from_numpy(array).to(teacher.device)
+        _on_device(array, teacher.device)
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
     slices = layout.payload_slices(len(batch.rows), len(target_P))
@@ -66,11 +69,18 @@ def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
         name: payload[slices[name]].view(_TORCH_DTYPES[dtype]).view(len(target_P), *entry)
         for name, (entry, dtype) in layout.captured.items()
     }
-    for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
-        target_C = target_P[span]
-        kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
-        for name, values in kept.items():
-            packed[name][span] = _storable(values, packed[name].dtype)
+    try:
+        for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
+            target_C = target_P[span]
+            kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
+            for name, values in kept.items():
+                packed[name][span] = _storable(values, packed[name].dtype)
+    except torch.OutOfMemoryError as error:
+        rows, length = input_ids_BT.shape
+        raise CaptureError(
+            f"A batch of {rows} rows of {length} tokens does not fit into the memory of {teacher.device}. "
+            "Lower --batch_tokens, or --max_length if it is a single row."
+        ) from error
     return payload
 
 
@@ -105,6 +115,12 @@ def seal(payload: Array, batch: Batch, layout: Layout) -> None:
         arrays = [array.astype(dtype) for array, dtype in zip(known, file_dtypes, strict=True)]
         checksums[index] = row_crc32(row, arrays + [values[span] for values in captured.values()])
         start += count
+
+
+def _on_device(array: Array, device: torch.device) -> Tensor:
+    """Copy to the device; from pinned memory, so that a GPU need not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,8 @@ class Config:
         for name, value in dataclasses.asdict(self).items():
             if value == "":
                 raise UsageError(f"--{name} must not be empty.")
+            if isinstance(value, str) and "\0" in value:
+                raise UsageError(f"--{name} must not hold a null character.")
         if self.packing and self.overflow != "truncate":
             raise UsageError(
                 f"--packing leaves no row longer than a block, so --overflow {self.overflow} has no meaning with it. "
@@ -130,15 +132,16 @@ def _file_words(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {path} cannot be read: {reason}") from error
     if not isinstance(options, dict):
         raise UsageError(f"--config {path} must hold options as 'name: value' lines, got {type(options).__name__}.")
+    names = {option.name for option in dataclasses.fields(Config)}
     words = []
     for name, value in options.items():
-        if name == "config":
-            raise UsageError(f"--config {path} must not name another options file. Put all options into one.")
+        if str(name).replace("-", "_") not in names:
+            raise UsageError(f"--config {path}: there is no option '{name}'. See --help for the options.")
         if isinstance(value, (dict, list)):
             raise UsageError(f"--config {path}: '{name}' must be a single value, got {type(value).__name__}.")
         if value is not None:

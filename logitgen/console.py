@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from functools import partialmethod
@@ -25,9 +26,18 @@ PLAIN_SECONDS = 10.0
 _messages = Console(stderr=True)
 
 
+_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Replace what would move the cursor or change the colours of a terminal; lines and tabs stay."""
+    return _CONTROL_CODES.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def print_error(message: str) -> None:
     """Print why the run ends, in one line."""
-    _messages.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    line = " ".join(printable(message).splitlines())
+    _messages.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
 def print_result(result: RenderableType) -> None:

@@ -65,7 +65,9 @@ def _load_file(path: Path, config: Config) -> datasets.DatasetDict:
         raise UsageError(f"--dataset {path} must end in one of {' '.join(_FILE_FORMATS)}, got '{path.suffix}'.")
     if not path.stat().st_size:
         raise _no_rows(config)
-    return datasets.load_dataset(file_format, data_files=glob.escape(str(path)))
+    # In a column of text, "NA" is a word.
+    options = {"keep_default_na": False} if file_format == "csv" else {}
+    return datasets.load_dataset(file_format, data_files=glob.escape(str(path)), **options)
 
 
 def _load_saved(path: Path, config: Config) -> datasets.DatasetDict:

@@ -16,16 +16,17 @@ class Plan:
     neighbours of nearly equal length need almost no padding.
     """
 
-    def __init__(self, lengths: npt.NDArray[np.integer], batch_tokens: int) -> None:
+    def __init__(self, lengths: npt.NDArray[np.integer], batch_tokens: int, length_switch: int | None = None) -> None:
         """Plan one forward pass over every row that needs one.
 
         Args:
             lengths: Tokens the teacher must read of each row, [N]; rows of length 0 get no batch.
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
+            length_switch: Rows longer than this never share a batch with rows that are not.
         """
         needed = np.flatnonzero(lengths)
         self._rows = needed[np.argsort(-lengths[needed].astype(np.int64), kind="stable")]
-        self._starts = _batch_starts(lengths[self._rows], batch_tokens)
+        self._starts = _batch_starts(lengths[self._rows], batch_tokens, length_switch or 0)
         longest = lengths[self._rows[self._starts[:-1]]].astype(np.int64)
         self.num_tokens = int(lengths[needed].sum(dtype=np.int64))
         self.num_padded_tokens = int((longest * np.diff(self._starts)).sum())
@@ -58,9 +59,13 @@ class Plan:
         return range(replica, self.num_batches, num_replicas)
 
 
-def _batch_starts(sorted_lengths: npt.NDArray[np.integer], batch_tokens: int) -> npt.NDArray[np.int64]:
+def _batch_starts(
+    sorted_lengths: npt.NDArray[np.integer], batch_tokens: int, length_switch: int
+) -> npt.NDArray[np.int64]:
+    num_longer = int((sorted_lengths > length_switch).sum())
     starts, start = [0], 0
     while start < len(sorted_lengths):
-        start += max(1, batch_tokens // int(sorted_lengths[start]))
-        starts.append(min(start, len(sorted_lengths)))
+        end = num_longer if start < num_longer else len(sorted_lengths)
+        start = min(start + max(1, batch_tokens // int(sorted_lengths[start])), end)
+        starts.append(start)
     return np.array(starts, dtype=np.int64)

@@ -3,6 +3,7 @@
 import json
 from importlib.metadata import version
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
@@ -12,6 +13,18 @@ from logitgen.teacher import Teacher, TeacherInfo
 from logitgen.tokens import tokenizer_fingerprint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that have a say in a file's bytes."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def facts_of_launch(config: Config) -> dict[str, str]:
+    """What must be equal on all ranks for the file to be what its attributes say; paths may differ between machines."""
+    options = {f"--{name}": str(value) for name, value in config.settings.items() if name not in ("teacher", "dataset")}
+    threads = {"number of CPU threads": str(torch.get_num_threads())}
+    return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
 
 def attributes(
@@ -46,5 +59,5 @@ def attributes(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dataset_fingerprint": rows.fingerprint,
         "settings": json.dumps(config.settings, sort_keys=True),
-        "packages": json.dumps({name: version(name) for name in _PACKAGES}),
+        "packages": json.dumps(package_versions()),
     }

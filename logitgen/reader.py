@@ -5,14 +5,15 @@ two, and an open file may be used in forked processes.
 """
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 import numpy as np
 
 from logitgen.errors import FormatError
-from logitgen.schema import FORMAT_NAME, FORMAT_VERSION, PARTIAL_SUFFIX, Array, Layout, nbytes
+from logitgen.schema import ATTRIBUTES, FORMAT_NAME, FORMAT_VERSION, PARTIAL_SUFFIX, Array, CaptureKind, Layout, nbytes
 
 _BLOCK_POSITIONS = 2**22
 
@@ -34,7 +35,7 @@ class LogitsFile:
             FormatError: It does not exist, is not a logitgen file, is of a newer version, or is not complete.
         """
         self.path = Path(path)
-        if not self.path.is_file():
+        if "\0" in str(path) or not os.path.isfile(path):  # noqa: PTH113 (which is False for names too long)
             hint = (
                 " A capture that has not finished left its .partial; finish it first." if self._partial_exists() else ""
             )
@@ -56,13 +57,16 @@ class LogitsFile:
             else np.empty(shape, dtype)
             for name, (shape, dtype) in self.layout.datasets.items()
         }
+        for name, end in (("offsets", self.layout.num_tokens), ("position_offsets", self.layout.num_positions)):
+            if (self.arrays[name][0], self.arrays[name][-1]) != (0, end):
+                raise FormatError(f"{self.path} is damaged: {name} must run from 0 to {end}.")
         if missing := len(self) - int(np.count_nonzero(self.arrays["done"])):
             raise FormatError(
                 f"{self.path} is not complete: {missing} of {len(self)} rows are missing. Finish the run."
             )
 
     def _partial_exists(self) -> bool:
-        return self.path.with_name(self.path.name + PARTIAL_SUFFIX).exists()
+        return os.path.isfile(f"{self.path}{PARTIAL_SUFFIX}")  # noqa: PTH113
 
     def __len__(self) -> int:
         return self.layout.num_rows
@@ -102,19 +106,22 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
         raise FormatError(
             f"{path} is an HDF5 file, but not one of logitgen: its format attribute is missing or foreign."
         )
-    version = int(attributes.get("version", 0))
-    if version > FORMAT_VERSION:
+    version = attributes.get("version")
+    if isinstance(version, np.integer) and version > FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {version}, this logitgen reads up to {FORMAT_VERSION}. Update logitgen."
         )
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in attributes.items()}
-    if missing := [name for name in ("capture", "top_k", "vocab_size", "settings", "packages") if name not in plain]:
-        raise FormatError(f"{path} is damaged: attribute {missing[0]} is missing.")
+    for name, kind in ATTRIBUTES.items():
+        if not isinstance(plain.get(name), kind):
+            raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")
+    if plain["capture"] not in get_args(CaptureKind) or plain["vocab_size"] < 1 or plain["top_k"] < 0:
+        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
     for name in ("settings", "packages"):
         try:
-            plain[name] = json.loads(plain[name])
-        except ValueError as error:
-            raise FormatError(f"{path} is damaged: attribute {name} is not JSON.") from error
+            plain[name] = dict(json.loads(plain[name]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.") from error
     return plain
 
 

@@ -1,6 +1,5 @@
 """What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
 
-import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,13 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.console import format_bytes, format_seconds
+from logitgen.console import format_bytes, format_seconds, printable
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import Array
 
 NUM_GUESSES = 5
-_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NUM_DRAWN = 3
 """Guesses a line of 80 columns has room for."""
 
@@ -157,7 +155,7 @@ def _definitions(lines: dict[str, str]) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, line in lines.items():
-        table.add_row(name, Text(line))
+        table.add_row(name, Text(printable(line)))
     return table
 
 
@@ -188,5 +186,5 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
     hidden = len(known["positions"]) - len(known["positions"][:most])
     more = [Text(f"and {hidden} more positions", style="dim")] if hidden else []
     shown = known["text"] is not None and most is None
-    text = [Text(_CONTROL_CODES.sub("\N{REPLACEMENT CHARACTER}", known["text"]), style="dim")] if shown else []
+    text = [Text(printable(known["text"]), style="dim")] if shown else []
     return Group(Text(title, style="bold"), *text, table, *more)

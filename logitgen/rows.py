@@ -59,13 +59,16 @@ class Rows:
         num_dropped_tokens: Tokens in no row: cut off, or at the end of the split too few to fill a packed block.
     """
 
-    def __init__(self, tokens: datasets.Dataset, config: Config, max_length: int | None) -> None:
+    def __init__(
+        self, tokens: datasets.Dataset, config: Config, max_length: int | None, length_switch: int | None = None
+    ) -> None:
         """Cut the tokenised rows as the options say.
 
         Args:
             tokens: One `input_ids` list per row of the split, and a `completion_mask` if only completions count.
             config: Overflow, packing and completion options.
             max_length: Longest row in tokens; None for no limit.
+            length_switch: Rows longer than this must be read whole, for the teacher to see that they are.
 
         Raises:
             UsageError: A row is longer than `max_length` and the overflow option forbids it, or nothing is left.
@@ -90,6 +93,9 @@ class Rows:
                 (len(found), found[-1] + 1 if len(found) else 0) for found in map(self.positions, range(len(self)))
             ]
             self.num_positions, self.forward_lengths = np.array(counted, dtype=np.int32).T
+        if length_switch is not None:
+            whole = (self.lengths > length_switch) & (self.num_positions > 0)
+            self.forward_lengths = np.where(whole, self.lengths, self.forward_lengths)
         if not self.num_positions.any():
             raise UsageError("The split has no position to capture: every row is empty or has no token to predict.")
 
@@ -155,7 +161,7 @@ class Rows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, row boundaries and captured positions: equal for equal rows."""
+        """SHA-256 over the stream of tokens and completion masks, and over where in it the rows lie."""
         digest = hashlib.sha256(self._starts.tobytes() + self.lengths.tobytes() + self.source_row.tobytes())
         for stream in (self._input_ids, self._mask):
             for _, chunk in stream.chunks() if stream else ():

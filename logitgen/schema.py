@@ -27,6 +27,24 @@ FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 
 CaptureKind = Literal["topk", "full"]
+
+ATTRIBUTES: dict[str, type] = {
+    "format": str,
+    "version": int,
+    "capture": str,
+    "top_k": int,
+    "vocab_size": int,
+    "tokenizer_size": int,
+    "teacher": str,
+    "teacher_dtype": str,
+    "commit": str,
+    "teacher_fingerprint": str,
+    "tokenizer_fingerprint": str,
+    "dataset_fingerprint": str,
+    "settings": str,
+    "packages": str,
+}
+"""What a file says about itself: settings and packages as JSON, fingerprints as SHA-256 in hexadecimal."""
 Array = npt.NDArray[Any]
 Field = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of a dataset."""

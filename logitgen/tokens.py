@@ -1,6 +1,7 @@
 """From rows to tokens: every shape of row people have, recognised by its columns."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -8,11 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import transformers
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+
+logger = logging.getLogger(__name__)
 
 _FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("uint8"))}
@@ -28,9 +32,15 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     try:
         return cast(
             PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(config.teacher, revision=config.revision, gguf_file=config.teacher_gguf),
+            AutoTokenizer.from_pretrained(
+                config.teacher,
+                revision=config.revision,
+                gguf_file=config.teacher_gguf,
+                trust_remote_code=False,
+            ),
         )
-    except Exception:  # transformers says "no tokenizer" in many ways; it matters only if the rows need one
+    except Exception as error:  # transformers says "no tokenizer" in many ways; it matters only if the rows need one
+        logger.info(f"No tokenizer could be loaded: {first_line(error)}")
         return None
 
 
@@ -61,7 +71,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     encode = _encoder(split, tokenizer, config)
     features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
     settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
-    fingerprint = Hasher.hash(("logitgen 1", split._fingerprint, settings))
+    fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -27,7 +27,6 @@ from typing import NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from logitgen.console import print_error
@@ -73,17 +72,24 @@ class Ranks:
         device: Where this rank computes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, thread_failures: list[BaseException]) -> None:
+        """Join the other ranks.
+
+        Args:
+            thread_failures: Where other threads leave why they failed, before they interrupt the main one.
+        """
         # The launcher does not hand a profile's use_cpu on to several ranks (accelerate 1.15): without a GPU in sight
-        # they would not even find each other. The CPU profile hides the GPUs, and what is in sight decides.
-        cpu = not torch.accelerator.is_available()
-        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=_NO_TIMEOUT)])
+        # they would not even find each other. The CPU profile hides the GPUs, and what is in sight decides; Apple's
+        # serves a single rank only.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        cpu = found is None or (found.type == "mps" and _launched_ranks() > 1)
+        accelerator = Accelerator(cpu=cpu)
         self.rank = accelerator.process_index
         self.num_ranks = accelerator.num_processes
         self.is_leader = accelerator.is_main_process
         self.device = accelerator.device
         self._first_of_machine = accelerator.is_local_main_process
-        self._failures: list[BaseException] = []  # of other threads, which interrupt the main one
+        self._failures = thread_failures
         self._group = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT) if self.num_ranks > 1 else None
 
     def check_launch(self) -> None:
@@ -92,11 +98,10 @@ class Ranks:
         Raises:
             UsageError: The launcher started another number of processes than this one sees.
         """
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.num_ranks:
+        if _launched_ranks() != self.num_ranks:
             raise UsageError(
-                f"The launcher started {launched} processes, but they do not see each other (Accelerate reports "
-                f"{self.num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
+                f"The launcher started {_launched_ranks()} processes, but they do not see each other "
+                f"(Accelerate reports {self.num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
             )
 
     def together(self, work: Callable[[], T], *, machine_by_machine: bool = False) -> T:
@@ -141,8 +146,8 @@ class Ranks:
             for name, value in theirs.items():
                 if value != all_facts[0][name]:
                     raise UsageError(
-                        f"Rank {rank} has another {name} than the leader ({value[:12]} and {all_facts[0][name][:12]}). "
-                        "Give every machine the same files."
+                        f"Rank {rank} has another {name} than the leader: {value[:64]}, not {all_facts[0][name][:64]}. "
+                        "Give every rank the same command, packages and files."
                     )
 
     def _gathered(self, value: T) -> list[T]:
@@ -191,40 +196,58 @@ class Ranks:
             work = cast(dist.Work, dist.isend(payload, dst=0, group=self._group))
         return wait
 
-    @contextmanager
-    def ending_together(self) -> Iterator[None]:
-        """End every rank with one message and one status as soon as one of them fails in the block."""
-        for number in _STOP_SIGNALS:
-            signal.signal(number, _raise_stopped)
-        try:
-            yield
-        except SystemExit:
-            raise
-        except BaseException as error:
-            try:
-                self._end(error)
-            except Stopped:  # at the very last moment; there is no second one
-                self._end(error)
-        if self._group is not None:
-            dist.destroy_process_group()
 
-    def _end(self, error: BaseException) -> NoReturn:
-        _ignore_signals()
-        if isinstance(error, Stopped) and self._failures:
-            error = self._failures[0]
-        logger.debug("This rank ends.", exc_info=error)
-        if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
-            traceback.print_exception(error)
-        mine = _Failure.of(error, self.rank, self.num_ranks)
-        first = _first_failure(mine) if self.num_ranks > 1 else mine
-        if first == mine and os.environ.get("RANK", "0") == str(self.rank):
-            print_error(first.message)
-        first.tell_launcher()
-        # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(first.exit_status)
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """Yield the ranks of this launch; as soon as one fails in the block, end all with one message and status."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _raise_stopped)
+    thread_failures: list[BaseException] = []
+    try:
+        _check_gpus()
+        yield Ranks(thread_failures)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        try:
+            _end(error, thread_failures)
+        except Stopped:  # at the very last moment; there is no second one
+            _end(error, thread_failures)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_gpus() -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and local_ranks > torch.cuda.device_count():
+        raise UsageError(
+            f"The launcher started {local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs. "
+            f"Start one per GPU: accelerate launch --num_processes {torch.cuda.device_count()} ..."
+        )
+
+
+def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:
+    _ignore_signals()
+    if isinstance(error, Stopped) and thread_failures:
+        error = thread_failures[0]
+    logger.debug("This rank ends.", exc_info=error)
+    if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
+        traceback.print_exception(error)
+    # Accelerate may not have spoken yet, or may be wrong: here the launcher's word counts.
+    mine = _Failure.of(error, int(os.environ.get("RANK", "0")), _launched_ranks())
+    first = _first_failure(mine) if _launched_ranks() > 1 else mine
+    if first == mine:
+        print_error(first.message)
+    first.tell_launcher()
+    # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(first.exit_status)
+
+
+def _launched_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Outbox:
@@ -320,7 +343,7 @@ class _Inbox:
             self._receive(peer, share)
         except Exception as error:
             self._failures.append(error)
-            _thread.interrupt_main()  # the main thread may be deep in a forward pass
+            _interrupt_main()  # it may be deep in a forward pass, or wait for another rank
 
     def _receive(self, peer: int, share: Sequence[int]) -> None:
         buffers = [torch.empty(int(self._sizes[share].max(initial=0)), dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
@@ -354,7 +377,8 @@ class _Failure:
                 return cls(rank, error.exit_status, str(error))
             case LogitgenError():
                 return cls(rank, error.exit_status, where + str(error))
-        return cls(rank, 1, f"{where}{type(error).__name__}: {first_line(error)} (traceback in this rank's log file)")
+        more = " (traceback in this rank's log file)" if logging.root.handlers else ""
+        return cls(rank, 1, f"{where}{type(error).__name__}: {first_line(error)}{more}")
 
     def tell_launcher(self) -> None:
         """Put the message where torch's launcher looks for it, so that its own report names the cause."""
@@ -393,5 +417,13 @@ def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _ignore_signals() -> None:
+    """From here on a signal does nothing. Not SIG_IGN: Python complains about one that came just before."""
     for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, frame: None)
+
+
+def _interrupt_main() -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)  # also ends a wait for a lock
+    else:
+        _thread.interrupt_main()

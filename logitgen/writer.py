@@ -8,14 +8,17 @@ positions a second this way, 0.12 to 0.15 million through h5py.
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 
+from logitgen.console import format_bytes
 from logitgen.errors import CaptureError, UsageError
 from logitgen.plan import Plan
 from logitgen.rows import Rows
@@ -23,6 +26,11 @@ from logitgen.schema import PARTIAL_SUFFIX, Array, Layout, nbytes, row_crc32
 
 COMMIT_SECONDS = 5.0
 """How much work a power cut may cost."""
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be replaced anyway
+    fcntl = None  # type: ignore[assignment]
 
 _BLOCK_ITEMS = 2**20
 _METADATA_BYTES = 2**16
@@ -41,23 +49,25 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that cannot or must not be written, before anything expensive.
 
     Raises:
-        UsageError: It exists, a part of it exists, or its folder does not.
+        UsageError: It is there already, in whole or in part, or its folder is missing or cannot be written to.
     """
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a folder. Give the name of a file in it.")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: the folder {output.parent} does not exist. Create it.")
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output {output}: the folder {output.parent} cannot be written to. Choose another.")
-    if overwrite:
-        return
-    if output.exists():
-        raise UsageError(f"--output {output} exists. Choose another name, or replace it with --overwrite.")
-    if (partial := partial_path(output)).exists():
-        raise UsageError(
-            f"{partial} is left from a run that did not finish, or another run is writing it. "
-            "If none is, remove it or start again with --overwrite."
-        )
+    try:
+        if not output.parent.is_dir():
+            raise UsageError(f"--output {output}: the folder {output.parent} does not exist. Create it.")
+        for path in (output, partial_path(output)):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise UsageError(f"--output {output}: {path} is not a plain file. Give the name of one.")
+        if output.exists() and not overwrite:
+            raise UsageError(f"--output {output} exists. Choose another name, or replace it with --overwrite.")
+        if (partial := partial_path(output)).exists() and not overwrite:
+            raise UsageError(
+                f"{partial} is left from a run that did not finish, or another run is writing it. "
+                "If none is, remove it or start again with --overwrite."
+            )
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def check_space(output: Path, layout: Layout) -> None:
@@ -71,7 +81,7 @@ def check_space(output: Path, layout: Layout) -> None:
     free = shutil.disk_usage(output.parent).free + (partial.stat().st_size if partial.exists() else 0)
     if needed > free:
         raise UsageError(
-            f"--output {output} needs {needed / 1e9:.3f} GB, {output.parent} has {free / 1e9:.3f} GB free. "
+            f"--output {output} needs {format_bytes(needed)}, {output.parent} has {format_bytes(free)} free. "
             "Free some space, or keep less per position (--top_k) or fewer rows (--limit)."
         )
 
@@ -111,14 +121,17 @@ class Writer:
         self._times_written = np.zeros(len(rows), dtype=np.uint8)
         self._uncommitted: list[Array] = []
         try:
+            self._lock = _locked(self._partial)
+        except OSError as error:
+            raise UsageError(f"--output {output} cannot be created: {_reason(error)}.") from error
+        try:
             self._places = _create(self._partial, layout, attributes)
             self._file = open(self._partial, "r+b", buffering=0)
             _reserve(self._file.fileno())
             self._write_known(rows)
         except OSError as error:
-            if self._partial.is_file():
-                self._partial.unlink()
-            raise UsageError(f"--output {output} cannot be created: {error.strerror or error}.") from error
+            self._partial.unlink(missing_ok=True)
+            raise UsageError(f"--output {output} cannot be created: {_reason(error)}.") from error
         self._last_commit = time.monotonic()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
 
@@ -153,6 +166,7 @@ class Writer:
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self._output)
+            self._lock.close()
             _sync_folder(self._output.parent)
         except OSError as error:
             raise self._failure(error) from error
@@ -222,7 +236,7 @@ class Writer:
             data = data[self._file.write(data) :]
 
     def _failure(self, error: OSError) -> CaptureError:
-        return CaptureError(f"{self._partial} cannot be written: {error.strerror or error}.")
+        return CaptureError(f"{self._partial} cannot be written: {_reason(error)}.")
 
 
 def _create(path: Path, layout: Layout, attributes: Attributes) -> dict[str, int]:
@@ -233,13 +247,28 @@ def _create(path: Path, layout: Layout, attributes: Attributes) -> dict[str, int
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)
     places = {}
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", locking=False) as file:  # it is locked already
         file.attrs.update(attributes)
         for name, (shape, dtype) in layout.datasets.items():
             space = h5py.h5s.create_simple(shape)
             dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, creation)
             places[name] = dataset.get_offset()
     return places
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a file for this process alone, creating it if need be, for as long as what is returned stays open.
+
+    Raises:
+        UsageError: Another process has it.
+    """
+    file = open(path, "ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.") from error
+    return file
 
 
 def _reserve(descriptor: int) -> None:
@@ -256,6 +285,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    """Say what the system says; h5py puts a page of its own where that should be."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _offsets(counts: Array) -> Array:

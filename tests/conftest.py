@@ -112,7 +112,7 @@ def capture(tmp_path: Path) -> Callable[..., Path]:
     def run(**options: Any) -> Path:
         options = {"output": tmp_path / "out.h5", "log_dir": tmp_path / "logs"} | options
         arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-        generate.capture(Ranks(), arguments)
+        generate.capture(Ranks([]), arguments)
         return Path(options["output"])
 
     return run

@@ -88,10 +88,25 @@ def test_a_masked_token_is_stored_as_a_finite_number() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_reported_with_row_and_position(value: float) -> None:
     model = make_llama(50)
+    teacher = Teacher(model, 50)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(1, torch.tensor([3]), value))
     batch = batch_of([[1, 2, 3], [4, 5, 6]], first_row=6)  # positions 0 1 | 0 1: the fourth is row 7, position 1
+    payload = capture_batch(teacher, batch, layout_of(batch)).numpy()
     with pytest.raises(CaptureError, match=r"not finite at row 7, position 1: .* Try --dtype bfloat16 or float32"):
-        captured(batch, layout_of(batch), model)
+        seal(payload, batch, layout_of(batch))
+
+
+def test_a_batch_that_does_not_fit_into_memory_says_what_to_lower() -> None:
+    model = make_llama(50)
+    teacher = Teacher(model, 50)
+
+    def no_memory(module: Any, inputs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    model.lm_head.register_forward_pre_hook(no_memory)
+    batch = batch_of([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(CaptureError, match=r"A batch of 2 rows of 2 tokens does not fit .* Lower --batch_tokens"):
+        capture_batch(teacher, batch, layout_of(batch))
 
 
 @settings(max_examples=20, deadline=None)

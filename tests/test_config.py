@@ -109,6 +109,18 @@ def test_every_option_is_taken_from_a_json_file(tmp_path: Path, indent: int | st
     assert dataclasses.asdict(parse_config(words)) == DEFAULTS | OTHERS
 
 
+def test_a_null_character_is_refused() -> None:
+    with pytest.raises(UsageError, match="--log_dir must not hold a null character"):
+        parse_config([*REQUIRED, "--log_dir=a\0b"])
+
+
+@pytest.mark.parametrize("name", ["foo", "limit=3", "help", "config", "1"])
+def test_an_options_file_may_only_name_options(tmp_path: Path, name: str) -> None:
+    (tmp_path / "options.yaml").write_text(f'"{name}": 1\n')
+    with pytest.raises(UsageError, match=rf"options.yaml: there is no option '{name}'"):
+        parse_config([*REQUIRED, f"--config={tmp_path / 'options.yaml'}"])
+
+
 def test_an_options_file_may_spell_names_with_dashes(tmp_path: Path) -> None:
     config = parse_config([*REQUIRED, options_file(tmp_path, "batch-tokens: 77\ncompletion-only: true\n")])
     assert (config.batch_tokens, config.completion_only) == (77, True)

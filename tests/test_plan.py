@@ -106,3 +106,12 @@ def test_the_plan_leaves_the_lengths_as_they_are() -> None:
     lengths = np.array([2, 9, 4], dtype=np.int32)
     Plan(lengths, batch_tokens=8)
     assert lengths.tolist() == [2, 9, 4]
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 200), st.integers(1, 40))
+def test_no_batch_mixes_rows_on_both_sides_of_a_length_switch(lengths: list[int], budget: int, switch: int) -> None:
+    plan = Plan(np.array(lengths, dtype=np.int32), budget, switch)
+    batches = [[lengths[row] for row in plan.rows(batch)] for batch in range(plan.num_batches)]
+    assert sorted(length for batch in batches for length in batch) == sorted(filter(None, lengths))
+    assert all(min(batch) > switch or max(batch) <= switch for batch in batches)
+    assert all(len(batch) == 1 or max(batch) * len(batch) <= budget for batch in batches)

@@ -118,6 +118,33 @@ def test_ranks_that_do_not_see_each_other_are_refused(teacher: Path, ragged: Pat
     assert not list(tmp_path.glob("out.h5*"))
 
 
+def test_ranks_with_different_options_are_refused(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    """As happens when the command is typed on each of several machines."""
+    change = "import os\nif os.environ['RANK'] == '1': sys.argv.append('--top_k=32')"
+    result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged)
+    assert error_lines(result) == [
+        "error: Rank 1 has another --top_k than the leader: 32, not 64. "
+        "Give every rank the same command, packages and files."
+    ]
+    assert exit_statuses(result) == [2, 2]
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+def test_a_killed_rank_is_named_even_if_the_leader_is_busy(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    """The leader sleeps where no signal wakes Python, as in a long kernel; the launcher's SIGTERM comes meanwhile."""
+    change = (
+        "import ctypes, os, signal, generate\ncompute = generate.capture_batch\n"
+        "def slow(*arguments):\n"
+        "    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    for _ in range(4): ctypes.CDLL(None).sleep(1)\n"
+        "    return compute(*arguments)\n"
+        "generate.capture_batch = slow"
+    )
+    result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged, batch_tokens=40)
+    assert len(error_lines(result)) == 1
+    assert "Rank 1 ended without a word" in error_lines(result)[0]
+
+
 def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     change = (
         "import errno, os\nfrom logitgen.writer import Writer\n"

@@ -210,8 +210,42 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
 def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
     with h5py.File(path, "r+") as file:
         del file.attrs[name]
-    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: .*{name}.* is missing\."):
+    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: attribute {name} is missing or not (str|int)\."):
         LogitsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("version", "x", "attribute version is missing or not int"),
+        ("vocab_size", 1.5, "attribute vocab_size is missing or not int"),
+        ("teacher", 5, "attribute teacher is missing or not str"),
+        ("settings", "5", "attribute settings is not a JSON object"),
+        ("packages", "[1]", "attribute packages is not a JSON object"),
+        ("capture", "everything", "capture, vocab_size and top_k do not fit"),
+        ("vocab_size", -1, "capture, vocab_size and top_k do not fit"),
+    ],
+)
+def test_an_attribute_that_cannot_be_is_named(path: Path, name: str, value: object, message: str) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: .*{message}"):
+        LogitsFile(path)
+
+
+@pytest.mark.parametrize("name", ["offsets", "position_offsets"])
+@pytest.mark.parametrize("end", [0, -1])
+def test_offsets_that_do_not_span_the_data_are_refused(path: Path, name: str, end: int) -> None:
+    with h5py.File(path, "r+") as file:
+        file[name][end] += 1
+    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: {name} must run from 0 to \d+\."):
+        LogitsFile(path)
+
+
+@pytest.mark.parametrize("name", ["/", "", "x" * 5000, "a\0b"])
+def test_a_path_that_cannot_be_a_file_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match=r"is not a file\."):
+        LogitsFile(name)
 
 
 @pytest.mark.parametrize("name", ARRAYS)

@@ -56,11 +56,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon with alibi": ("Falcon", SHORT | {"alibi": True}),
     "bloom": ("Bloom", GPT2_STYLE | {"hidden_size": 32}),
     "mamba": ("Mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "phi3 with long rope": (
+        "Phi3",
+        USUAL
+        | {
+            "max_position_embeddings": 32,
+            "original_max_position_embeddings": 12,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "original_max_position_embeddings": 12,
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0, 3.0, 9.0, 20.0],
+            },
+        },
+    ),
     "mixtral": ("Mixtral", USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2 moe": ("Qwen2Moe", USUAL | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}),
 }
 ROWS = [
-    [(7 * row + 3 * index) % VOCAB for index in range(length)] for row, length in enumerate((23, 4, 17, 1, 9, 16, 2))
+    [(7 * row + 3 * index) % VOCAB for index in range(length)]
+    for row, length in enumerate((23, 4, 17, 1, 9, 13, 12, 2))
 ]
 """Ragged, so that rows are padded; longer than the sliding windows."""
 
@@ -122,12 +138,32 @@ class DoublingLlama(transformers.LlamaForCausalLM):
 def test_a_model_whose_head_cannot_run_apart_is_run_whole(caplog: pytest.LogCaptureFixture) -> None:
     model = enlarge_weights(DoublingLlama(transformers.LlamaConfig(**USUAL)))
     wrapped = Teacher(model, VOCAB)
-    assert "cannot be run in chunks, its logits differ by" in caplog.text
+    assert "cannot be run in chunks, its logits differ" in caplog.text
     input_ids_BT = torch.arange(20).view(2, 10)
     rows_P, positions_P = torch.arange(2).repeat_interleave(10), torch.arange(10).repeat(2)
     logits_PV = torch.cat([logits_CV for _, logits_CV in wrapped.logits(input_ids_BT, rows_P, positions_P)])
     with torch.no_grad():
         torch.testing.assert_close(logits_PV, model(input_ids=input_ids_BT).logits.flatten(0, 1))
+
+
+def test_a_model_that_looks_at_later_tokens_is_refused() -> None:
+    bert = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    with pytest.raises(UsageError, match="logits depend on later tokens: it is no causal language model"):
+        Teacher(enlarge_weights(AutoModelForCausalLM.from_config(bert)), VOCAB)
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_masked_token_does_not_hide_that_the_head_cannot_run_apart(
+    masked: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = enlarge_weights(DoublingLlama(transformers.LlamaConfig(**USUAL)))
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), masked / 2)
+    )
+    Teacher(model, VOCAB)
+    assert "cannot be run in chunks" in caplog.text
 
 
 def config(**changes: Any) -> Config:
@@ -140,8 +176,36 @@ def test_a_missing_teacher_is_named() -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--teacher {tmp_path} cannot be loaded: "):
+    with pytest.raises(UsageError, match=f"--teacher {tmp_path} has no config.json. Give the folder of a"):
         describe_teacher(config(teacher=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c"])
+def test_a_missing_folder_is_not_taken_for_a_hub_id(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--teacher {name} does not exist. Give a folder or a hub id."):
+        describe_teacher(config(teacher=name))
+
+
+def test_code_that_comes_with_a_teacher_is_never_run(
+    tmp_path: Path, capture: Callable[..., Path], ragged: Path
+) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}'
+    )
+    with pytest.raises(UsageError, match=f"--teacher {tmp_path} cannot be loaded: "):
+        capture(teacher=tmp_path, dataset=ragged)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_the_configuration_has_no_use_for_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_teacher(tmp_path, make_llama(VOCAB), None)
+    transformers.LlamaConfig(**USUAL | {"num_hidden_layers": 1, "num_key_value_heads": 4}).save_pretrained(tmp_path)
+    options = config(teacher=str(tmp_path))
+    load_teacher(options, describe_teacher(options), torch.device("cpu"))
+    assert "9 weights its configuration has no use for: model.layers.1." in caplog.text
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:

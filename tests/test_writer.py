@@ -226,7 +226,7 @@ def test_an_unfinished_file_opens_and_says_what_is_done(
     monkeypatch.setattr(writer, "COMMIT_SECONDS", -1.0)
     made = job.writer(tmp_path / "out.h5")
     made.submit(1, job.payloads[1]).result()
-    with h5py.File(tmp_path / "out.h5.partial", "r") as file:
+    with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
         done = file["done"][()].astype(bool)
         positions = np.repeat(done, np.diff(job.expected["position_offsets"]))
         assert np.flatnonzero(done).tolist() == [0, 1, 4]  # row 1 needs no forward pass
@@ -237,10 +237,22 @@ def test_an_unfinished_file_opens_and_says_what_is_done(
             np.testing.assert_array_equal(file[name][()], job.expected[name])
 
 
+def test_a_second_writer_of_the_same_output_is_refused_and_harms_nothing(job: Job, tmp_path: Path) -> None:
+    first = job.writer(tmp_path / "out.h5")
+    first.submit(0, job.payloads[0]).result()
+    with pytest.raises(UsageError, match=r"out\.h5\.partial is being written by another run\. Wait for it"):
+        job.writer(tmp_path / "out.h5")
+    for batch in (1, 2):
+        first.submit(batch, job.payloads[batch])
+    first.finish()
+    with h5py.File(tmp_path / "out.h5", "r") as file:
+        np.testing.assert_array_equal(file["logsumexp"][()], job.expected["logsumexp"])
+
+
 def test_nothing_is_called_done_between_two_commits(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     made.submit(0, job.payloads[0]).result()
-    with h5py.File(tmp_path / "out.h5.partial", "r") as file:
+    with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
         assert not file["done"][()].any()
     assert made.num_written == 2  # row 2, and row 1, which needs no forward pass
 
@@ -250,7 +262,7 @@ def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) ->
 
     def report(batch: int) -> None:
         row = job.plan.rows(batch)[0]
-        with h5py.File(tmp_path / "out.h5.partial", "r") as file:
+        with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
             at = job.expected["position_offsets"][row]
             reported.append((batch, file["logsumexp"][at] == job.expected["logsumexp"][at]))
 
@@ -303,7 +315,9 @@ class Disk:
                 disk.events.append(("write", place, place + written))
                 return written
 
-        def record_open(path: Path, mode: str, buffering: int) -> io.FileIO:
+        def record_open(path: Path, mode: str, buffering: int = -1) -> io.IOBase:
+            if mode == "ab":  # the lock
+                return path.open(mode)
             assert (mode, buffering) == ("r+b", 0)
             return File(path, "r+b")
 
@@ -428,7 +442,7 @@ def test_a_new_output_in_an_existing_folder_is_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
-    with pytest.raises(UsageError, match=r"--output .* is a folder\. Give the name of a file in it\."):
+    with pytest.raises(UsageError, match=r"--output .* is not a plain file\. Give the name of one\."):
         check_output(tmp_path, overwrite)
 
 
@@ -438,12 +452,22 @@ def test_an_output_in_a_missing_folder_is_refused(tmp_path: Path, overwrite: boo
         check_output(tmp_path / "missing" / "out.h5", overwrite)
 
 
-def test_an_output_in_a_folder_without_write_permission_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["/proc/out.h5", "/dev/null", "x" * 300, "x" * 250])
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
-    with pytest.raises(UsageError, match=r"--output .*out\.h5: the folder .* cannot be written to\. Choose another\."):
-        check_output(tmp_path / "out.h5", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--output .* (cannot be written: .*\. Choose another|is not a plain file)"):
+        check_output(Path(place), overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_is_never_replaced(tmp_path: Path, name: str, overwrite: bool) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere.h5")
+    with pytest.raises(UsageError, match=rf"{name} is not a plain file\. Give the name of one\."):
+        check_output(tmp_path / "out.h5", overwrite)
+    assert (tmp_path / name).is_symlink()
 
 
 def test_an_output_that_exists_is_refused_unless_it_may_be_replaced(tmp_path: Path) -> None:
@@ -480,7 +504,7 @@ def test_a_file_that_does_not_fit_on_the_disk_is_refused(
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     message = (
-        rf"--output .*out\.h5 needs 0\.270 GB, {tmp_path} has 0\.270 GB free\. Free some space, .*--top_k.*--limit"
+        rf"--output .*out\.h5 needs 270\.1 MB, {tmp_path} has 269\.9 MB free\. Free some space, .*--top_k.*--limit"
     )
     with pytest.raises(UsageError, match=message):
         check_space(tmp_path / "out.h5", quarter_gigabyte)
