@@ -47,6 +47,9 @@ _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; one that is only slow is waited for."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NOTICE_SECONDS = 0.5
+"""When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""
+
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 
@@ -228,15 +231,16 @@ def _check_gpus() -> None:
 
 def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:
     _ignore_signals()
-    if isinstance(error, Stopped) and thread_failures:
-        error = thread_failures[0]
+    if isinstance(error, Stopped):
+        if not thread_failures:
+            time.sleep(_NOTICE_SECONDS)
+        error = thread_failures[0] if thread_failures else error
     logger.debug("This rank ends.", exc_info=error)
     if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
         traceback.print_exception(error)
-    # Accelerate may not have spoken yet, or may be wrong: here the launcher's word counts.
-    mine = _Failure.of(error, int(os.environ.get("RANK", "0")), _launched_ranks())
+    mine = _Failure.of(error)
     first = _first_failure(mine) if _launched_ranks() > 1 else mine
-    if first == mine:
+    if first.rank == mine.rank:
         print_error(first.message)
     first.tell_launcher()
     # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
@@ -343,6 +347,7 @@ class _Inbox:
             self._receive(peer, share)
         except Exception as error:
             self._failures.append(error)
+            _first_failure(_Failure.of(error))  # now: the launcher may end this rank before the main thread can
             _interrupt_main()  # it may be deep in a forward pass, or wait for another rank
 
     def _receive(self, peer: int, share: Sequence[int]) -> None:
@@ -368,8 +373,10 @@ class _Failure:
     message: str
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, num_ranks: int) -> "_Failure":
-        where = f"Rank {rank}: " if num_ranks > 1 else ""
+    def of(cls, error: BaseException) -> "_Failure":
+        # Accelerate may not have spoken yet, or may be wrong: here the launcher's word counts.
+        rank = int(os.environ.get("RANK", "0"))
+        where = f"Rank {rank}: " if _launched_ranks() > 1 else ""
         match error:
             case Stopped():
                 return cls(rank, error.exit_status, f"The run was {error}.")

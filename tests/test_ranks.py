@@ -110,7 +110,10 @@ def launch_changed(folder: Path, change: str, **options: Any) -> Ended:
 
 def test_ranks_that_do_not_see_each_other_are_refused(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     """Accelerate leaves ranks alone on a machine whose accelerator is not of the profile's kind."""
-    change = "import torch\ntorch.accelerator.is_available = lambda: True"
+    change = (
+        "import torch\ntorch.accelerator.is_available = lambda: True\n"
+        "torch.accelerator.current_accelerator = lambda: torch.device('cuda')"
+    )
     result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged)
     assert len(error_lines(result)) == 1
     assert "The launcher started 2 processes, but they do not see each other (Accelerate reports 1)" in result.stderr
