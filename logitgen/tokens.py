@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("uint8"))}
 )
+_COLUMNS = ("input_ids", "completion_mask", "messages", "prompt", "completion", "text")
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Tokens = dict[str, list[list[int]]]
@@ -74,12 +75,14 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     cache.parent.mkdir(parents=True, exist_ok=True)
+    # Columns nobody asked for may hold images or audio, which take long to decode.
+    needed = split.select_columns([name for name in split.column_names if name in (*_COLUMNS, config.text_column)])
     try:
-        return split.map(
+        return needed.map(
             encode,
             batched=True,
             with_indices=True,
-            remove_columns=split.column_names,
+            remove_columns=needed.column_names,
             features=features,
             new_fingerprint=fingerprint,
             cache_file_name=os.fspath(cache),
