@@ -58,6 +58,6 @@ def attributes(
         "teacher_fingerprint": teacher.fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dataset_fingerprint": rows.fingerprint,
-        "settings": json.dumps(config.settings, sort_keys=True),
+        "settings": config.settings_json(),
         "packages": json.dumps(package_versions()),
     }
