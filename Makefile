@@ -8,7 +8,7 @@ OUTPUT := $(DEMO)/teacher.h5
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types format clean
+.PHONY: help run test chaos check lint types format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU rank
 
 test: $(VENV)/ready  ## Run all tests
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/ready  ## Kill and stop several hundred runs, print what was lost
+	$(BIN)/python tests/chaos.py
 
 check: lint types test  ## Lint, check the format and the types, run all tests
 

@@ -3,7 +3,8 @@ r"""Capture a teacher's logits over a dataset into one HDF5 file.
     accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
         --teacher M --dataset D --split S --output out.h5
 
-Every rank runs this file from top to bottom; the leader (rank 0) also writes.
+Every rank runs this file from top to bottom; the leader (rank 0) also writes. The same command again goes on with what
+a run that was stopped has left.
 """
 
 import logging
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 
@@ -19,16 +21,19 @@ from logitgen.capture import capture_batch, seal
 from logitgen.config import parse_config
 from logitgen.console import Progress, print_result, silence_stdout, start_logging
 from logitgen.data import load_split
+from logitgen.estimate import estimate, run_pilot
+from logitgen.header import file_bytes
+from logitgen.output import Output
 from logitgen.plan import Plan
-from logitgen.provenance import attributes, facts_of_launch
+from logitgen.provenance import attributes, facts_of_launch, settings_attributes, teacher_attributes
 from logitgen.reader import LogitsFile
-from logitgen.report import summary
+from logitgen.report import estimate_view, summary
 from logitgen.rows import Rows
 from logitgen.schema import Layout
 from logitgen.teacher import describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenize
-from logitgen.transport import Ranks, launched
-from logitgen.writer import Writer, check_output, check_space
+from logitgen.transport import Ranks, launched, share
+from logitgen.writer import Writer, write_known
 
 logger = logging.getLogger("logitgen.generate")
 
@@ -44,10 +49,12 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     if not ranks.is_leader:
         silence_stdout()
     config = ranks.together(lambda: parse_config(arguments))
+    ranks.patience_seconds = config.rank_timeout
     ranks.same(facts_of_launch(config))
-    output = Path(config.output)
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
-    ranks.on_leader(lambda: check_output(output, config.overwrite))
+    output = Output(Path(config.output), config.overwrite)
+    ranks.on_leader(output.claim)
+    ranks.on_leader(lambda: output.check(settings_attributes(config)))
     info = ranks.together(lambda: describe_teacher(config))
     set_seed(config.seed)
 
@@ -60,7 +67,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     if rows.num_dropped_tokens:
         logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
 
-    # The plan and the layout fix every byte's place in the file.
+    # The plan and the layout fix every byte's place in the file; a file that has them all is left as it is.
     plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     layout = Layout(
         capture=config.capture,
@@ -70,30 +77,55 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         vocab_size=info.vocab_size,
         top_k=config.kept,
     )
-    ranks.on_leader(lambda: check_space(output, layout))
+    about = attributes(config, info, rows, layout, tokenizer)
+    ranks.on_leader(lambda: output.check(about))
+    if ranks.from_leader(output.is_complete):
+        ranks.on_leader(lambda: None if config.dry_run else output.complete())
+        logger.info(f"{output.path} is complete: all {len(rows):,} rows are there. Nothing is left to do.")
+        return
+    if not config.dry_run:
+        ranks.on_leader(lambda: output.check_space(file_bytes(layout, about)))
 
     logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
-    logger.info(
-        f"Capturing {len(rows):,} rows, {plan.num_tokens:,} tokens in {plan.num_batches:,} batches. "
-        f"Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU threads each."
-    )
+    about |= teacher_attributes(teacher)
+    ranks.on_leader(lambda: output.check(about))
+    if config.dry_run:
+        pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout))
+        print_result(estimate_view(estimate(rows, plan, layout, about, pilots), output.free_bytes))
+        return
 
-    # Every rank computes its share of the batches; what they yield goes to the leader and into the file.
+    # Every rank computes its share of the missing batches; what they yield goes to the leader and into the file.
+    known = partial(write_known, layout=layout, rows=rows)
+    header = ranks.on_leader(lambda: output.create(layout, about, known))
+    done = ranks.from_leader(output.done)
+    batches = plan.pending(done)
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
-    progress = Progress(plan.num_rows, plan.sums(rows.forward_lengths), payload_bytes, ranks.num_ranks)
-    about = attributes(config, info, teacher, rows, layout, tokenizer)
-    writer = ranks.on_leader(lambda: Writer(output, layout, rows, plan, about, progress.written))
-    submit = writer.submit if writer else None
-    with progress if writer else nullcontext(), ranks.deliver(plan, payload_bytes, submit) as outbox:
-        for number in plan.share(ranks.rank, ranks.num_ranks):
-            batch = rows.batch(plan.rows(number))
-            outbox.put(number, capture_batch(teacher, batch, layout), partial(seal, batch=batch, layout=layout))
-    ranks.on_leader(lambda: writer.finish() if writer else None)
+    tokens_of_batch = plan.sums(rows.forward_lengths)
+    logger.info(
+        f"Capturing {np.count_nonzero(~done):,} of {len(rows):,} rows, {tokens_of_batch[batches].sum():,} tokens in "
+        f"{len(batches):,} batches. Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU "
+        "threads each."
+    )
+    progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, batches, ranks.num_ranks)
+    writer = Writer(output.partial, header, rows, plan, done, progress.written) if header else None
+    with writer or nullcontext():
+        with (
+            progress if writer else nullcontext(),
+            ranks.deliver(batches, payload_bytes, writer.submit if writer else None) as outbox,
+        ):
+            for number in share(batches, ranks.rank, ranks.num_ranks):
+                batch = rows.batch(plan.rows(number))
+                payload = capture_batch(teacher, batch, layout)
+                outbox.put(number, payload, partial(seal, batch=batch, layout=layout, dtype=teacher.dtype))
+        ranks.on_leader(lambda: writer.finish() if writer else None)
+    ranks.on_leader(output.complete)
     if writer:
-        file, seconds = LogitsFile(output), progress.seconds
-        print_result(summary(file, writer.num_twice, plan.num_tokens, plan.padding_share, seconds))
+        num_tokens = int(tokens_of_batch[batches].sum())
+        print_result(
+            summary(LogitsFile(output.path), writer.num_twice, num_tokens, plan.padding_share, progress.seconds)
+        )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
-"""`python -m logitgen`: look into a file."""
+"""`python -m logitgen`: look into a file, and prove it right."""
 
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
-from logitgen.console import print_error, print_result
+from logitgen.console import print_error, print_result, quiet_libraries
 from logitgen.errors import LogitgenError, UsageError
 from logitgen.reader import LogitsFile
-from logitgen.report import Decoder, facts, overview, row_facts, row_view
+from logitgen.report import Decoder, facts, overview, row_facts, row_view, verdict_view
+from logitgen.verify import problems
+
+MOST_PROBLEMS = 20
+"""Problems after which `verify` gives up on a file."""
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[0].upper()}{message[1:]}. See --help.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    parser = _Parser(prog="python -m logitgen", description="Look into a logitgen file.")
+    parser = _Parser(prog="python -m logitgen", description="Look into a logitgen file, and prove it right.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="Show what is in a file.", description="Show what is in a file.")
     inspect.add_argument("file", type=Path)
@@ -27,15 +35,25 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--positions", type=int, help="With --row: show only so many positions.")
     inspect.add_argument("--tokenizer", help="Folder or hub id of the tokenizer; the file's teacher if not given.")
     inspect.add_argument("--json", action="store_true", help="Print JSON for scripts.")
+    inspect.set_defaults(run=_inspect)
+    about = "Check every row of a file; with --teacher, run the teacher again over some of them. Status 1 if not right."
+    verify = commands.add_parser("verify", help="Prove a file right.", description=about)
+    verify.add_argument("file", type=Path)
+    verify.add_argument(
+        "--teacher", nargs="?", const="", help="Run this teacher again, or without a name the one the file names."
+    )
+    verify.add_argument("--rows", type=int, help="With --teacher: how many rows, drawn at random; 16 if not given.")
+    verify.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the teacher.")
+    verify.set_defaults(run=_verify)
     try:
-        _inspect(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
+        return cast(int, options.run(options))
     except LogitgenError as error:
         print_error(str(error))
         return error.exit_status
-    return 0
 
 
-def _inspect(options: argparse.Namespace) -> None:
+def _inspect(options: argparse.Namespace) -> int:
     if options.row is None and (options.positions is not None or options.tokenizer is not None):
         raise UsageError("--positions and --tokenizer show a row: name one with --row.")
     if options.positions is not None and options.positions < 1:
@@ -51,6 +69,7 @@ def _inspect(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(known, indent=2) + "\n")
     else:
         print_result(drawn)
+    return 0
 
 
 def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
@@ -67,6 +86,27 @@ def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
         if name is not None:
             raise UsageError(f"--tokenizer {name} cannot be loaded. Give the teacher's folder or hub id.") from error
         return None
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.teacher is None and (options.rows is not None or options.trust_remote_code):
+        raise UsageError("--rows and --trust_remote_code are for running the teacher again: add --teacher.")
+    if options.rows is not None and options.rows < 1:
+        raise UsageError(f"--rows must be at least 1, got {options.rows}.")
+    file = LogitsFile(options.file, partial=True)
+    search = problems(file)
+    found = list(islice(search, MOST_PROBLEMS))
+    more = next(search, None) is not None
+    compared = None
+    if options.teacher is not None and not found:
+        from logitgen.rerun import load_teacher_of, rerun, sample_rows  # takes seconds
+
+        quiet_libraries()
+        teacher, found = load_teacher_of(file, options.teacher or None, options.trust_remote_code)
+        compared = rerun(file, teacher, sample_rows(file, options.rows or 16))
+        found += compared.problems
+    print_result(verdict_view(file, found, more, compared))
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

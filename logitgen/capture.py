@@ -3,14 +3,19 @@
 Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, V vocabulary, K kept.
 """
 
+import logging
+
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from logitgen.errors import CaptureError
 from logitgen.rows import Batch
 from logitgen.schema import Array, Layout, row_crc32
 from logitgen.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {
     np.dtype("<u2"): torch.uint16,
@@ -35,7 +40,7 @@ def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
     """
     kept_CK, ids_CK = logits_CV.topk(k)
     scalars = _scalars(logits_CV, target_C)
-    return scalars | {"kept_ids": ids_CK, "kept_logprobs": kept_CK - scalars["logsumexp"][:, None]}
+    return scalars | {"kept_ids": ids_CK, "kept_logprobs": (kept_CK - scalars["logsumexp"][:, None]).clamp(max=0)}
 
 
 def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
@@ -46,51 +51,78 @@ def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
 def _scalars(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     logsumexp_C = logits_CV.logsumexp(-1)
     target_logprob_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C
-    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-_FLOAT16_MAX)}
+    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-_FLOAT16_MAX, max=0)}
 
 
 @torch.inference_mode()
 def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
-    """Run the teacher over a batch and pack what is kept.
+    """Run the teacher over a batch and pack what is kept; a batch that does not fit into memory is halved.
 
     Returns:
         uint8 payload on the teacher's device, laid out as `Layout.payload_slices`; the checksums are left to `seal`.
 
     Raises:
-        CaptureError: The device has not enough memory.
+        CaptureError: The device has not enough memory for a single row.
     """
+    num_positions = len(batch.positions)
+    slices = layout.payload_slices(len(batch.rows), num_positions)
+    payload = torch.zeros(slices[next(reversed(slices))].stop, dtype=torch.uint8, device=teacher.device)
+    packed = {
+        name: payload[slices[name]].view(_TORCH_DTYPES[dtype]).view(num_positions, *entry)
+        for name, (entry, dtype) in layout.captured.items()
+    }
+    _fill(packed, teacher, batch, layout)
+    return payload
+
+
+def _fill(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layout) -> None:
+    """Compute what is kept at a batch's positions, into tensors of [P, ...] each."""
+    try:
+        _run(packed, teacher, batch, layout)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        rows, length = batch.input_ids.shape
+        if rows == 1:
+            raise CaptureError(
+                f"Row {batch.rows[0]} does not fit into the memory of {teacher.device}: {length} tokens. "
+                "Lower --max_length, or free memory."
+            ) from error
+    else:
+        return
+    # Here, where the error no longer holds on to the tensors of the forward pass.
+    clear_device_cache(garbage_collection=True)
+    logger.warning(
+        f"{rows} rows of {length} tokens do not fit into the memory of {teacher.device}: they are computed in halves. "
+        "A lower --batch_tokens would save the attempt."
+    )
+    start = 0
+    for half in batch.halves():
+        end = start + len(half.positions)
+        _fill({name: values[start:end] for name, values in packed.items()}, teacher, half, layout)
+        start = end
+
+
+def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layout) -> None:
     row_P, position_P, target_P, input_ids_BT = (
         _on_device(array, teacher.device)
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
-    slices = layout.payload_slices(len(batch.rows), len(target_P))
-    payload = torch.zeros(slices[next(reversed(slices))].stop, dtype=torch.uint8, device=teacher.device)
-    packed = {
-        name: payload[slices[name]].view(_TORCH_DTYPES[dtype]).view(len(target_P), *entry)
-        for name, (entry, dtype) in layout.captured.items()
-    }
-    try:
-        for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
-            target_C = target_P[span]
-            kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
-            for name, values in kept.items():
-                packed[name][span] = _storable(values, packed[name].dtype)
-    except torch.OutOfMemoryError as error:
-        rows, length = input_ids_BT.shape
-        raise CaptureError(
-            f"A batch of {rows} rows of {length} tokens does not fit into the memory of {teacher.device}. "
-            "Lower --batch_tokens, or --max_length if it is a single row."
-        ) from error
-    return payload
+    for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
+        target_C = target_P[span]
+        kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
+        for name, values in kept.items():
+            packed[name][span] = _storable(values, packed[name].dtype)
 
 
-def seal(payload: Array, batch: Batch, layout: Layout) -> None:
+def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> None:
     """Check a payload that has arrived in host memory, and checksum its rows in place.
 
     Args:
         payload: uint8, as `capture_batch` packed it.
         batch: The batch it was captured from.
         layout: Sizes and dtypes.
+        dtype: In which precision the teacher computed.
 
     Raises:
         CaptureError: The teacher returned NaN or infinity.
@@ -102,9 +134,14 @@ def seal(payload: Array, batch: Batch, layout: Layout) -> None:
     logsumexp_P = captured["logsumexp"]
     if not np.isfinite(logsumexp_P).all():
         at = int(np.argmin(np.isfinite(logsumexp_P)))
+        remedy = {
+            torch.float16: "Its range is small: try --dtype bfloat16 or float32.",
+            torch.bfloat16: "Try --dtype float32; if that does not help, the weights are damaged.",
+        }.get(dtype, "The weights are damaged, or the row is one the teacher cannot read.")
         raise CaptureError(
             f"The teacher's logits are not finite at row {batch.rows[batch.row_of_position[at]]}, position "
-            f"{batch.positions[at]}: their log-sum-exp is {logsumexp_P[at]}. Try --dtype bfloat16 or float32."
+            f"{batch.positions[at]}: their log-sum-exp is {logsumexp_P[at]} in {str(dtype).removeprefix('torch.')}. "
+            f"{remedy}"
         )
     checksums = payload[slices["crc32"]].view("<u4")
     file_dtypes = [layout.datasets["input_ids"][1], layout.datasets["positions"][1]]
@@ -113,7 +150,9 @@ def seal(payload: Array, batch: Batch, layout: Layout) -> None:
         span = slice(start, start + count)
         known = [batch.tokens[index], batch.positions[span]]
         arrays = [array.astype(dtype) for array, dtype in zip(known, file_dtypes, strict=True)]
-        checksums[index] = row_crc32(row, arrays + [values[span] for values in captured.values()])
+        checksums[index] = row_crc32(
+            row, batch.source_rows[index], arrays + [values[span] for values in captured.values()]
+        )
         start += count
 
 

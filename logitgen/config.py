@@ -13,8 +13,12 @@ from transformers import HfArgumentParser
 from logitgen.errors import UsageError
 from logitgen.schema import CaptureKind
 
-_NOT_SETTINGS = ("output", "overwrite", "log_dir")
-"""Options that say where a run leaves things, not what is computed: they do not go into the file."""
+_NOT_SETTINGS = ("output", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir")
+"""Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
+
+
+_LARGEST_OPTIONS_FILE = 2**16
+"""In characters."""
 
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -50,11 +54,21 @@ class Config:
     top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
     batch_tokens: int = _option("Tokens per forward pass, padding included.", 8192)
     overwrite: bool = _option("Replace an output that exists, once the new one is complete.", False)
+    dry_run: bool = _option("Write nothing; say what the run would take in disk, memory and time.", False)
+    trust_remote_code: bool = _option("Run code that comes with the teacher.", False)
+    rank_timeout: int = _option("Seconds in which no rank moves, after which the one waited for has hung.", 1800)
     log_dir: str = _option("Folder for one log file per rank.", "logs")
     seed: int = _option("Seed of anything random.", 0)
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("limit", 1), ("top_k", 1), ("batch_tokens", 1), ("seed", 0)):
+        for name, least in (
+            ("max_length", 2),
+            ("limit", 1),
+            ("top_k", 1),
+            ("batch_tokens", 1),
+            ("rank_timeout", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}.")
@@ -88,7 +102,7 @@ class Config:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:].rstrip('.')}. See --help for the options.")
+        raise UsageError(f"{message[0].upper()}{message[1:300].rstrip('.')}. See --help for the options.")
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -122,28 +136,44 @@ def parse_config(arguments: Sequence[str]) -> Config:
 def _config_path(words: list[str]) -> str | None:
     """Find the value of --config before the options are parsed: the file may hold the required ones."""
     finder = _Parser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", action="append", default=[])
     found, _ = finder.parse_known_args(words)
-    return found.config  # type: ignore[no-any-return]
+    if len(found.config) > 1:
+        raise UsageError(f"--config can be given once, got {' and '.join(found.config)}. Join the files.")
+    return found.config[0] if found.config else None
 
 
 def _file_words(path: Path) -> list[str]:
     """Turn an options file into command-line words, so that both go through the same checks."""
     try:
-        text = path.read_text(encoding="utf-8")
-        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_OPTIONS_FILE + 1)
+        if len(text) > _LARGEST_OPTIONS_FILE:
+            raise ValueError("it is too large for a file of options")
+        if path.suffix == ".json":
+            text = json.dumps(json.loads(text))
+        # Only composed, not constructed: a value stays what was typed.
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {path} cannot be read: {reason}") from error
-    if not isinstance(options, dict):
-        raise UsageError(f"--config {path} must hold options as 'name: value' lines, got {type(options).__name__}.")
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config {path} must hold options as 'name: value' lines, got {_kind(root)}.")
     names = {option.name for option in dataclasses.fields(Config)}
-    words = []
-    for name, value in options.items():
-        if str(name).replace("-", "_") not in names:
-            raise UsageError(f"--config {path}: there is no option '{name}'. See --help for the options.")
-        if isinstance(value, (dict, list)):
-            raise UsageError(f"--config {path}: '{name}' must be a single value, got {type(value).__name__}.")
-        if value is not None:
-            words.append(f"--{name}={value}")
-    return words
+    words: dict[str, str] = {}
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"--config {path}: the name of an option must be a word, got {_kind(key)}.")
+        name = key.value.replace("-", "_")
+        if name not in names:
+            raise UsageError(f"--config {path}: there is no option '{key.value:.80}'. See --help for the options.")
+        if name in words:
+            raise UsageError(f"--config {path}: '{key.value}' is there twice. Leave one out.")
+        if not isinstance(value, yaml.ScalarNode):
+            raise UsageError(f"--config {path}: '{key.value}' must be a single value, got {_kind(value)}.")
+        words[name] = "" if value.tag.endswith(":null") else f"--{name}={value.value}"
+    return [word for word in words.values() if word]
+
+
+def _kind(node: yaml.Node | None) -> str:
+    return f"a {node.id}" if node else "nothing"  # type: ignore[attr-defined]

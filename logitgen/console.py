@@ -58,7 +58,7 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8")
+        file = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"--log_dir {log_dir} cannot be written to: {error.strerror}. Choose another.") from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
@@ -68,10 +68,10 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
     logging.getLogger("logitgen").setLevel(logging.DEBUG)
     logging.captureWarnings(True)
-    _quiet_libraries()
+    quiet_libraries()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Send what other libraries say to the log file, and have them draw no progress bars of their own."""
     import datasets  # they take seconds, and looking into a file needs none of them
     import tqdm
@@ -79,7 +79,8 @@ def _quiet_libraries() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # Some of their bars have no switch, the GGUF loader's for one.
-    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
+    if not isinstance(vars(tqdm.tqdm)["__init__"], partialmethod):
+        tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.disable_progress_bar()
     disable_progress_bars()
@@ -106,21 +107,24 @@ class Progress:
     Without a terminal it is one plain line now and then.
     """
 
-    def __init__(self, rows: Array, tokens: Array, written_bytes: Array, num_sources: int) -> None:
+    def __init__(self, rows: Array, tokens: Array, written_bytes: Array, batches: Array, num_sources: int) -> None:
         """Prepare the display.
 
         Args:
-            rows: Rows of every batch, [num_batches].
+            rows: Rows of every batch of the plan, [num_batches].
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
-            num_sources: Ranks that send; batch j comes from rank j mod `num_sources`.
+            batches: Numbers of the batches that are computed; the others are in the file already.
+            num_sources: Ranks that send, in turns.
         """
         self._batches = rows, tokens, written_bytes
+        self._sources = {int(batch): index % num_sources for index, batch in enumerate(batches)}
         self._num_rows = int(rows.sum())
-        self._source_totals = [int(tokens[source::num_sources].sum()) for source in range(num_sources)]
+        self._tokens_before = int(tokens.sum() - tokens[batches].sum())
+        self._source_totals = [int(tokens[batches[source::num_sources]].sum()) for source in range(num_sources)]
         self._source_tokens = [0] * num_sources
-        self._rows = 0
-        self._written_bytes = 0
+        self._rows = self._num_rows - int(rows[batches].sum())
+        self._written_bytes = int(written_bytes.sum() - written_bytes[batches].sum())
         self._start = self._last_line = time.monotonic()
         self._live = Live(get_renderable=self._render, console=_messages, transient=True, refresh_per_second=4)
 
@@ -139,7 +143,7 @@ class Progress:
         """Count a batch that is in the file."""
         rows, tokens, written_bytes = (int(values[batch]) for values in self._batches)
         self._rows += rows
-        self._source_tokens[batch % len(self._source_tokens)] += tokens
+        self._source_tokens[self._sources[batch]] += tokens
         self._written_bytes += written_bytes
         now = time.monotonic()
         if not _messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
@@ -153,9 +157,10 @@ class Progress:
 
     def _totals(self) -> tuple[int, int, float, str]:
         """Tokens so far, tokens in all, tokens per second, time left."""
-        tokens, total = sum(self._source_tokens), sum(self._source_totals)
-        rate = tokens / self.seconds if tokens else 0.0
-        return tokens, total, rate, f"ETA {format_seconds((total - tokens) / rate)}" if rate else "ETA -:--"
+        new, goal = sum(self._source_tokens), sum(self._source_totals)
+        rate = new / self.seconds if new else 0.0
+        eta = f"ETA {format_seconds((goal - new) / rate)}" if rate else "ETA -:--"
+        return self._tokens_before + new, self._tokens_before + goal, rate, eta
 
     def _plain(self) -> str:
         tokens, total, rate, eta = self._totals()

@@ -19,6 +19,10 @@ _FILE_FORMATS = {
 }
 
 
+_NO_DATA = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""How `datasets` and the Parquet reader say that a file has no rows."""
+
+
 def load_split(config: Config) -> datasets.Dataset:
     """Load the rows the options name: from the hub, a file, a folder of files or a `save_to_disk` folder.
 
@@ -34,6 +38,8 @@ def load_split(config: Config) -> datasets.Dataset:
         raise
     except Exception as error:  # `datasets` and the readers below it raise whatever they like
         cause = first_line(error.__cause__ or error)
+        if any(words in cause for words in _NO_DATA):
+            raise _no_rows(config) from error
         raise UsageError(f"--dataset {config.dataset} cannot be loaded with --split {config.split}: {cause}") from error
     parts = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans if span.from_ < span.to]
     if not parts:
@@ -51,6 +57,8 @@ def _load(config: Config) -> datasets.DatasetDict:
         return _load_file(path, config)
     if is_saved:
         return _load_saved(path, config)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--dataset {path} is neither a file nor a folder. Give one of them, or a hub id.")
     if not path.exists() and not _is_hub_id(config.dataset):
         raise UsageError(f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id.")
     return datasets.load_dataset(config.dataset, config.dataset_config)

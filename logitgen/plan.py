@@ -45,7 +45,7 @@ class Plan:
         """Row numbers of a batch, longest row first."""
         return self._rows[self._starts[batch] : self._starts[batch + 1]]
 
-    def sums(self, values: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    def sums(self, values: npt.NDArray[np.integer | np.bool_]) -> npt.NDArray[np.int64]:
         """Sum a per-row number, [N], over the rows of every batch: [num_batches]."""
         return np.add.reduceat(values[self._rows].astype(np.int64), self._starts[:-1])
 
@@ -54,9 +54,9 @@ class Plan:
         """Rows of every batch, [num_batches]."""
         return np.diff(self._starts)
 
-    def share(self, replica: int, num_replicas: int) -> range:
-        """Batches that one of several replicas computes, in the order in which it computes them."""
-        return range(replica, self.num_batches, num_replicas)
+    def pending(self, done: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Return the batches with a row that is not done, [N] flags, in the order in which they are computed."""
+        return np.flatnonzero(self.sums(~done))
 
 
 def _batch_starts(

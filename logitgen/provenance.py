@@ -27,37 +27,47 @@ def facts_of_launch(config: Config) -> dict[str, str]:
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
 
+def settings_attributes(config: Config) -> dict[str, str | int]:
+    """Collect the attributes that are known before anything is loaded."""
+    return {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "capture": config.capture,
+        "settings": config.settings_json(),
+        "packages": json.dumps(package_versions()),
+    }
+
+
+def teacher_attributes(teacher: Teacher) -> dict[str, str | int]:
+    """Collect the attributes that only a loaded teacher tells."""
+    return {
+        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        "teacher_fingerprint": teacher.fingerprint,
+    }
+
+
 def attributes(
     config: Config,
     info: TeacherInfo,
-    teacher: Teacher,
     rows: Rows,
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, str | int]:
-    """Collect the file's attributes.
+    """Collect the attributes that are known before the teacher is loaded.
 
     Args:
         config: The run's options.
         info: The teacher's configuration.
-        teacher: The loaded teacher.
         rows: The tokenised split.
         layout: The file's sizes.
         tokenizer: The teacher's tokenizer, if the rows needed one.
     """
-    return {
-        "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
-        "capture": layout.capture,
+    return settings_attributes(config) | {
         "top_k": layout.top_k,
         "vocab_size": layout.vocab_size,
         "tokenizer_size": 0 if tokenizer is None else len(tokenizer),
         "teacher": config.teacher,
-        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
         "commit": info.commit,
-        "teacher_fingerprint": teacher.fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dataset_fingerprint": rows.fingerprint,
-        "settings": config.settings_json(),
-        "packages": json.dumps(package_versions()),
     }

@@ -1,16 +1,22 @@
 """What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from logitgen.console import format_bytes, format_seconds, printable
-from logitgen.errors import UsageError
+from logitgen.errors import FormatError, UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import Array
+from logitgen.verify import row_problems
+
+if TYPE_CHECKING:
+    from logitgen.estimate import Estimate  # imports what takes seconds
+    from logitgen.rerun import Rerun
 
 NUM_GUESSES = 5
 NUM_DRAWN = 3
@@ -54,9 +60,12 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
 
     Raises:
         UsageError: There is no such row.
+        FormatError: The row is damaged.
     """
     if not -len(file) <= row < len(file):
         raise UsageError(f"--row must be between 0 and {len(file) - 1}, got {row}.")
+    for problem in row_problems(file, row % len(file)):
+        raise FormatError(f"{file.path} is damaged: row {row % len(file)} {problem}. Copy it again.")
     data = file.row(row)
     ids = data["input_ids"]
     ids_PK, logprobs_PK = _guesses(data)
@@ -148,6 +157,68 @@ def summary(
         "file": known["path"],
     }
     return _definitions(lines)
+
+
+def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
+    """Draw what a run would take.
+
+    Args:
+        known: What was worked out.
+        free_bytes: Free space where the file would be.
+    """
+    host, device = (max(values) for values in zip(*((p.host_bytes, p.device_bytes) for p in known.pilots), strict=True))
+    lines = {
+        "rows": f"{known.num_rows:,}, {known.num_cut:,} of the split were too long",
+        "tokens": f"{known.num_tokens:,}, {known.num_positions:,} positions captured, "
+        f"{known.num_dropped_tokens:,} tokens dropped",
+        "batches": f"{known.num_batches:,}, {known.padding_share:.1%} padding",
+        "file": f"{known.size_bytes:,} bytes, {known.size_bytes / known.num_tokens:,.1f} per token; "
+        f"{format_bytes(free_bytes)} free",
+        "memory per rank": format_bytes(host)
+        + (f", {format_bytes(device)} of them on the GPU" if device else "")
+        + f"; the leader {format_bytes(known.buffer_bytes)} of buffers more",
+        "speed": f"{known.tokens_per_second:,.0f} tokens/s per rank, {len(known.pilots)} measured at once",
+    }
+    sizes = _grid("kept", "file", "per token")
+    for name, size_bytes in known.other_sizes.items():
+        sizes.add_row(name, format_bytes(size_bytes), f"{size_bytes / known.num_tokens:,.1f} B")
+    times = _grid("ranks", "time")
+    for num_ranks, seconds in known.seconds.items():
+        times.add_row(str(num_ranks), format_seconds(seconds))
+    return Group(_definitions(lines), Text(), Columns([sizes, times], padding=(0, 6)))
+
+
+def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Rerun | None") -> RenderableType:
+    """Draw what `verify` found out.
+
+    Args:
+        file: The file.
+        found: What is wrong with it.
+        more: Whether the search ended before all of it was seen.
+        compared: How far the teacher is from it, if it was run again.
+    """
+    present = int(np.count_nonzero(file.arrays["done"]))
+    lines = {
+        "file": str(file.path),
+        "rows": f"{len(file):,} expected, {present:,} present",
+    }
+    if compared:
+        lines["teacher"] = (
+            f"over {compared.num_positions:,} positions largest difference {compared.largest:.4f} nats, mean "
+            f"{compared.mean:.5f} (at most {compared.most_mean}), top-1 agreement {compared.top1_agreement:.2%} "
+            f"(at least {compared.least_agreement:.0%})"
+        )
+    verified = "verified: every row is there once, its checksum and its values are right"
+    count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
+    lines["verdict"] = f"NOT verified, {count}" if found else verified
+    return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
+
+
+def _grid(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
+    return table
 
 
 def _definitions(lines: dict[str, str]) -> RenderableType:

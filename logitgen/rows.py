@@ -28,6 +28,7 @@ class Batch:
 
     Attributes:
         rows: Row numbers, int64[B].
+        source_rows: Row of the split each comes from, int64[B].
         tokens: All tokens of each row, B arrays int32[T].
         input_ids: int64[B, T], without the tokens after a row's last captured position, padded with 0.
         num_positions: Captured positions per row, int64[B].
@@ -37,12 +38,32 @@ class Batch:
     """
 
     rows: Array
+    source_rows: Array
     tokens: list[Array]
     input_ids: Array
     num_positions: Array
     row_of_position: Array
     positions: Array
     targets: Array
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """Cut the batch into two, its first rows and its last; it must have at least two."""
+        middle = len(self.rows) // 2
+        return self._part(0, middle), self._part(middle, len(self.rows))
+
+    def _part(self, first: int, end: int) -> "Batch":
+        rows = slice(first, end)
+        positions = slice(int(self.num_positions[:first].sum()), int(self.num_positions[:end].sum()))
+        return Batch(
+            rows=self.rows[rows],
+            source_rows=self.source_rows[rows],
+            tokens=self.tokens[rows],
+            input_ids=self.input_ids[rows],
+            num_positions=self.num_positions[rows],
+            row_of_position=self.row_of_position[positions] - first,
+            positions=self.positions[positions],
+            targets=self.targets[positions],
+        )
 
 
 class Rows:
@@ -56,6 +77,7 @@ class Rows:
         num_positions: Captured positions per row, int32[N].
         forward_lengths: Tokens of each row the teacher must read, up to the last captured position, int32[N].
         source_row: Row of the dataset split a row (or, with packing, its first token) comes from, int64[N].
+        num_cut: Rows of the split that were too long, and were truncated or split.
         num_dropped_tokens: Tokens in no row: cut off, or at the end of the split too few to fill a packed block.
     """
 
@@ -79,6 +101,8 @@ class Rows:
         self._row_ends = row_ends
         self._starts, self.lengths, self.source_row = _cut(row_ends, config, max_length)
         num_source_tokens = int(row_ends[-1])
+        too_long = np.diff(row_ends, prepend=0) > (max_length or np.inf)
+        self.num_cut = 0 if config.packing else int(np.count_nonzero(too_long))
         self.num_dropped_tokens = num_source_tokens - self.num_tokens
         if not len(self):
             raise UsageError(
@@ -134,6 +158,7 @@ class Rows:
         counts = np.array([len(found) for found in positions], dtype=np.int64)
         return Batch(
             rows=rows,
+            source_rows=self.source_row[rows],
             tokens=tokens,
             input_ids=input_ids,
             num_positions=counts,

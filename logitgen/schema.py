@@ -14,6 +14,7 @@ Datasets (all contiguous, little-endian):
       full          logits float16[P, V]
 """
 
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ ATTRIBUTES: dict[str, type] = {
     "packages": str,
 }
 """What a file says about itself: settings and packages as JSON, fingerprints as SHA-256 in hexadecimal."""
+TEACHER_DTYPES = ("float64", "float32", "float16", "bfloat16")
+SETTINGS_READ = ("teacher", "teacher_gguf", "revision", "attn_implementation", "dataset", "dataset_config", "split")
+"""Settings that are needed to show a file or to run its teacher again."""
 Array = npt.NDArray[Any]
 Field = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of a dataset."""
@@ -107,13 +111,18 @@ class Layout:
         return known | {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
 
     @property
+    def kept(self) -> str:
+        """What is kept per position, in words."""
+        return "all logits" if self.capture == "full" else f"top {self.top_k}"
+
+    @property
     def bytes_per_position(self) -> int:
         """Bytes that travel and are stored for one captured position, scalars included."""
         return sum(nbytes(field) for field in self.captured.values())
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all datasets together; the file adds a few KiB of HDF5 metadata."""
+        """Bytes of all datasets together; before them lies the head."""
         return sum(nbytes(field) for field in self.datasets.values())
 
     def payload_bytes(self, num_rows: Array, num_positions: Array) -> Array:
@@ -135,20 +144,21 @@ class Layout:
 def nbytes(field: Field) -> int:
     """Bytes of an array of this shape and dtype."""
     shape, dtype = field
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
-def row_crc32(row: int, arrays: Iterable[Array]) -> int:
-    """Checksum one row: its number in the file, its tokens, its positions and all that was captured for it.
+def row_crc32(row: int, source_row: int, arrays: Iterable[Array]) -> int:
+    """Checksum one row: its number, where it comes from, its tokens, positions and all that was captured for it.
 
     The row number goes in first, so two rows that changed places are found too.
 
     Args:
         row: Number of the row in the file.
+        source_row: Row of the split it comes from.
         arrays: `input_ids`, `positions`, then the captured fields in the order of `Layout.captured`, each with the
             dtype it has in the file.
     """
-    checksum = zlib.crc32(np.int64(row).astype("<i8").tobytes())
+    checksum = zlib.crc32(np.array([row, source_row], "<i8").data)
     for array in arrays:
         checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum

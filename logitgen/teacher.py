@@ -6,6 +6,7 @@ D hidden size.
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
@@ -54,19 +56,32 @@ def describe_teacher(config: Config) -> TeacherInfo:
             it can read or knows.
     """
     folder = Path(config.teacher)
-    if not folder.exists() and (folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2):
-        raise UsageError(f"--teacher {config.teacher} does not exist. Give a folder or a hub id.")
-    if folder.is_dir() and not config.teacher_gguf and not (folder / "config.json").is_file():
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
+    is_path = folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2
+    if is_path and not is_folder:
+        wrong = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise UsageError(f"--teacher {config.teacher} {wrong}. Give a folder or a hub id.")
+    if config.revision and is_folder:
+        raise UsageError(f"--revision is for teachers on the hub, {config.teacher} is a folder. Leave it out.")
+    if is_folder and not config.teacher_gguf and not (folder / "config.json").is_file():
         raise UsageError(f"--teacher {config.teacher} has no config.json. Give the folder of a transformers model.")
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     try:
         teacher_config = AutoConfig.from_pretrained(
-            config.teacher, revision=config.revision, trust_remote_code=False, **gguf
+            config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
         )
     except Exception as error:
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise UsageError(
+                f"--teacher {config.teacher} comes with code of its own. Add --trust_remote_code if you trust it."
+            ) from error
         raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
     text_config = teacher_config.get_text_config()
-    if type(teacher_config) not in AutoModelForCausalLM._model_mapping:
+    own_code = "AutoModelForCausalLM" in (getattr(teacher_config, "auto_map", None) or {})
+    known = type(teacher_config) in AutoModelForCausalLM._model_mapping
+    if known and own_code and not config.trust_remote_code:
+        logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
+    if not known and not (own_code and config.trust_remote_code):
         raise UsageError(
             f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
             "in transformers. Give a model that predicts the next token."
@@ -91,6 +106,12 @@ def _length_switch(text_config: PreTrainedConfig) -> int | None:
 
 
 def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
+    if vocab_size < 1:
+        raise UsageError(f"--teacher {config.teacher} has a vocab_size of {vocab_size} in its config.json. Correct it.")
+    attentions = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    name = config.attn_implementation
+    if name and name not in attentions and "/" not in name:  # a name with a slash is a kernel on the hub
+        raise UsageError(f"--attn_implementation must be one of {', '.join(sorted(attentions))}, got {name}.")
     if config.kept > vocab_size:
         raise UsageError(
             f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
@@ -164,7 +185,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             device_map={"": device},
-            trust_remote_code=False,
+            trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **gguf,
             **attention,
@@ -202,6 +223,11 @@ def _separable_decoder(model: PreTrainedModel, vocab_size: int) -> nn.Module | N
         raise UsageError(
             f"The teacher's logits are {plain_BTV.shape[-1]} wide, its configuration says {vocab_size}. "
             "Correct vocab_size in its config.json."
+        )
+    if not plain_BTV.logsumexp(-1).isfinite().all():
+        raise UsageError(
+            f"The teacher's logits are not finite in {str(model.dtype).removeprefix('torch.')}, whatever it reads. "
+            "Try another --dtype; if that does not help, its weights are damaged."
         )
     other_last_BT = input_ids_BT.clone()
     other_last_BT[:, -1] = (other_last_BT[:, -1] + 1) % vocab_size
@@ -273,6 +299,10 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 def _cause(error: Exception) -> str:
     """Say in one line why transformers or the hub could not load something."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"KeyError {text}"
     sentences = text.split(". ")
     return sentences[0][:300].rstrip(".") + "." if sentences[0] else type(error).__name__

@@ -37,7 +37,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
                 config.teacher,
                 revision=config.revision,
                 gguf_file=config.teacher_gguf,
-                trust_remote_code=False,
+                trust_remote_code=config.trust_remote_code,
             ),
         )
     except Exception as error:  # transformers says "no tokenizer" in many ways; it matters only if the rows need one

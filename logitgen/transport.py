@@ -7,22 +7,24 @@ Measured on 2 CPU cores with 8 MB blocks: send/recv 950-2,480 MB/s, `dist.gather
 """
 
 import _thread
+import functools
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,6 @@ from torch import Tensor
 
 from logitgen.console import print_error
 from logitgen.errors import CaptureError, LogitgenError, UsageError, first_line
-from logitgen.plan import Plan
 from logitgen.schema import Array
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,22 @@ NUM_BUFFERS = 2
 """Payloads a rank may have on their way, and the leader per rank: one travels while the next one is filled."""
 
 _NO_TIMEOUT = timedelta(days=365)
-"""A rank that dies closes its connections, which ends every wait at once; one that is only slow is waited for."""
+"""A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
+
+_HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
+_MOVES = "moves"
+_LOOK_SECONDS = 1.0
+"""How often a rank that waits looks whether the others still move."""
+
+_RUN_ME_AGAIN = 75
+"""Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTICE_SECONDS = 0.5
 """When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""
 
 _STORE_TIMEOUT = timedelta(seconds=10)
+_JOIN_TIMEOUT = timedelta(minutes=30)
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,7 +68,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = 128 + signal_number
+        self.exit_status = _RUN_ME_AGAIN if signal_number == signal.SIGTERM else 128 + signal_number
 
 
 class LostRankError(CaptureError):
@@ -73,6 +83,7 @@ class Ranks:
         num_ranks: How many there are.
         is_leader: Whether this is rank 0, the one that writes the file.
         device: Where this rank computes.
+        patience_seconds: How long this rank waits for others of which none moves.
     """
 
     def __init__(self, thread_failures: list[BaseException]) -> None:
@@ -86,6 +97,10 @@ class Ranks:
         # serves a single rank only.
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         cpu = found is None or (found.type == "mps" and _launched_ranks() > 1)
+        if _launched_ranks() > 1 and not dist.is_initialized():
+            # Not left to Accelerate: with its static rendezvous ranks that were restarted find the addresses of the
+            # dead ones in the launcher's store (torch 2.13).
+            dist.init_process_group(store=_store(_JOIN_TIMEOUT), rank=_launched_rank(), world_size=_launched_ranks())
         accelerator = Accelerator(cpu=cpu)
         self.rank = accelerator.process_index
         self.num_ranks = accelerator.num_processes
@@ -94,6 +109,10 @@ class Ranks:
         self._first_of_machine = accelerator.is_local_main_process
         self._failures = thread_failures
         self._group = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT) if self.num_ranks > 1 else None
+        self.patience_seconds = _NO_TIMEOUT.total_seconds()
+        self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wait")
+        self._num_met = 0
+        self._told_moved = -math.inf
 
     def check_launch(self) -> None:
         """Refuse a launch whose processes do not see each other: each would believe to be the leader.
@@ -126,7 +145,7 @@ class Ranks:
                     result = work()
                 except LogitgenError as raised:
                     error = raised
-            for found in self._gathered(error):
+            for found in self.gathered(error, _NO_TIMEOUT.total_seconds() if machine_by_machine else None):
                 if found is not None:
                     raise found from error
         return result
@@ -144,7 +163,7 @@ class Ranks:
         Raises:
             UsageError: A rank's value differs from the leader's.
         """
-        all_facts = self._gathered(facts)
+        all_facts = self.gathered(facts)
         for rank, theirs in enumerate(all_facts):
             for name, value in theirs.items():
                 if value != all_facts[0][name]:
@@ -153,21 +172,73 @@ class Ranks:
                         "Give every rank the same command, packages and files."
                     )
 
-    def _gathered(self, value: T) -> list[T]:
-        if self._group is None:
-            return [value]
+    def from_leader(self, work: Callable[[], T]) -> T:
+        """Do something on the leader alone, and hand what it returns to every rank; its error is raised on all."""
+        values = [self.on_leader(work)]
+        self._meet(lambda: dist.broadcast_object_list(values, src=0, group=self._group))
+        return cast(T, values[0])
+
+    def gathered(self, value: T, patience_seconds: float | None = None) -> list[T]:
+        """Hand every rank the values of all, by rank; see `_wait` for the patience."""
         values: list[T] = [value] * self.num_ranks
-        with _lost_connection_means("Another rank"):
-            dist.all_gather_object(values, value, group=self._group)
+        self._meet(lambda: dist.all_gather_object(values, value, group=self._group), patience_seconds)
         return values
 
+    def _meet(self, work: Callable[[], object], patience_seconds: float | None = None) -> None:
+        """Run a collective, unless this rank is alone."""
+        if self._group is None:
+            return
+        self._num_met += 1
+        _count(f"met/{self.rank}", 1)
+        _count(_MOVES, 1)
+
+        def absent() -> str:
+            late = [rank for rank in range(self.num_ranks) if _count(f"met/{rank}") < self._num_met]
+            return f"Rank {', '.join(map(str, late))}" if late else "Another rank"
+
+        self._wait(work, "Another rank", absent, patience_seconds)
+
+    def _wait(
+        self,
+        work: Callable[[], object],
+        who: str,
+        late: Callable[[], str],
+        patience_seconds: float | None = None,
+    ) -> None:
+        """Do what needs another rank, in a thread: so a signal ends the wait, or ranks that have stopped moving.
+
+        Args:
+            work: What to do.
+            who: Who it was if a connection breaks.
+            late: Who it was if nothing moves any more.
+            patience_seconds: How long nothing may move; `self.patience_seconds` if not given.
+        """
+
+        def run() -> None:
+            try:
+                with _lost_connection_means(who):
+                    work()
+            except LostRankError as error:
+                self._failures.append(error)  # even if the launcher's signal reaches the main thread first
+                raise
+
+        future = self._waiting.submit(run)
+        moves, since = 0, time.monotonic()
+        patience = patience_seconds or self.patience_seconds
+        while not wait([future], timeout=_LOOK_SECONDS).done:
+            if (now := _count(_MOVES)) != moves:
+                moves, since = now, time.monotonic()
+            if time.monotonic() - since > patience:
+                raise LostRankError(_HUNG.format(late(), patience))
+        future.result()
+
     @contextmanager
-    def deliver(self, plan: Plan, payload_bytes: Array, submit: Submit | None) -> Iterator["Outbox"]:
+    def deliver(self, batches: Array, payload_bytes: Array, submit: Submit | None) -> Iterator["Outbox"]:
         """Open the way of payloads into the file, for as long as the block runs.
 
         Args:
-            plan: Who computes which batch.
-            payload_bytes: Size of every batch's payload, [num_batches].
+            batches: Numbers of the batches to compute, in order; every rank computes its `share` of them.
+            payload_bytes: Size of the payload of every batch of the plan, [num_batches].
             submit: Has the writer write a batch's payload, on the leader; None elsewhere.
 
         Yields:
@@ -177,27 +248,41 @@ class Ranks:
         Raises:
             CaptureError: The writer failed, or a rank was lost.
         """
-        largest = int(payload_bytes.max())
+        largest = int(payload_bytes[batches].max())
         if submit is None:
             outbox = Outbox(largest, self._send, self.device)
             yield outbox
             outbox.flush()
             return
-        inbox = _Inbox(self._group, submit, payload_bytes, self._failures)
-        outbox = Outbox(largest, lambda batch, payload: submit(batch, payload.numpy()).result, self.device)
-        inbox.start({peer: plan.share(peer, self.num_ranks) for peer in range(1, self.num_ranks)})
+
+        def submit_and_tell(batch: int, payload: Array) -> Future[None]:
+            future = submit(batch, payload)
+            future.add_done_callback(lambda _: self._tell_moved())
+            return future
+
+        inbox = _Inbox(self._group, submit_and_tell, payload_bytes, self.patience_seconds, self._failures)
+        outbox = Outbox(largest, lambda batch, payload: submit_and_tell(batch, payload.numpy()).result, self.device)
+        inbox.start({peer: share(batches, peer, self.num_ranks) for peer in range(1, self.num_ranks)})
         yield outbox
         outbox.flush()
         inbox.join()
 
-    def _send(self, batch: int, payload: Tensor) -> Wait:
-        def wait() -> None:
-            with _lost_connection_means("The leader"):
-                work.wait()
+    def _tell_moved(self) -> None:
+        """Let ranks that have nothing left to do but wait know that the run goes on."""
+        if self._group is not None and time.monotonic() - self._told_moved > _LOOK_SECONDS:
+            self._told_moved = time.monotonic()
+            with suppress(LostRankError):  # the main thread finds out itself
+                _count(_MOVES, 1)
 
+    def _send(self, batch: int, payload: Tensor) -> Wait:
         with _lost_connection_means("The leader"):
             work = cast(dist.Work, dist.isend(payload, dst=0, group=self._group))
-        return wait
+        return lambda: self._wait(work.wait, "The leader", lambda: "Rank 0")
+
+
+def share(batches: Array, rank: int, num_ranks: int) -> Array:
+    """Return the batches a rank computes, in the order in which it computes them."""
+    return batches[rank::num_ranks]
 
 
 @contextmanager
@@ -205,6 +290,8 @@ def launched() -> Iterator[Ranks]:
     """Yield the ranks of this launch; as soon as one fails in the block, end all with one message and status."""
     for number in _STOP_SIGNALS:
         signal.signal(number, _raise_stopped)
+    if _started_by_launcher():
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher watch", daemon=True).start()
     thread_failures: list[BaseException] = []
     try:
         _check_gpus()
@@ -218,6 +305,19 @@ def launched() -> Iterator[Ranks]:
             _end(error, thread_failures)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _started_by_launcher() -> bool:
+    """Whether this process is a child of `accelerate launch`, with one rank or several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _end_with(launcher: int) -> None:
+    """Stop this rank when its launcher is gone: one that is killed cannot stop its ranks itself."""
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_SECONDS)
+    logger.warning("The launcher is gone; its ranks stop too.")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check_gpus() -> None:
@@ -248,6 +348,10 @@ def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(first.exit_status)
+
+
+def _launched_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _launched_ranks() -> int:
@@ -297,8 +401,8 @@ class Outbox:
     def flush(self) -> None:
         """Wait until everything has been handed over."""
         self._leave(keep=0)
-        for wait in self._waits:
-            wait()
+        for freed in self._waits:
+            freed()
 
     def _leave(self, keep: int) -> None:
         while len(self._copied) > keep:
@@ -322,15 +426,21 @@ class _Inbox:
     """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, submit: Submit, sizes: Array, failures: list[BaseException]
+        self,
+        group: dist.ProcessGroup | None,
+        submit: Submit,
+        sizes: Array,
+        patience_seconds: float,
+        failures: list[BaseException],
     ) -> None:
         self._group = group
         self._submit = submit
         self._sizes = sizes
+        self._patience_seconds = patience_seconds
         self._failures = failures
         self._threads: list[threading.Thread] = []
 
-    def start(self, shares: Mapping[int, Sequence[int]]) -> None:
+    def start(self, shares: Mapping[int, Array]) -> None:
         for peer, share in shares.items():
             thread = threading.Thread(target=self._run, args=(peer, share), name=f"receive {peer}", daemon=True)
             self._threads.append(thread)
@@ -342,7 +452,7 @@ class _Inbox:
         if self._failures:
             raise self._failures[0]
 
-    def _run(self, peer: int, share: Sequence[int]) -> None:
+    def _run(self, peer: int, share: Array) -> None:
         try:
             self._receive(peer, share)
         except Exception as error:
@@ -350,18 +460,28 @@ class _Inbox:
             _first_failure(_Failure.of(error))  # now: the launcher may end this rank before the main thread can
             _interrupt_main()  # it may be deep in a forward pass, or wait for another rank
 
-    def _receive(self, peer: int, share: Sequence[int]) -> None:
+    def _receive(self, peer: int, share: Array) -> None:
         buffers = [torch.empty(int(self._sizes[share].max(initial=0)), dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
         waits: list[Wait] = [lambda: None] * NUM_BUFFERS
         for number, batch in enumerate(share):
             slot = number % NUM_BUFFERS
             waits[slot]()
             payload = buffers[slot][: self._sizes[batch]]
-            with _lost_connection_means(f"Rank {peer}"):
-                dist.recv(payload, src=peer, group=self._group)
+            self._take(payload, peer)
             waits[slot] = self._submit(batch, payload.numpy()).result
-        for wait in waits:
-            wait()
+        for freed in waits:
+            freed()
+
+    def _take(self, payload: Tensor, peer: int) -> None:
+        start, patience = time.monotonic(), self._patience_seconds
+        with _lost_connection_means(f"Rank {peer}"):
+            work = cast(dist.Work, dist.irecv(payload, src=peer, group=self._group))
+            try:
+                work.wait(timedelta(seconds=patience))
+            except RuntimeError as error:
+                if time.monotonic() - start < patience:
+                    raise
+                raise LostRankError(_HUNG.format(f"Rank {peer}", patience)) from error
 
 
 @dataclass(frozen=True)
@@ -375,7 +495,7 @@ class _Failure:
     @classmethod
     def of(cls, error: BaseException) -> "_Failure":
         # Accelerate may not have spoken yet, or may be wrong: here the launcher's word counts.
-        rank = int(os.environ.get("RANK", "0"))
+        rank = _launched_rank()
         where = f"Rank {rank}: " if _launched_ranks() > 1 else ""
         match error:
             case Stopped():
@@ -396,17 +516,37 @@ class _Failure:
 
 def _first_failure(mine: _Failure) -> _Failure:
     """Ask the launch's store which rank failed first: only that one speaks."""
-    key = f"logitgen/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address, port, is_master=False, timeout=_STORE_TIMEOUT
-        )
-        claim = store.compare_set(key, "", json.dumps([mine.rank, mine.exit_status, mine.message]))
+        claim = _store().compare_set("failure", "", json.dumps([mine.rank, mine.exit_status, mine.message]))
     except Exception:
         logger.debug("The store cannot be reached; this rank speaks for itself.", exc_info=True)
         return mine
     return _Failure(*json.loads(claim))
+
+
+@functools.cache
+def _store(timeout: timedelta = _STORE_TIMEOUT) -> Any:
+    """Return the launch's store, kept by the launcher or else by rank 0; restarted ranks find an empty one."""
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=_launched_rank() == 0 and not of_launcher,
+        wait_for_workers=False,
+        multi_tenant=True,
+        timeout=timeout,
+    )
+    return dist.PrefixStore(  # type: ignore[attr-defined]
+        f"logitgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+
+
+def _count(key: str, more: int = 0) -> int:
+    """Add to one of the launch's counters, and return where it stands."""
+    try:
+        return int(_store().add(key, more))
+    except RuntimeError as error:
+        raise LostRankError("The launcher is gone, or its machine is.") from error
 
 
 @contextmanager

@@ -1,5 +1,8 @@
-"""What is kept, against the definition in float64."""
+"""What is kept, against the definition in float64; and what happens where memory or numbers run out."""
 
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,8 @@ from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen import CaptureError
+from logitgen import CaptureError, LogitsFile
+from logitgen import teacher as teacher_module
 from logitgen.capture import capture_batch, full, seal, top_k
 from logitgen.rows import Batch
 from logitgen.schema import Layout
@@ -37,6 +41,29 @@ def test_the_largest_logprobs_are_kept_in_order(
     assert all(len(set(ids.tolist())) == k for ids in kept["kept_ids"])
 
 
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 3.0, 50.0, 1e3, 1e6]), st.integers(2, 40))
+def test_no_logprob_is_above_0(seed: int, scale: float, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_CV = torch.randn((8, vocab_size), generator=generator) * scale
+    likeliest_C = logits_CV.argmax(-1)
+    kept = top_k(logits_CV, likeliest_C, 2)
+    assert (kept["kept_logprobs"] <= 0).all()
+    assert (kept["target_logprob"] <= 0).all()
+    assert (full(logits_CV, likeliest_C)["target_logprob"] <= 0).all()
+
+
+def test_a_certain_token_has_logprob_0_even_if_the_logsumexp_was_rounded_down() -> None:
+    def rounded_down(logits_CV: torch.Tensor, dim: int) -> torch.Tensor:
+        return logits_CV.amax(dim) * (1 - 2**-20)
+
+    logits_CV = torch.tensor([[90.0, 1.0, 2.0]])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.Tensor, "logsumexp", rounded_down)
+        kept = top_k(logits_CV, torch.tensor([0]), 2)
+    assert kept["kept_logprobs"][0, 0].item() == 0
+    assert kept["target_logprob"].item() == 0
+
+
 def test_full_keeps_the_logits_themselves() -> None:
     logits_CV = torch.tensor([[0.0, 1.0, 2.0]])
     kept = full(logits_CV, torch.tensor([1]))
@@ -50,6 +77,7 @@ def batch_of(tokens: list[list[int]], first_row: int = 0) -> Batch:
     longest = max(len(ids) - 1 for ids in tokens)
     return Batch(
         rows=np.arange(first_row, first_row + len(tokens)),
+        source_rows=np.arange(first_row, first_row + len(tokens)) + 100,
         tokens=arrays,
         input_ids=np.array([ids[:-1] + [0] * (longest - len(ids) + 1) for ids in tokens]),
         num_positions=np.array([len(ids) - 1 for ids in tokens]),
@@ -66,7 +94,7 @@ def layout_of(batch: Batch, **changes: Any) -> Layout:
 
 def captured(batch: Batch, layout: Layout, model: Any = None) -> dict[str, np.ndarray]:
     payload = capture_batch(Teacher(model or make_llama(50), 50), batch, layout).numpy()
-    seal(payload, batch, layout)
+    seal(payload, batch, layout, torch.float32)
     slices = layout.payload_slices(len(batch.rows), len(batch.positions))
     arrays = {name: payload[slices[name]].view(dtype) for name, (_, dtype) in layout.captured.items()}
     return arrays | {"crc32": payload[slices["crc32"]].view("<u4")}
@@ -86,27 +114,126 @@ def test_a_masked_token_is_stored_as_a_finite_number() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_reported_with_row_and_position(value: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.float16, "Its range is small: try --dtype bfloat16 or float32."),
+        (torch.bfloat16, "Try --dtype float32; if that does not help, the weights are damaged."),
+        (torch.float32, "The weights are damaged, or the row is one the teacher cannot read."),
+    ],
+)
+def test_logits_that_are_not_finite_are_reported_with_row_position_precision_and_remedy(
+    value: float, dtype: torch.dtype, remedy: str
+) -> None:
     model = make_llama(50)
     teacher = Teacher(model, 50)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(1, torch.tensor([3]), value))
     batch = batch_of([[1, 2, 3], [4, 5, 6]], first_row=6)  # positions 0 1 | 0 1: the fourth is row 7, position 1
     payload = capture_batch(teacher, batch, layout_of(batch)).numpy()
-    with pytest.raises(CaptureError, match=r"not finite at row 7, position 1: .* Try --dtype bfloat16 or float32"):
-        seal(payload, batch, layout_of(batch))
+    name = str(dtype).removeprefix("torch.")
+    message = rf"not finite at row 7, position 1: their log-sum-exp is (nan|inf) in {name}\. {remedy}$"
+    with pytest.raises(CaptureError, match=message):
+        seal(payload, batch, layout_of(batch), dtype)
 
 
-def test_a_batch_that_does_not_fit_into_memory_says_what_to_lower() -> None:
-    model = make_llama(50)
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB."
+RAGGED = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17], [18, 19]]
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, most_rows: int, chunks_before: int = 0) -> list[int]:
+    """Let the teacher run out of memory over more rows than this, after so many chunks; returns what was tried."""
+    logits, tried = Teacher.logits, []
+
+    def limited(self: Teacher, input_ids_BT: torch.Tensor, *where: torch.Tensor) -> Iterator[Any]:
+        tried.append(len(input_ids_BT))
+        for index, chunk in enumerate(logits(self, input_ids_BT, *where)):
+            if len(input_ids_BT) > most_rows and index >= chunks_before:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+            yield chunk
+
+    monkeypatch.setattr(Teacher, "logits", limited)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("most_rows", "chunks_before", "expected", "kept"),
+    [
+        (4, 0, [5, 2, 3], {"top_k": 5}),
+        (2, 0, [5, 2, 3, 1, 2], {"capture": "full", "top_k": 0}),
+        (2, 1, [5, 2, 3, 1, 2], {"top_k": 5}),  # when a part of the batch had been stored already
+        (1, 0, [5, 2, 1, 1, 3, 1, 2, 1, 1], {"top_k": 5}),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
+    most_rows: int,
+    chunks_before: int,
+    expected: list[int],
+    kept: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batch, model = batch_of(RAGGED), make_llama(50)
+    whole = captured(batch, layout_of(batch, **kept), model)
+    monkeypatch.setattr(teacher_module, "CHUNK_LOGITS", 3 * 50)
+    tried = limit_memory(monkeypatch, most_rows, chunks_before)
+    halved = captured(batch, layout_of(batch, **kept), model)
+    assert tried == expected
+    assert halved.keys() == whole.keys()
+    for name in whole.keys() - {"crc32"}:  # another shape may round the last bit differently
+        np.testing.assert_allclose(halved[name], whole[name], rtol=2**-10, atol=1e-5)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    failed = [rows for rows in expected if rows > most_rows]
+    assert warnings == [
+        f"{rows} rows of 5 tokens do not fit into the memory of cpu: they are computed in halves. "
+        "A lower --batch_tokens would save the attempt."
+        for rows in failed
+    ]
+
+
+def test_a_run_short_of_memory_gives_the_same_file(
+    capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=5))
+    tried = limit_memory(monkeypatch, most_rows=13)
+    halved = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=5, output=tmp_path / "halved.h5"))
+    assert tried == [50, 25, 12, 13, 25, 12, 13]
+    for name, values in whole.arrays.items():
+        if name != "crc32":
+            np.testing.assert_allclose(halved.arrays[name], values, rtol=2**-10, atol=1e-5)
+
+
+def test_a_row_that_does_not_fit_into_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = limit_memory(monkeypatch, most_rows=0)
+    batch = batch_of([[1, 2, 3], [4, 5, 6]], first_row=6)
+    message = r"^Row 6 does not fit into the memory of cpu: 2 tokens\. Lower --max_length, or free memory\.$"
+    with pytest.raises(CaptureError, match=message):
+        capture_batch(Teacher(make_llama(50), 50), batch, layout_of(batch))
+    assert tried == [2, 1]
+
+
+@pytest.mark.parametrize("message", ["expected scalar type Float but found Half", "CUDA error: device-side assert"])
+def test_another_error_of_the_teacher_is_not_taken_for_a_lack_of_memory(message: str) -> None:
+    model, tried = make_llama(50), []
     teacher = Teacher(model, 50)
 
-    def no_memory(module: Any, inputs: Any) -> None:
-        raise torch.OutOfMemoryError
+    def fail(module: Any, inputs: Any) -> None:
+        tried.append(1)
+        raise RuntimeError(message)
 
-    model.lm_head.register_forward_pre_hook(no_memory)
+    model.lm_head.register_forward_pre_hook(fail)
     batch = batch_of([[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(CaptureError, match=r"A batch of 2 rows of 2 tokens does not fit .* Lower --batch_tokens"):
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
         capture_batch(teacher, batch, layout_of(batch))
+    assert tried == [1]
+
+
+def test_a_rows_checksum_is_the_crc32_of_all_that_is_known_of_it() -> None:
+    batch = batch_of([[1, 2, 3], [4, 5]], first_row=6)
+    arrays = captured(batch, layout_of(batch))
+    second = [np.array([7, 107], "<i8"), np.array([4, 5], "<u2"), np.array([0], "<i4")]
+    second += [arrays[name][2:] for name in ("logsumexp", "target_logprob")]
+    second += [arrays[name][2 * 3 :] for name in ("kept_ids", "kept_logprobs")]
+    assert arrays["crc32"][1] == zlib.crc32(b"".join(array.tobytes() for array in second))
 
 
 @settings(max_examples=20, deadline=None)

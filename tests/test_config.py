@@ -33,6 +33,9 @@ DEFAULTS: dict[str, Any] = {
     "top_k": 64,
     "batch_tokens": 8192,
     "overwrite": False,
+    "dry_run": False,
+    "trust_remote_code": False,
+    "rank_timeout": 1800,
     "log_dir": "logs",
     "seed": 0,
 }
@@ -55,6 +58,9 @@ OTHERS: dict[str, Any] = {
     "top_k": 5,
     "batch_tokens": 100,
     "overwrite": True,
+    "dry_run": True,
+    "trust_remote_code": True,
+    "rank_timeout": 60,
     "log_dir": "my logs",
     "seed": 7,
 }
@@ -75,7 +81,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     assert shown == [
         "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
         "dataset_config", "split", "text_column", "max_length", "overflow", "packing", "completion_only", "limit",
-        "capture", "top_k", "batch_tokens", "overwrite", "log_dir", "seed", "config",
+        "capture", "top_k", "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir",
+        "seed", "config",
     ]  # fmt: skip
 
 
@@ -140,7 +147,7 @@ def test_the_options_file_can_be_given_in_two_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [("true", True), ("yes", True), ("on", True), ("'1'", True), ("false", False), ("no", False), ("'false'", False)],
+    [("true", True), ("yes", True), ("Y", True), ("'1'", True), ("false", False), ("no", False), ("'false'", False)],
 )
 def test_a_switch_in_a_yaml_file_means_what_it_says(tmp_path: Path, written: str, expected: bool) -> None:
     assert parse_config([*REQUIRED, options_file(tmp_path, f"packing: {written}\n")]).packing is expected
@@ -192,7 +199,7 @@ def test_options_that_are_in_the_file_are_not_missing(tmp_path: Path) -> None:
         parse_config([options_file(tmp_path, "teacher: m\ndataset: d\n")])
 
 
-@pytest.mark.parametrize("name", ["max_length", "limit", "top_k", "batch_tokens", "seed"])
+@pytest.mark.parametrize("name", ["max_length", "limit", "top_k", "batch_tokens", "rank_timeout", "seed"])
 @pytest.mark.parametrize("value", ["many", "3.5", "1e3", ""])
 def test_a_number_must_be_a_whole_number(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}.*: invalid int value: '{value}'. See --help"):
@@ -204,7 +211,7 @@ def test_a_number_in_a_file_must_be_a_whole_number_too(tmp_path: Path) -> None:
         parse_config([*REQUIRED, options_file(tmp_path, "top_k: 3.5\n")])
 
 
-@pytest.mark.parametrize("name", ["packing", "completion_only", "overwrite"])
+@pytest.mark.parametrize("name", ["packing", "completion_only", "overwrite", "dry_run", "trust_remote_code"])
 def test_a_switch_takes_only_yes_or_no(name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}.*got maybe but expected one of yes/no, true/false"):
         parse_config([*REQUIRED, f"--{name}=maybe"])
@@ -226,7 +233,8 @@ def test_a_wrong_choice_is_told_what_there_is(name: str, choices: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("max_length", 2), ("limit", 1), ("top_k", 1), ("batch_tokens", 1), ("seed", 0)]
+    ("name", "least"),
+    [("max_length", 2), ("limit", 1), ("top_k", 1), ("batch_tokens", 1), ("rank_timeout", 1), ("seed", 0)],
 )
 def test_a_number_below_its_bound_is_refused_with_the_bound(name: str, least: int) -> None:
     assert getattr(parse_config([*REQUIRED, f"--{name}={least}"]), name) == least
@@ -278,17 +286,67 @@ def test_broken_yaml_is_refused_in_one_line_that_says_where(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"), [("- top_k\n- 5\n", "list"), ("top_k\n", "str"), ("", "NoneType"), ("5\n", "int")]
+    ("content", "kind"),
+    [("- top_k\n- 5\n", "a sequence"), ("top_k\n", "a scalar"), ("", "nothing"), ("5\n", "a scalar")],
 )
 def test_an_options_file_must_hold_names_and_values(tmp_path: Path, content: str, kind: str) -> None:
     with pytest.raises(UsageError, match=f"--config .* must hold options as 'name: value' lines, got {kind}"):
         parse_config([*REQUIRED, options_file(tmp_path, content)])
 
 
-@pytest.mark.parametrize(("value", "kind"), [("[1, 2]", "list"), ("{a: 1}", "dict")])
+@pytest.mark.parametrize(("value", "kind"), [("[1, 2]", "a sequence"), ("{a: 1}", "a mapping")])
 def test_a_nested_value_in_a_file_is_refused_by_name(tmp_path: Path, value: str, kind: str) -> None:
     with pytest.raises(UsageError, match=rf"--config .*: 'top_k' must be a single value, got {kind}\."):
         parse_config([*REQUIRED, options_file(tmp_path, f"top_k: {value}\n")])
+
+
+@pytest.mark.parametrize("value", ["0123", "1_000", "2024-01-01", "1e3", "on", "0x10", "12:30:45", "~user"])
+def test_a_text_in_a_yaml_file_is_not_taken_for_something_else(tmp_path: Path, value: str) -> None:
+    assert parse_config([*REQUIRED, options_file(tmp_path, f"revision: {value}\n")]).revision == value
+
+
+def test_a_switch_in_a_yaml_file_takes_only_yes_or_no(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--packing: .*got on but expected one of yes/no, true/false"):
+        parse_config([*REQUIRED, options_file(tmp_path, "packing: on\n")])
+
+
+@pytest.mark.parametrize("again", ["top_k: 6", "top-k: 6", "top_k: null"])
+def test_an_option_that_is_in_a_file_twice_is_refused(tmp_path: Path, again: str) -> None:
+    name = again.partition(":")[0]
+    with pytest.raises(UsageError, match=rf"--config .*options\.yaml: '{name}' is there twice\. Leave one out\.$"):
+        parse_config([*REQUIRED, options_file(tmp_path, f"top_k: 5\n{again}\n")])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("[top_k, limit]", "a sequence"), ("{a: 1}", "a mapping")])
+def test_a_name_in_a_file_must_be_a_word(tmp_path: Path, name: str, kind: str) -> None:
+    message = rf"--config .*options\.yaml: the name of an option must be a word, got {kind}\.$"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, options_file(tmp_path, f"? {name}\n: 5\n")])
+
+
+def test_yaml_that_would_make_an_object_makes_none(tmp_path: Path) -> None:
+    words = [*REQUIRED, options_file(tmp_path, f"split: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")]
+    with pytest.raises(UsageError, match=r"'split' must be a single value, got a sequence\."):
+        parse_config(words)
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_endless_options_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config .* cannot be read: it is too large for a file of options$"):
+        parse_config([*REQUIRED, options_file(tmp_path, "# " + "x" * 70_000)])
+
+
+def test_only_one_options_file_can_be_given(tmp_path: Path) -> None:
+    first, second = options_file(tmp_path, "top_k: 5\n"), options_file(tmp_path, "limit: 5\n", "more.yaml")
+    message = r"^--config can be given once, got .*/options\.yaml and .*/more\.yaml\. Join the files\.$"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, first, second])
+
+
+def test_a_very_long_mistake_is_not_repeated_whole() -> None:
+    with pytest.raises(UsageError, match=r"^Argument --top_k/--top-k: invalid int value: 'xxx.*See --help") as caught:
+        parse_config([*REQUIRED, "--top_k=" + "x" * 5_000])
+    assert len(str(caught.value)) < 400
 
 
 def test_config_without_a_file_is_refused() -> None:
@@ -307,8 +365,11 @@ def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
     assert parse_config([*REQUIRED, "--top_k=5", "--capture=full"]).kept == 0
 
 
-def test_the_settings_leave_out_where_a_run_leaves_things() -> None:
-    expected = {name: value for name, value in OTHERS.items() if name not in ("output", "overwrite", "log_dir")}
+HOW_TO_RUN = ("output", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir")
+
+
+def test_the_settings_leave_out_how_to_run_and_where_to_leave_things() -> None:
+    expected = {name: value for name, value in OTHERS.items() if name not in HOW_TO_RUN}
     assert Config(**OTHERS).settings == expected | {"packing": False}
 
 
@@ -316,6 +377,10 @@ def test_settings_are_equal_text_if_and_only_if_they_are_equal() -> None:
     first = parse_config(["--top_k=5", *REQUIRED])
     same = parse_config(["--output=p.h5", "--dataset=d", "--teacher=m", "--top-k=5", "--overwrite", "--log_dir=x"])
     assert first.settings_json() == same.settings_json()
+    for name in HOW_TO_RUN:
+        config = parse_config(["--top_k=5", *REQUIRED, f"--{name}={OTHERS[name]}"])
+        assert getattr(config, name) == OTHERS[name]
+        assert config.settings_json() == first.settings_json()
     assert json.loads(first.settings_json()) == first.settings
     for word in ("--top_k=6", "--split=test", "--seed=1", "--packing", "--text_column=body"):
         assert parse_config(["--top_k=5", *REQUIRED, word]).settings_json() != first.settings_json()

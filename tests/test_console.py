@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from logitgen.console import (
     format_seconds,
     print_error,
     print_result,
+    printable,
     silence_stdout,
     start_logging,
 )
@@ -78,9 +79,17 @@ def frames(screen: io.StringIO) -> list[list[str]]:
     return [picture.rstrip("\n").split("\n") for picture in drawn if picture.strip()]
 
 
+def make_progress(
+    num_batches: int, rows: int, tokens: int, written_bytes: int, num_sources: int, batches: Sequence[int] | None = None
+) -> Progress:
+    """Make the display of a run of equal batches, of which all are to be computed, or some."""
+    numbers = (np.full(num_batches, value) for value in (rows, tokens, written_bytes))
+    return Progress(*numbers, np.arange(num_batches) if batches is None else np.array(batches), num_sources)
+
+
 def run_progress(clock: Clock, num_sources: int, seconds: float = 10.0) -> None:
     """Draw 128 batches of 3 rows, 500 tokens and 1 MB, of which each source has finished as many as its number."""
-    progress = Progress(np.full(128, 3), np.full(128, 500), np.full(128, 1_000_000), num_sources)
+    progress = make_progress(128, 3, 500, 1_000_000, num_sources)
     with progress:
         clock.now += seconds
         for source in range(num_sources):
@@ -107,7 +116,7 @@ def test_the_display_shows_everything_at_any_width(terminal: Terminal, clock: Cl
 
 def test_large_numbers_are_shown_whole(terminal: Terminal, clock: Clock) -> None:
     screen = terminal(80, 24)
-    progress = Progress(np.full(8, 1_250_000), np.full(8, 1_250_000_000), np.full(8, 330_000_000_000), 8)
+    progress = make_progress(8, 1_250_000, 1_250_000_000, 330_000_000_000, 8)
     with progress:
         clock.now += 10_000
         for batch in range(7):
@@ -127,7 +136,7 @@ def test_many_ranks_fit_the_screen_and_the_slowest_are_shown(
 ) -> None:
     screen = terminal(width, height)
     # Ranks 0 and 1 have done all, 0 and 1 of their two batches, and the others two.
-    progress = Progress(np.full(128, 3), np.full(128, 500), np.full(128, 1000), 64)
+    progress = make_progress(128, 3, 500, 1000, 64)
     with progress:
         clock.now += 1
         for batch in range(128):
@@ -145,7 +154,7 @@ def test_many_ranks_fit_the_screen_and_the_slowest_are_shown(
 
 def test_a_rank_without_batches_is_not_the_slowest(terminal: Terminal, clock: Clock) -> None:
     screen = terminal(80, 24)
-    with Progress(np.array([1]), np.array([10]), np.array([100]), 2):
+    with make_progress(1, 1, 10, 100, 2):
         clock.now += 1
     shares = [line.split()[-3] for line in frames(screen)[-1] if line.startswith("rank")]
     assert shares == ["0%", "100%"]
@@ -154,7 +163,7 @@ def test_a_rank_without_batches_is_not_the_slowest(terminal: Terminal, clock: Cl
 def test_the_display_can_be_drawn_in_the_instant_it_starts(terminal: Terminal, clock: Clock) -> None:
     screen = terminal(80, 24)
     clock.tick = 0.0  # where the clock is coarse, no time has passed yet
-    progress = Progress(np.array([3]), np.array([500]), np.array([1000]), 1)
+    progress = make_progress(1, 3, 500, 1000, 1)
     with progress:
         progress.written(0)
     assert "3/3 rows" in frames(screen)[-1][0]
@@ -168,7 +177,7 @@ def test_the_display_leaves_no_trace_on_the_screen(terminal: Terminal, clock: Cl
 
 
 def test_time_is_counted_from_the_start_of_the_display(messages: io.StringIO, clock: Clock) -> None:
-    progress = Progress(np.array([1]), np.array([10]), np.array([100]), 1)
+    progress = make_progress(1, 1, 10, 100, 1)
     clock.now += 500
     with progress:
         clock.now += 30
@@ -179,7 +188,7 @@ def test_without_a_terminal_a_plain_line_comes_now_and_then(
     messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "logitgen")
-    progress = Progress(np.full(100, 30), np.full(100, 5000), np.full(100, 1_000_000), 2)
+    progress = make_progress(100, 30, 5000, 1_000_000, 2)
     written_at = []
     with progress:
         for batch in range(50):
@@ -199,7 +208,7 @@ def test_the_plain_line_says_how_far_the_run_is(
     messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "logitgen")
-    progress = Progress(np.full(100, 30), np.full(100, 5000), np.full(100, 1_000_000), 2)
+    progress = make_progress(100, 30, 5000, 1_000_000, 2)
     with progress:
         for batch in (0, 2, 1, 4):
             progress.written(batch)
@@ -214,11 +223,51 @@ def test_the_plain_line_of_one_rank_names_no_slowest(
     messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "logitgen")
-    progress = Progress(np.full(2, 1500), np.full(2, 1_000_000), np.full(2, 250), 1)
+    progress = make_progress(2, 1500, 1_000_000, 250, 1)
     with progress:
         clock.now += 3700
         progress.written(1)
     assert caplog.messages == ["1,500/3,000 rows, 1,000,000/2,000,000 tokens, 270 tok/s, ETA 1:01:40, 250 B written"]
+
+
+def test_a_run_that_goes_on_counts_what_is_in_the_file_but_not_for_its_speed(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    progress = make_progress(100, 30, 5000, 1_000_000, 2, batches=[10, 20, 30, 41, 51, 99])
+    with progress:
+        clock.now += 10
+        progress.written(99)
+        clock.now += 10
+        progress.written(20)
+    # 94 batches were there; the shares are 10, 30, 51 and 20, 41, 99, and nothing of the first is done.
+    counts = [(2850, 475_000, 500, "0:50", 95), (2880, 480_000, 500, "0:40", 96)]
+    assert caplog.messages == [
+        f"{rows:,}/3,000 rows, {tokens:,}/500,000 tokens, {rate} tok/s, ETA {eta}, {size}.0 MB written, "
+        "slowest rank 0 at 0%"
+        for rows, tokens, rate, eta, size in counts
+    ]
+
+
+def test_the_display_of_a_run_that_goes_on_starts_where_the_last_one_ended(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    with make_progress(10, 3, 500, 1_000_000, 2, batches=[7, 9, 4]) as progress:
+        clock.now += 10
+        progress.written(9)
+    shown = " ".join(" ".join(frames(screen)[-1]).split())
+    for words in ("24/30 rows", "4,000/5,000 tokens", "50 tok/s", "8.0 MB written", "80%", "ETA 0:20"):
+        assert words in shown
+    assert re.findall(r"rank \d.*? (\d+%)", shown) == ["0%", "100%"]
+
+
+def test_rows_that_need_no_forward_pass_are_no_part_of_the_speed(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    with Progress(np.array([1, 2]), np.array([7, 13]), np.array([100, 200]), np.array([1]), 1) as progress:
+        clock.now += 13
+        progress.written(1)
+    assert caplog.messages == ["3/3 rows, 20/20 tokens, 1 tok/s, ETA 0:00, 300 B written"]
 
 
 def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -356,6 +405,12 @@ def test_silenced_processes_print_nothing(monkeypatch: pytest.MonkeyPatch, capsy
     print("from a rank that has nothing to say")  # noqa: T201
     sys.stdout.close()
     assert capsys.readouterr().out == ""
+
+
+def test_what_would_move_a_cursor_is_not_printed_as_it_is(messages: io.StringIO) -> None:
+    assert printable("a\tb\nc\x1b[31m\x07\x9b\rd\x00") == "a\tb\nc\ufffd[31m\ufffd\ufffd\ufffdd\ufffd"
+    print_error("one\x1b[2J\ntwo\rthree")
+    assert messages.getvalue() == "error: one\ufffd[2J two\ufffdthree\n"
 
 
 @pytest.mark.parametrize(

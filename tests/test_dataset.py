@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_reader import ARRAYS, FULL, write_file
+from test_reader import ARRAYS, ATTRIBUTES, FULL, write_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -50,8 +50,8 @@ def test_items_are_tensors_a_model_takes(path: Path) -> None:
     assert row["positions"].tolist() == [1, 3]
     assert row["logsumexp"].tolist() == [5.5, 6.5]
     assert row["target_logprob"].tolist() == [-0.5, -0.5]
-    assert row["kept_ids"].tolist() == [[7, 0], [1, 9]]
-    assert row["kept_logprobs"].tolist() == [[-0.5, -3], [-0.25, -0.5]]
+    assert row["kept_ids"].tolist() == [[7, 0], [9, 1]]
+    assert row["kept_logprobs"].tolist() == [[-0.5, -3], [-0.5, -1.25]]
 
 
 def test_items_of_a_full_capture_hold_all_logits(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_rows_can_be_counted_from_the_end_and_iterated_over(path: Path) -> None:
 def test_the_dataset_knows_the_run_that_made_the_file(path: Path) -> None:
     dataset = LogitsDataset(path)
     assert dataset.attributes["teacher"] == "some/teacher"
-    assert dataset.settings == {"dataset": "some/text", "dataset_config": None, "split": "train", "seed": 0}
+    assert dataset.settings == ATTRIBUTES["settings"]
 
 
 def test_an_incomplete_file_is_refused(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_batch_is_padded_as_worked_out_by_hand(path: Path) -> None:
         "kept_ids": [
             [[2, 7], [9, 3], [0, 0], [0, 0], [0, 0]],
             [[0, 0]] * 5,
-            [[0, 0], [7, 0], [0, 0], [1, 9], [0, 0]],
+            [[0, 0], [7, 0], [0, 0], [9, 1], [0, 0]],
         ],
         "kept_logprobs": [
-            [[-1, -1.25], [-0.125, -2], [0, 0], [0, 0], [0, 0]],
+            [[-1, -1.25], [-0.25, -2], [0, 0], [0, 0], [0, 0]],
             [[0, 0]] * 5,
-            [[0, 0], [-0.5, -3], [0, 0], [-0.25, -0.5], [0, 0]],
+            [[0, 0], [-0.5, -3], [0, 0], [-0.5, -1.25], [0, 0]],
         ],
     }
     assert {name: values.tolist() for name, values in batch.items()} == expected

@@ -1,18 +1,23 @@
 """The main job on one rank, against logits the teacher gives when asked directly."""
 
+import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 from logitgen import LogitsFile, UsageError
 from logitgen.errors import CaptureError
+from logitgen.transport import Ranks
 
 Capture = Callable[..., Path]
 FLOAT16_STEP = 2**-11
@@ -160,24 +165,332 @@ def test_a_teacher_that_returns_nan_is_refused_with_row_and_position(
     teacher = save_teacher(tmp_path / "teacher", model, tokenizer)
     data = write_jsonl(tmp_path / "d.jsonl", [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 300, 6, 7]}])
     first_nan = int(direct_logprobs(teacher, np.array([4, 5, 300, 6])).isnan().any(-1).int().argmax())
-    message = rf"not finite at row 1, position {first_nan}: their log-sum-exp is nan. Try --dtype bfloat16"
+    message = (
+        rf"not finite at row 1, position {first_nan}: their log-sum-exp is nan in float32\. The weights are damaged"
+    )
     with pytest.raises(CaptureError, match=message):
         capture(teacher=teacher, dataset=data)
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_an_existing_output_is_kept_until_a_new_one_is_complete(
-    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+# A run that is stopped, and goes on.
+
+
+class Stop:
+    """Counts the forward passes of a run, and ends it in the middle of one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list[int]] = []
+        self.after: int | None = None
+        compute = generate.capture_batch
+
+        def capture_batch(teacher: Any, batch: Any, layout: Any) -> torch.Tensor:
+            if self.after is not None and len(self.batches) == self.after:
+                raise CaptureError("The lights went out.")
+            self.batches.append(sorted(batch.rows.tolist()))
+            return compute(teacher, batch, layout)
+
+        monkeypatch.setattr(generate, "capture_batch", capture_batch)
+
+    def run(self, job: Capture, after: int, /, **options: Any) -> None:
+        """Have a run stopped after so many batches."""
+        self.batches, self.after = [], after
+        with pytest.raises(CaptureError, match=r"The lights went out\."):
+            job(**options)
+        self.batches, self.after = [], None
+        gc.collect()  # the error knew the frames of the run, they its output, and that the lock
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    return Stop(monkeypatch)
+
+
+@pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a run fail that loads the teacher."""
+
+    def load_teacher(*arguments: Any) -> None:
+        raise AssertionError("The teacher was loaded.")
+
+    monkeypatch.setattr(generate, "load_teacher", load_teacher)
+
+
+def done_rows(path: Path) -> list[int]:
+    with h5py.File(path, "r", locking=False) as file:
+        return np.flatnonzero(file["done"][()]).tolist()
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+OPTIONS: list[dict[str, Any]] = [{"top_k": 5}, {"capture": "full"}, {"packing": True, "max_length": 24}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_run_that_goes_on_computes_only_what_is_missing_and_ends_with_the_same_file(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop, options: dict[str, Any], after: int
+) -> None:
+    options |= {"teacher": teacher, "dataset": ragged, "batch_tokens": 300}
+    whole = capture(output=tmp_path / "whole.h5", **options).read_bytes()
+    batches = stop.batches
+    stop.run(capture, after, **options)
+    assert not (tmp_path / "out.h5").exists()
+    done = done_rows(tmp_path / "out.h5.partial")
+    empty = set(range(len(LogitsFile(tmp_path / "whole.h5")))) - {row for batch in batches for row in batch}
+    assert done == sorted({row for batch in batches[:after] for row in batch} | empty)
+    assert capture(**options).read_bytes() == whole
+    assert stop.batches == batches[after:]
+    assert not (tmp_path / "out.h5.partial").exists()
+
+
+def test_a_run_may_be_stopped_again_and_again(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 300, "top_k": 5}
+    whole = capture(output=tmp_path / "whole.h5", **options).read_bytes()
+    num_batches = len(stop.batches)
+    for _ in range(num_batches - 1):
+        stop.run(capture, 1, **options)
+    assert capture(**options).read_bytes() == whole
+    assert len(stop.batches) == 1
+
+
+def test_a_batch_of_which_some_rows_are_done_is_computed_again(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 300, "top_k": 5}
+    path = capture(**options)
+    whole, batches = path.read_bytes(), stop.batches
+    partial = path.rename(tmp_path / "out.h5.partial")
+    row = batches[2][0]
+    with h5py.File(partial, "r+", locking=False) as file:
+        start = file["position_offsets"][row]
+        file["done"][row] = 0
+        file["logsumexp"][start] = 0
+    stop.batches = []
+    assert capture(**options).read_bytes() == whole
+    assert stop.batches == [batches[2]]
+
+
+def test_a_run_that_goes_on_says_so_and_counts_only_its_own_tokens(
+    capture: Capture,
+    teacher: Path,
+    ragged: Path,
+    stop: Stop,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 300}
+    stop.run(capture, 4, **options)
+    num_done = len(done_rows(tmp_path / "out.h5.partial"))
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert f"{num_done} of 53 rows are safe in {tmp_path / 'out.h5.partial'}. Run the same command again to" in log
+    capsys.readouterr()
+    file = LogitsFile(capture(**options))
+    captured = capsys.readouterr()
+    assert "53 expected, 53 present, 0 missing, 0 written twice" in " ".join(captured.out.split())
+    lengths = [len(file.row(row)["positions"]) for batch in stop.batches for row in batch]
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert f"Capturing {53 - num_done} of 53 rows, {sum(lengths):,} tokens in {len(stop.batches)} batches." in log
+
+
+def test_a_finished_output_needs_no_teacher(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged)
+    before = path.read_bytes()
+    changed = path.stat().st_mtime_ns
+    gc.collect()
+    request.getfixturevalue("no_teacher")
+    assert capture(teacher=teacher, dataset=ragged).read_bytes() == before
+    assert path.stat().st_mtime_ns == changed
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert f"{path} is complete: all 53 rows are there. Nothing is left to do." in log
+
+
+def test_a_file_that_only_lacks_its_name_is_given_it_without_a_teacher(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged)
+    before = path.read_bytes()
+    path.rename(tmp_path / "out.h5.partial")
+    gc.collect()
+    request.getfixturevalue("no_teacher")
+    assert capture(teacher=teacher, dataset=ragged).read_bytes() == before
+    assert not (tmp_path / "out.h5.partial").exists()
+
+
+@pytest.mark.usefixtures("no_teacher")
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"top_k": 6}, "--top_k 5 and 6"),
+        ({"batch_tokens": 301}, "--batch_tokens 300 and 301"),
+        ({"limit": 9}, "--limit None and 9"),
+        ({"seed": 1, "dtype": "bfloat16"}, "--dtype auto and bfloat16; --seed 0 and 1"),
+    ],
+)
+def test_a_file_of_other_settings_is_refused_and_left_as_it_is(
+    capture: Capture,
+    half_captured: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    finished: bool,
+    changes: dict[str, Any],
+    difference: str,
+) -> None:
+    folder, options = half_captured
+    name = "out.h5" if finished else "out.h5.partial"
+    shutil.copy(folder / name, tmp_path)
+    before = folder_content(tmp_path)
+    message = (
+        rf"{name} is of another run\. There and here differ: {difference}\. "
+        r"Choose another --output, or replace it with --overwrite\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        capture(**options | changes)
+    assert folder_content(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def half_captured(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragged: Path) -> tuple[Path, dict[str, Any]]:
+    """A folder with a finished and an unfinished output of one run, one of another, and the options of the first."""
+    folder = tmp_path_factory.mktemp("half")
+    options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 300, "top_k": 5}
+    arguments = [f"--{name}={value}" for name, value in (options | {"log_dir": folder / "logs"}).items()]
+    generate.capture(Ranks([]), [*arguments, f"--output={folder / 'out.h5'}"])
+    with pytest.MonkeyPatch.context() as patch:
+        made = Stop(patch)
+        made.after = 4
+        with pytest.raises(CaptureError, match="lights"):
+            generate.capture(Ranks([]), [*arguments, f"--output={folder / 'half.h5'}"])
+    gc.collect()
+    (folder / "half.h5.partial").rename(folder / "out.h5.partial")
+    generate.capture(Ranks([]), [*arguments, "--limit=9", f"--output={folder / 'other.h5'}"])
+    return folder, options
+
+
+def test_a_partial_file_of_a_teacher_with_other_weights_is_refused_and_left_as_it_is(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], teacher: Path, tmp_path: Path
+) -> None:
+    """The folder is the same, and what is in it is not."""
+    folder, options = half_captured
+    partial = Path(shutil.copy(folder / "out.h5.partial", tmp_path))
+    kept = Path(shutil.copytree(teacher, tmp_path / "kept"))
+    try:
+        changed = make_llama()
+        with torch.no_grad():
+            changed.lm_head.weight += 0.001
+        changed.save_pretrained(teacher)
+        before = partial.read_bytes()
+        message = r"out\.h5\.partial is of another run\. There and here differ: the teacher's weights\. Choose another"
+        with pytest.raises(UsageError, match=message):
+            capture(**options)
+    finally:
+        shutil.copytree(kept, teacher, dirs_exist_ok=True)
+    assert partial.read_bytes() == before
+    gc.collect()
+    assert capture(**options).read_bytes() == (folder / "out.h5").read_bytes()
+
+
+@pytest.mark.usefixtures("no_teacher")
+def test_a_partial_file_of_another_split_under_the_same_name_is_refused_and_left_as_it_is(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], ragged: Path, tmp_path: Path
+) -> None:
+    folder, options = half_captured
+    partial = Path(shutil.copy(folder / "out.h5.partial", tmp_path))
+    before, text = partial.read_bytes(), ragged.read_text()
+    try:
+        ragged.write_text(text.replace('"e"', '"f"'))
+        with pytest.raises(UsageError, match=r"There and here differ: the tokens of the rows\. Choose another"):
+            capture(**options)
+    finally:
+        ragged.write_text(text)
+    assert partial.read_bytes() == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_partial_file_of_another_run_is_replaced_only_on_request_and_only_by_a_real_run(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, stop: Stop, dry_run: bool
+) -> None:
+    folder, options = half_captured
+    partial = Path(shutil.copy(folder / "out.h5.partial", tmp_path))
+    before = partial.read_bytes()
+    path = capture(**options | {"top_k": 7, "overwrite": True, "dry_run": dry_run})
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "There and here differ: --top_k 5 and 7. It will be replaced." in log
+    if dry_run:
+        assert partial.read_bytes() == before
+        assert not path.exists()
+    else:
+        assert LogitsFile(path).attributes["top_k"] == 7
+        assert sum(map(len, stop.batches)) == np.count_nonzero(np.diff(LogitsFile(path).arrays["position_offsets"]))
+        assert not partial.exists()
+
+
+def test_overwrite_resumes_a_partial_file_of_the_same_run(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, stop: Stop
+) -> None:
+    folder, options = half_captured
+    partial = Path(shutil.copy(folder / "out.h5.partial", tmp_path))
+    shutil.copy(folder / "other.h5", tmp_path / "out.h5")
+    done = set(done_rows(partial))
+    assert capture(**options, overwrite=True).read_bytes() == (folder / "out.h5").read_bytes()
+    assert not {row for batch in stop.batches for row in batch} & done
+
+
+def test_overwrite_makes_a_finished_file_of_the_same_run_anew(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, stop: Stop
+) -> None:
+    folder, options = half_captured
+    path = Path(shutil.copy(folder / "out.h5", tmp_path))
+    before = path.read_bytes()
+    stop.run(capture, 2, **options, overwrite=True)
+    assert path.read_bytes() == before
+    assert len(done_rows(tmp_path / "out.h5.partial")) < 53
+    capture(**options, overwrite=True)
+    assert path.read_bytes() == before
+    assert stop.batches
+
+
+def test_a_file_of_another_run_is_kept_until_the_new_one_is_complete(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, stop: Stop
+) -> None:
+    folder, options = half_captured
+    output = Path(shutil.copy(folder / "other.h5", tmp_path / "out.h5"))
+    before = output.read_bytes()
+    with pytest.raises(UsageError, match=r"out\.h5 is of another run.* --limit 9 and None\. .* with --overwrite\.$"):
+        capture(**options)
+    with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 384, got 999"):
+        capture(**options | {"overwrite": True, "top_k": 999})
+    stop.run(capture, 3, **options, overwrite=True)
+    assert output.read_bytes() == before
+    assert capture(**options, overwrite=True).read_bytes() == (folder / "out.h5").read_bytes()
+
+
+@pytest.mark.usefixtures("no_teacher")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_is_not_ours_is_never_touched(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, overwrite: bool
 ) -> None:
     output = tmp_path / "out.h5"
     output.write_text("precious")
-    with pytest.raises(UsageError, match=r"--output .*out.h5 exists. .* --overwrite"):
-        capture(teacher=teacher, dataset=ragged)
-    with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 384, got 999"):
-        capture(teacher=teacher, dataset=ragged, overwrite=True, top_k=999)
+    with pytest.raises(UsageError, match=r"out\.h5 exists and is no file of logitgen, so it is not touched\. Choose"):
+        capture(teacher=teacher, dataset=ragged, overwrite=overwrite)
     assert output.read_text() == "precious"
-    capture(teacher=teacher, dataset=ragged, overwrite=True)
-    assert len(LogitsFile(output)) == 53
+
+
+def test_a_dry_run_writes_nothing_beside_its_log(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged, dry_run=True)
+    assert [found.name for found in tmp_path.iterdir()] == ["logs"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{capture(teacher=teacher, dataset=ragged).stat().st_size:,} bytes" in printed
+    assert path.exists()
 
 
 def test_the_end_of_a_run_states_what_is_in_the_file(

@@ -29,7 +29,8 @@ def test_a_plan_worked_by_hand() -> None:
     assert plan.num_padded_tokens == 25 + 10 + 3 * 4 + 2 * 3
     assert plan.padding_share == pytest.approx(1 - 50 / 53)
     assert plan.sums(np.array([100, 1, 2, 3, 4, 5, 6, 7, 8])).tolist() == [6, 2, 3 + 5 + 100, 8 + 4]
-    assert [list(plan.share(replica, 3)) for replica in range(3)] == [[0, 3], [1], [2]]
+    done = np.array([1, 1, 0, 1, 1, 1, 1, 0, 0], dtype=bool)  # 2 is in batch 1, 8 in batch 3, and 7 needs no pass
+    assert plan.pending(done).tolist() == [1, 3]
 
 
 @settings(max_examples=100, deadline=None)
@@ -61,15 +62,22 @@ def test_rows_go_longest_first_and_equal_ones_in_their_order(lengths: list[int],
 
 
 @settings(max_examples=100, deadline=None)
-@given(row_lengths, budgets, st.integers(1, 7))
-def test_the_shares_of_the_replicas_partition_the_batches(
-    lengths: list[int], batch_tokens: int, num_replicas: int
-) -> None:
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=60), budgets)
+def test_the_batches_with_a_row_that_is_not_done_are_pending(rows: list[tuple[int, bool]], batch_tokens: int) -> None:
+    plan = make_plan([length for length, _ in rows], batch_tokens)
+    done = [flag for _, flag in rows]
+    expected = [number for number, batch in enumerate(batches(plan)) if not all(done[row] for row in batch)]
+    flags = np.array(done, dtype=bool)
+    assert plan.pending(flags).tolist() == expected
+    assert flags.tolist() == done
+
+
+@settings(max_examples=100, deadline=None)
+@given(row_lengths, budgets)
+def test_all_batches_are_pending_at_first_and_none_at_last(lengths: list[int], batch_tokens: int) -> None:
     plan = make_plan(lengths, batch_tokens)
-    shares = [list(plan.share(replica, num_replicas)) for replica in range(num_replicas)]
-    assert sorted(batch for share in shares for batch in share) == list(range(plan.num_batches))
-    assert all(share == sorted(share) for share in shares)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert plan.pending(np.zeros(len(lengths), bool)).tolist() == list(range(plan.num_batches))
+    assert plan.pending(np.ones(len(lengths), bool)).tolist() == []
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,7 +98,7 @@ def test_a_plan_without_rows_has_no_batches() -> None:
     for lengths in ([], [0, 0, 0]):
         plan = make_plan(lengths, batch_tokens=8)
         assert plan.num_batches == 0
-        assert list(plan.share(0, 2)) == []
+        assert plan.pending(np.zeros(len(lengths), bool)).tolist() == []
         assert plan.sums(np.array([5] * len(lengths), dtype=np.int32)).tolist() == []
         assert (plan.num_tokens, plan.num_padded_tokens, plan.padding_share) == (0, 0, 0.0)
 

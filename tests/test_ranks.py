@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -103,7 +104,8 @@ def launch_changed(folder: Path, change: str, **options: Any) -> Ended:
     """Launch the main program on two ranks after some Python that changes it."""
     script = folder / "changed.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
-    command = launch_command(2, output=folder / "out.h5", log_dir=folder / "logs", **options)
+    places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
+    command = launch_command(2, **(places | options))
     command[command.index("generate.py")] = str(script)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
@@ -226,7 +228,10 @@ def test_a_signal_stops_every_rank_with_one_line(
     result = ended(long_run, ranks)
     assert result.returncode != 0
     assert error_lines(result) == [f"error: The run was stopped by {number.name}."]
-    assert [path.name for path in tmp_path.glob("out.h5*")] == ["out.h5.partial"]
+    safe = re.search(r"([\d,]+) of 6,000 rows are safe in (.*)\. Run the same command again", result.stderr)
+    assert safe
+    assert safe[2] == str(tmp_path / "out.h5.partial")
+    assert int(safe[1].replace(",", "")) == np.count_nonzero(LogitsFile(safe[2], partial=True).arrays["done"]) > 0
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
@@ -249,12 +254,12 @@ def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_a_partial_file_is_refused_and_kept(teacher: Path, ragged: Path, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_not_ours_is_refused_and_kept(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.h5.partial"
     partial.write_text("half of it")
     result = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
     assert len(error_lines(result)) == 1
-    assert "out.h5.partial is left from a run that did not finish" in error_lines(result)[0]
+    assert "out.h5.partial exists, and is nothing to go on with: " in error_lines(result)[0]
     assert exit_statuses(result) == [2, 2]
     assert partial.read_text() == "half of it"
 

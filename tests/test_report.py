@@ -18,15 +18,18 @@ from rich.console import Console, RenderableType
 from test_reader import ARRAYS, ATTRIBUTES, FULL, write_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitgen import LogitsFile, UsageError, console
+from logitgen import FormatError, LogitsFile, UsageError, console
 from logitgen.__main__ import main
-from logitgen.report import facts, overview, row_facts, row_view, summary
+from logitgen.estimate import Estimate, Pilot
+from logitgen.report import estimate_view, facts, overview, row_facts, row_view, summary, verdict_view
+from logitgen.rerun import Rerun
 
 Capture = Callable[..., Path]
 SETTINGS = {
     "teacher": "no/such-teacher",
     "revision": None,
     "teacher_gguf": None,
+    "attn_implementation": None,
     "dataset": "some/text",
     "dataset_config": "en",
     "split": "train[:5]",
@@ -118,8 +121,8 @@ def test_a_row_is_shown_position_by_position(path: Path) -> None:
                 "next": "j",
                 "probability": pytest.approx(math.exp(-0.5)),
                 "guesses": [
-                    {"token": "b", "probability": pytest.approx(math.exp(-0.25))},
                     {"token": "j", "probability": pytest.approx(math.exp(-0.5))},
+                    {"token": "b", "probability": pytest.approx(math.exp(-1.25))},
                 ],
             },
         ],
@@ -212,7 +215,7 @@ def test_the_view_of_a_row_shows_what_came_and_what_was_expected(path: Path) -> 
     assert lines[2].split() == ["pos", "token", "came", "p", "the", "teacher", "expected"]
     assert [line.split() for line in lines[3:]] == [
         ["1", "'g'", "'h'", "0.61", "'h'", "0.61", "'a'", "0.05"],
-        ["3", "'i'", "'j'", "0.61", "'b'", "0.78", "'j'", "0.61"],
+        ["3", "'i'", "'j'", "0.61", "'j'", "0.61", "'b'", "0.29"],
     ]
 
 
@@ -234,6 +237,102 @@ def test_the_end_of_a_run_is_summed_up(path: Path) -> None:
         "teacher perplexity": "2.718",
         "file": str(path),
     }
+
+
+def make_estimate(**changes: Any) -> Estimate:
+    known = {
+        "num_rows": 1_000,
+        "num_tokens": 50_000,
+        "num_positions": 49_000,
+        "num_cut": 12,
+        "num_dropped_tokens": 3_400,
+        "num_batches": 77,
+        "padding_share": 0.125,
+        "tokens_per_second": 2_500.0,
+        "seconds": {1: 7_260.0, 2: 3_630.0},
+        "pilots": [Pilot(0.5, 900_000_000, 0), Pilot(0.75, 1_100_000_000, 0)],
+        "size_bytes": 13_000_000,
+        "other_sizes": {"top 8": 2_000_000, "all logits": 32_000_000_000},
+        "buffer_bytes": 5_600_000,
+    }
+    return Estimate(**known | changes)
+
+
+def test_an_estimate_says_what_a_run_would_take() -> None:
+    lines = drawn(estimate_view(make_estimate(), 450_000_000_000))
+    blank = lines.index("")
+    assert definitions(lines[:blank]) == {
+        "rows": "1,000, 12 of the split were too long",
+        "tokens": "50,000, 49,000 positions captured, 3,400 tokens dropped",
+        "batches": "77, 12.5% padding",
+        "file": "13,000,000 bytes, 260.0 per token; 450.0 GB free",
+        "memory per rank": "1.1 GB; the leader 5.6 MB of buffers more",
+        "speed": "2,500 tokens/s per rank, 2 measured at once",
+    }
+    assert [words(line).split(" ") for line in lines[blank + 1 :]] == [
+        ["kept", "file", "per", "token", "ranks", "time"],
+        ["top", "8", "2.0", "MB", "40.0", "B", "1", "2:01:00"],
+        ["all", "logits", "32.0", "GB", "640,000.0", "B", "2", "1:00:30"],
+    ]
+
+
+def test_an_estimate_of_gpus_names_the_memory_of_the_largest() -> None:
+    pilots = [Pilot(0.5, 900_000_000, 7_000_000_000), Pilot(0.75, 800_000_000, 9_000_000_000)]
+    lines = drawn(estimate_view(make_estimate(pilots=pilots), 1))
+    assert definitions(lines)["memory per rank"].startswith("900.0 MB, 9.0 GB of them on the GPU; the leader 5.6 MB")
+
+
+def test_a_verdict_is_one_line_if_nothing_is_wrong(path: Path) -> None:
+    assert definitions(drawn(verdict_view(LogitsFile(path), [], False, None))) == {
+        "file": str(path),
+        "rows": "3 expected, 3 present",
+        "verdict": "verified: every row is there once, its checksum and its values are right",
+    }
+
+
+def test_a_verdict_names_every_problem_and_no_markup_is_read_into_them(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "[red]out.h5", ARRAYS | {"done": np.array([1, 0, 1], "u1")}, settings=SETTINGS)
+    found = ["row 1 is missing", "row [bold]2[/bold] is odd"]
+    lines = drawn(verdict_view(LogitsFile(path, partial=True), found, False, None))
+    assert lines[-2:] == ["  row 1 is missing", "  row [bold]2[/bold] is odd"]
+    known = definitions(lines[:-2])
+    assert known["file"] == str(path)
+    assert known["rows"] == "3 expected, 2 present"
+    assert known["verdict"] == "NOT verified, 2 problems"
+
+
+@pytest.mark.parametrize(
+    ("found", "more", "verdict"),
+    [
+        (["one"], False, "NOT verified, 1 problem"),
+        (["one"], True, "NOT verified, at least 1 problem"),
+        (["one", "two", "three"], True, "NOT verified, at least 3 problems"),
+    ],
+)
+def test_a_verdict_counts_the_problems(path: Path, found: list[str], more: bool, verdict: str) -> None:
+    assert definitions(drawn(verdict_view(LogitsFile(path), found, more, None)))["verdict"] == verdict
+
+
+def test_a_verdict_says_how_far_the_teacher_is(path: Path) -> None:
+    compared = Rerun(
+        num_positions=4_321, largest=0.0213, mean=0.00123, top1_agreement=0.9951, most_mean=0.005, least_agreement=0.99
+    )
+    assert definitions(drawn(verdict_view(LogitsFile(path), [], False, compared)))["teacher"] == (
+        "over 4,321 positions largest difference 0.0213 nats, mean 0.00123 (at most 0.005), "
+        "top-1 agreement 99.51% (at least 99%)"
+    )
+
+
+def test_a_damaged_row_is_not_shown(tmp_path: Path) -> None:
+    wrong = ARRAYS["input_ids"].copy()
+    wrong[7] = 0
+    path = write_file(tmp_path / "out.h5", ARRAYS | {"input_ids": wrong})
+    file = LogitsFile(path)
+    for row in (2, -1):
+        message = r"out\.h5 is damaged: row 2 has checksum [0-9a-f]{8}, written was [0-9a-f]{8}\. Copy it again\.$"
+        with pytest.raises(FormatError, match=message):
+            row_facts(file, row, Letters())
+    assert row_facts(file, 0, Letters())["tokens"] == 3
 
 
 @pytest.mark.usefixtures("wide")
@@ -272,7 +371,7 @@ def test_json_of_a_row_holds_every_position(path: Path, teacher: Path, capsys: p
     ]
     assert [[guess["token"] for guess in position["guesses"]] for position in found["positions"]] == [
         [decode([7]), decode([0])],
-        [decode([1]), decode([9])],
+        [decode([9]), decode([1])],
     ]
 
 
@@ -310,7 +409,7 @@ def test_a_teacher_that_is_elsewhere_leaves_the_ids(path: Path, capsys: pytest.C
     assert title == "row 2 (row 5 of the split), 5 tokens"
     assert [line.split() for line in lines] == [
         ["1", "'6'", "'7'", "0.61", "'7'", "0.61", "'0'", "0.05"],
-        ["3", "'8'", "'9'", "0.61", "'1'", "0.78", "'9'", "0.61"],
+        ["3", "'8'", "'9'", "0.61", "'9'", "0.61", "'1'", "0.29"],
     ]
 
 

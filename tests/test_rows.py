@@ -77,7 +77,7 @@ def test_every_token_that_has_a_next_one_is_a_position() -> None:
     assert rows.num_positions.tolist() == [2, 0, 0, 1]
     assert rows.forward_lengths.tolist() == [2, 0, 0, 1]
     assert rows.source_row.tolist() == [0, 1, 2, 3]
-    assert (rows.num_tokens, rows.num_captured, rows.num_dropped_tokens) == (6, 3, 0)
+    assert (rows.num_tokens, rows.num_captured, rows.num_dropped_tokens, rows.num_cut) == (6, 3, 0, 0)
 
 
 def test_a_mask_leaves_the_positions_that_predict_a_completions_token() -> None:
@@ -117,7 +117,7 @@ def test_truncated_rows_lose_their_ends() -> None:
     rows = make_rows([[1, 2, 3, 4, 5], [6, 7], [8, 9, 1]], max_length=3)
     assert tokens_of(rows) == [[1, 2, 3], [6, 7], [8, 9, 1]]
     assert rows.source_row.tolist() == [0, 1, 2]
-    assert rows.num_dropped_tokens == 2
+    assert (rows.num_cut, rows.num_dropped_tokens) == (1, 2)
 
 
 def test_split_rows_become_several_rows_of_the_same_source() -> None:
@@ -125,7 +125,7 @@ def test_split_rows_become_several_rows_of_the_same_source() -> None:
     assert tokens_of(rows) == [[1, 2, 3], [4, 5, 6], [7], [], [8], [1, 2, 3]]
     assert rows.source_row.tolist() == [0, 0, 0, 1, 2, 3]
     assert positions_of(rows) == [[0, 1], [0, 1], [], [], [], [0, 1]]
-    assert rows.num_dropped_tokens == 0
+    assert (rows.num_cut, rows.num_dropped_tokens) == (1, 0)
 
 
 def test_packed_blocks_run_over_the_ends_of_rows() -> None:
@@ -180,6 +180,7 @@ def test_rows_are_cut_as_plain_lists_would_be(
     assert rows.num_tokens == sum(len(row) for _, row in expected)
     assert rows.num_captured == sum(map(len, positions))
     assert rows.num_dropped_tokens == sum(map(len, ids)) - sum(len(row) for _, row in expected)
+    assert rows.num_cut == (0 if cut == "packing" else sum(len(row) > max_length for row in ids))
 
 
 def test_a_block_may_run_over_many_arrow_chunks() -> None:
@@ -275,7 +276,7 @@ def test_a_batch_holds_what_the_teacher_needs() -> None:
     rows = make_rows([[1, 2], [3, 4, 5, 6, 7], [8], [9, 10, 11]])
     batch = rows.batch(np.array([1, 3, 0]))
     assert isinstance(batch, Batch)
-    assert batch.rows.tolist() == [1, 3, 0]
+    assert batch.rows.tolist() == batch.source_rows.tolist() == [1, 3, 0]
     assert [tokens.tolist() for tokens in batch.tokens] == [[3, 4, 5, 6, 7], [9, 10, 11], [1, 2]]
     assert batch.input_ids.tolist() == [[3, 4, 5, 6], [9, 10, 0, 0], [1, 0, 0, 0]]
     assert batch.num_positions.tolist() == [4, 2, 1]
@@ -322,6 +323,47 @@ def test_every_position_of_a_batch_finds_its_tokens_and_its_target(
     ]
     width = max(len(ids[row]) for row in chosen) - 1  # the last token is always in the completion
     assert batch.input_ids.tolist() == [ids[row][:-1] + [0] * (width - len(ids[row]) + 1) for row in chosen]
+
+
+def test_a_batch_knows_where_its_rows_come_from() -> None:
+    split = make_rows([[1, 2, 3, 4, 5], [6, 7], [8, 9, 1, 2]], max_length=2, overflow="split")
+    assert split.batch(np.array([5, 0, 3])).source_rows.tolist() == [2, 0, 1]  # 3 rows of 0, 1 of 1, 2 of 2
+    packed = make_rows([[1, 2], [3, 4, 5, 6], [7, 8, 9]], max_length=3, packing=True)
+    assert packed.batch(np.array([2, 0, 1])).source_rows.tolist() == [2, 0, 1]
+    assert packed.batch(np.array([1])).source_rows.dtype == np.int64
+
+
+def test_a_batch_is_halved_as_worked_out_by_hand() -> None:
+    rows = make_rows([[1, 2], [3, 4, 5, 6, 7], [8], [9, 10, 11]])
+    first, second = rows.batch(np.array([1, 3, 0])).halves()
+    assert (first.rows.tolist(), second.rows.tolist()) == ([1], [3, 0])
+    assert (first.source_rows.tolist(), second.source_rows.tolist()) == ([1], [3, 0])
+    assert [tokens.tolist() for tokens in second.tokens] == [[9, 10, 11], [1, 2]]
+    assert first.input_ids.tolist() == [[3, 4, 5, 6]]
+    assert second.input_ids.tolist() == [[9, 10, 0, 0], [1, 0, 0, 0]]
+    assert (first.num_positions.tolist(), second.num_positions.tolist()) == ([4], [2, 1])
+    assert (first.row_of_position.tolist(), second.row_of_position.tolist()) == ([0, 0, 0, 0], [0, 0, 1])
+    assert (first.positions.tolist(), second.positions.tolist()) == ([0, 1, 2, 3], [0, 1, 0])
+    assert (first.targets.tolist(), second.targets.tolist()) == ([4, 5, 6, 7], [10, 11, 2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 9), min_size=2, max_size=9), st.booleans())
+def test_halves_are_batches_of_their_rows_but_for_the_padding(lengths: list[int], completion_only: bool) -> None:
+    ids = [[row * 10 + at for at in range(length)] for row, length in enumerate(lengths)]
+    masks = [[0, *(at % 2 for at in range(length - 2)), 1] for length in lengths] if completion_only else None
+    rows = make_rows(ids, masks)
+    numbers = np.arange(len(ids))
+    batch = rows.batch(numbers)
+    middle = len(ids) // 2
+    for half, part in zip(batch.halves(), (numbers[:middle], numbers[middle:]), strict=True):
+        alone = rows.batch(part)
+        for name in ("rows", "source_rows", "num_positions", "row_of_position", "positions", "targets"):
+            np.testing.assert_array_equal(getattr(half, name), getattr(alone, name), err_msg=name)
+        width = alone.input_ids.shape[1]
+        np.testing.assert_array_equal(half.input_ids[:, :width], alone.input_ids)
+        assert not half.input_ids[:, width:].any()
+        assert [tokens.tolist() for tokens in half.tokens] == [tokens.tolist() for tokens in alone.tokens]
 
 
 # The fingerprint.

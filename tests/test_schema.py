@@ -127,45 +127,53 @@ def example_row(num_positions: int, top_k: int, seed: int) -> list[np.ndarray]:
     ]
 
 
-def test_a_rows_checksum_is_the_crc32_of_its_number_and_its_bytes() -> None:
+def test_a_rows_checksum_is_the_crc32_of_its_number_its_source_and_its_bytes() -> None:
     arrays = [np.array([1, 515], dtype="<u2"), np.array([[-1.0], [0.5]], dtype="<f4")]
     joined = (
-        b"\x07\x00\x00\x00\x00\x00\x00\x00" + b"\x01\x00\x03\x02" + b"\x00\x00\x80\xbf" + b"\x00\x00\x00\x3f"
-    )  # 7 as int64, then 1 and 515, then -1 and 0.5
-    assert row_crc32(7, arrays) == zlib.crc32(joined)
+        *(b"\x07\x00\x00\x00\x00\x00\x00\x00", b"\x02\x01\x00\x00\x00\x00\x00\x00"),
+        *(b"\x01\x00\x03\x02", b"\x00\x00\x80\xbf", b"\x00\x00\x00\x3f"),
+    )  # 7 and 258 as int64, then 1 and 515, then -1 and 0.5
+    assert row_crc32(7, 258, arrays) == zlib.crc32(b"".join(joined))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_flipped_bit_changes_a_rows_checksum(data: st.DataObject) -> None:
-    row = data.draw(st.integers(0, 2**40))
+    row, source_row = data.draw(st.integers(0, 2**40)), data.draw(st.integers(0, 2**40))
     arrays = example_row(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), data.draw(st.integers(0, 99)))
     damaged = [bytearray(array.tobytes()) for array in arrays]
     array = data.draw(st.integers(0, len(arrays) - 1))
     byte, bit = data.draw(st.integers(0, len(damaged[array]) - 1)), data.draw(st.integers(0, 7))
     damaged[array][byte] ^= 1 << bit
     changed = [np.frombuffer(raw, a.dtype).reshape(a.shape) for raw, a in zip(damaged, arrays, strict=True)]
-    assert row_crc32(row, changed) != row_crc32(row, arrays)
+    assert row_crc32(row, source_row, changed) != row_crc32(row, source_row, arrays)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 9))
-def test_another_row_number_changes_the_checksum(row: int, other: int, num_positions: int) -> None:
+def test_another_row_number_or_source_changes_the_checksum(row: int, other: int, num_positions: int) -> None:
     arrays = example_row(num_positions, top_k=2, seed=0)
-    assert (row_crc32(row, arrays) == row_crc32(other, arrays)) == (row == other)
+    assert (row_crc32(row, 5, arrays) == row_crc32(other, 5, arrays)) == (row == other)
+    assert (row_crc32(5, row, arrays) == row_crc32(5, other, arrays)) == (row == other)
 
 
 def test_the_checksum_of_an_array_does_not_depend_on_how_it_lies_in_memory() -> None:
     table = np.arange(24, dtype="<f4").reshape(4, 6)
-    assert row_crc32(0, [table[:, ::2].T]) == row_crc32(0, [table[:, ::2].T.copy()])
+    assert row_crc32(0, 0, [table[:, ::2].T]) == row_crc32(0, 0, [table[:, ::2].T.copy()])
 
 
-def test_the_row_number_may_be_a_numpy_integer() -> None:
+def test_row_numbers_may_be_numpy_integers() -> None:
     arrays = example_row(3, top_k=2, seed=1)
-    assert row_crc32(np.int64(5), arrays) == row_crc32(5, arrays)  # type: ignore[arg-type]
+    assert row_crc32(np.int64(5), np.int64(4), arrays) == row_crc32(5, 4, arrays)  # type: ignore[arg-type]
 
 
 def test_a_row_without_positions_has_a_checksum_of_its_tokens() -> None:
     ids = np.array([9, 8], dtype="<u2")
     nothing = [np.empty(0, "<i4"), np.empty(0, "<f4"), np.empty(0, "<f4"), np.empty((0, 4), "<u2")]
-    assert row_crc32(3, [ids, *nothing]) == zlib.crc32(bytes([3, 0, 0, 0, 0, 0, 0, 0, 9, 0, 8, 0]))
+    joined = bytes([3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 9, 0, 8, 0])
+    assert row_crc32(3, 2, [ids, *nothing]) == zlib.crc32(joined)
+
+
+def test_what_is_kept_is_said_in_words() -> None:
+    assert make_layout(top_k=3).kept == "top 3"
+    assert make_layout("full").kept == "all logits"

@@ -2,11 +2,12 @@
 
 import errno
 import io
+import logging
 import os
-import shutil
 import tempfile
+import threading
+import time
 import zlib
-from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_reader import plain_attributes
 
-from logitgen import CaptureError, UsageError, writer
+from logitgen import CaptureError, header, writer
 from logitgen.config import Config
+from logitgen.header import Header
 from logitgen.plan import Plan
 from logitgen.rows import Rows
 from logitgen.schema import Layout
-from logitgen.writer import Writer, check_output, check_space, partial_path
+from logitgen.writer import Writer, write_known
 
-DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 FEATURES = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), completion_mask=datasets.List(datasets.Value("uint8"))
 )
-ATTRIBUTES: dict[str, str | int] = {"format": "logitgen", "version": 1, "settings": '{"text": "grün"}', "top_k": 2}
 
 
 @dataclass
@@ -43,15 +44,27 @@ class Job:
     expected: dict[str, np.ndarray]
     payloads: list[np.ndarray]
 
-    def writer(self, output: Path, **options: Any) -> Writer:
-        return Writer(output, self.layout, self.rows, self.plan, ATTRIBUTES, **options)
+    def create(self, path: Path) -> Header:
+        """Make the file, as a run does before its first forward pass."""
+        sizes = {"capture": self.layout.capture, "top_k": self.layout.top_k, "vocab_size": self.layout.vocab_size}
+        places = header.create(path, self.layout, plain_attributes(**sizes))
+        with open(path, "r+b", buffering=0) as file:
+            write_known(file, places, self.layout, self.rows)
+        return Header({}, self.layout, places)
 
-    def write(self, output: Path, order: Sequence[int] | None = None) -> Path:
-        made = self.writer(output)
-        futures = [made.submit(batch, self.payloads[batch]) for batch in order or range(self.plan.num_batches)]
-        made.finish()
+    def writer(self, path: Path, done: np.ndarray | None = None, **options: Any) -> Writer:
+        """Start a writer, on a file that is made first unless it is there."""
+        found = header.read(path) if path.exists() else self.create(path)
+        if done is None:
+            done = np.fromfile(path, "u1", self.layout.num_rows, offset=found.places["done"]) == 1
+        return Writer(path, found, self.rows, self.plan, done, **options)
+
+    def write(self, path: Path, order: Sequence[int] | None = None) -> Path:
+        with self.writer(path) as made:
+            futures = [made.submit(batch, self.payloads[batch]) for batch in order or range(self.plan.num_batches)]
+            made.finish()
         assert all(future.result() is None for future in futures)
-        return output
+        return path
 
 
 def make_job(
@@ -100,8 +113,8 @@ def make_job(
         "positions": np.array([position for found in positions for position in found], "<i4"),
         **captured,
     }
-    for row in np.flatnonzero(np.array(counts) == 0):  # what no payload carries, the writer works out itself
-        expected["crc32"][row] = zlib.crc32(np.int64(row).tobytes() + np.array(ids[row], id_dtype).tobytes())
+    for row in np.flatnonzero(np.array(counts) == 0):  # what no payload carries is known beforehand
+        expected["crc32"][row] = zlib.crc32(np.array([row, row]).tobytes() + np.array(ids[row], id_dtype).tobytes())
     payloads = [
         np.concatenate(
             [expected["crc32"][batch_rows].view("u1")]
@@ -168,56 +181,45 @@ def test_the_order_of_the_batches_leaves_no_trace_in_the_file(job: Job, tmp_path
     assert job.write(tmp_path / "second.h5", [2, 0, 1]).read_bytes() == first
 
 
-def test_the_file_is_plain_contiguous_hdf5_allocated_at_creation(job: Job, tmp_path: Path) -> None:
-    path = job.write(tmp_path / "out.h5")
-    with h5py.File(path, "r") as file:
-        for dataset in file.values():
-            creation = dataset.id.get_create_plist()
-            assert creation.get_layout() == h5py.h5d.CONTIGUOUS
-            assert creation.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
-            assert creation.get_fill_time() == h5py.h5d.FILL_TIME_NEVER
-            assert creation.get_nfilters() == 0
-            assert h5py.h5g.get_objinfo(file.id, dataset.name.encode()).mtime == 0  # the only time HDF5 would store
-    assert path.read_bytes()[:9] == b"\x89HDF\r\n\x1a\n\x00"  # superblock 0: the oldest, which every HDF5 reads
+def flags(path: Path) -> list[int]:
+    with h5py.File(path, "r", locking=False) as file:
+        return [int(flag) for flag in file["done"][()]]
 
 
-def test_the_attributes_are_in_the_file(job: Job, tmp_path: Path) -> None:
-    with h5py.File(job.write(tmp_path / "out.h5"), "r") as file:
-        assert dict(file.attrs) == ATTRIBUTES
+# What is known before the first forward pass.
 
 
-def test_the_output_appears_only_when_the_file_is_complete(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "out.h5"
-    made = job.writer(output)
-    for batch, payload in enumerate(job.payloads):
-        made.submit(batch, payload).result()
-        assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
-    made.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
+@settings(deadline=None, max_examples=40)
+@given(jobs())
+def test_all_that_is_known_is_written_before_the_first_forward_pass(job: Job) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.h5"
+        job.create(path)
+        empty = np.diff(job.expected["position_offsets"]) == 0
+        with h5py.File(path, "r") as file:
+            assert file["done"][()].tolist() == empty.tolist()
+            assert file["crc32"][()][empty].tolist() == job.expected["crc32"][empty].tolist()
+            for name in ("source_row", "offsets", "position_offsets", "input_ids", "positions"):
+                np.testing.assert_array_equal(file[name][()], job.expected[name], err_msg=name)
 
 
-def test_an_old_output_stays_until_the_new_one_is_complete(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "out.h5"
-    output.write_text("precious")
-    (tmp_path / "out.h5.partial").write_bytes(b"left over" * 10_000)
-    made = job.writer(output)
-    for batch, payload in enumerate(job.payloads):
-        made.submit(batch, payload)
-        assert output.read_text() == "precious"
-    made.finish()
-    assert_file_holds(output, job.expected)
-    assert output.read_bytes() == job.write(tmp_path / "other.h5").read_bytes()
+@pytest.mark.parametrize("block_items", [1, 3, 4, 1000])
+def test_tokens_are_written_in_blocks_of_any_size(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_items: int
+) -> None:
+    monkeypatch.setattr(writer, "_BLOCK_ITEMS", block_items)
+    assert_file_holds(job.write(tmp_path / "out.h5"), job.expected)
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
-def test_all_the_space_is_taken_before_the_first_batch(job: Job, tmp_path: Path) -> None:
-    made = job.writer(tmp_path / "out.h5")
-    before = (tmp_path / "out.h5.partial").stat()
-    assert before.st_blocks * 512 >= before.st_size
-    for batch, payload in enumerate(job.payloads):
-        made.submit(batch, payload)
-    made.finish()
-    assert (tmp_path / "out.h5").stat().st_size == before.st_size
+def test_the_head_is_the_same_after_the_last_row_as_before_the_first(job: Job, tmp_path: Path) -> None:
+    places = job.create(tmp_path / "out.h5").places
+    before = (tmp_path / "out.h5").read_bytes()
+    after = job.write(tmp_path / "out.h5").read_bytes()
+    assert after[: places["done"]] == before[: places["done"]]
+    assert len(after) == len(before)
+
+
+# Resuming.
 
 
 def test_an_unfinished_file_opens_and_says_what_is_done(
@@ -226,35 +228,81 @@ def test_an_unfinished_file_opens_and_says_what_is_done(
     monkeypatch.setattr(writer, "COMMIT_SECONDS", -1.0)
     made = job.writer(tmp_path / "out.h5")
     made.submit(1, job.payloads[1]).result()
-    with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
+    made.submit(1, job.payloads[1]).result()  # the commit lies between
+    with h5py.File(tmp_path / "out.h5", "r", locking=False) as file:
         done = file["done"][()].astype(bool)
         positions = np.repeat(done, np.diff(job.expected["position_offsets"]))
         assert np.flatnonzero(done).tolist() == [0, 1, 4]  # row 1 needs no forward pass
         assert file["crc32"][done].tolist() == job.expected["crc32"][done].tolist()
         for name in ("logsumexp", "kept_ids", "kept_logprobs"):
             np.testing.assert_array_equal(file[name][()][positions], job.expected[name][positions])
-        for name in ("offsets", "position_offsets", "input_ids", "positions", "source_row"):
-            np.testing.assert_array_equal(file[name][()], job.expected[name])
 
 
-def test_a_second_writer_of_the_same_output_is_refused_and_harms_nothing(job: Job, tmp_path: Path) -> None:
-    first = job.writer(tmp_path / "out.h5")
-    first.submit(0, job.payloads[0]).result()
-    with pytest.raises(UsageError, match=r"out\.h5\.partial is being written by another run\. Wait for it"):
-        job.writer(tmp_path / "out.h5")
-    for batch in (1, 2):
-        first.submit(batch, job.payloads[batch])
-    first.finish()
-    with h5py.File(tmp_path / "out.h5", "r") as file:
-        np.testing.assert_array_equal(file["logsumexp"][()], job.expected["logsumexp"])
+@settings(deadline=None, max_examples=40)
+@given(jobs(), st.data())
+def test_a_run_in_two_parts_ends_with_the_file_of_a_run_in_one(job: Job, data: st.DataObject) -> None:
+    batches = list(range(job.plan.num_batches))
+    first = data.draw(st.lists(st.sampled_from(batches), unique=True))
+    with tempfile.TemporaryDirectory() as folder:
+        path, whole = Path(folder) / "out.h5", job.write(Path(folder) / "whole.h5")
+        stop(job.writer(path), job, first)
+        second = job.plan.pending(np.array(flags(path), bool)).tolist()
+        assert second == [batch for batch in batches if batch not in first]
+        made = job.writer(path)
+        for batch in second:
+            made.submit(batch, job.payloads[batch])
+        made.finish()
+        assert path.read_bytes() == whole.read_bytes()
 
 
-def test_nothing_is_called_done_between_two_commits(job: Job, tmp_path: Path) -> None:
-    made = job.writer(tmp_path / "out.h5")
-    made.submit(0, job.payloads[0]).result()
-    with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
-        assert not file["done"][()].any()
-    assert made.num_written == 2  # row 2, and row 1, which needs no forward pass
+def stop(made: Writer, job: Job, batches: Sequence[int], error: type[BaseException] = ZeroDivisionError) -> None:
+    """Have some batches written, and end as a run does that fails."""
+
+    def run() -> None:
+        with made:
+            for batch in batches:
+                made.submit(batch, job.payloads[batch])
+            raise error
+
+    with pytest.raises(error):
+        run()
+
+
+def test_a_row_that_is_done_is_never_written_again(job: Job, tmp_path: Path, disk: "Disk") -> None:
+    path = tmp_path / "out.h5"
+    stop(job.writer(path), job, [1])
+    with h5py.File(path, "r+") as file:
+        places = {name: file[name].id.get_offset() for name in file}
+        file["done"][4] = 0  # the other row of the batch stays done
+    payload = job.payloads[1].copy()
+    payload[:] = 7  # as if the teacher had changed its mind
+    disk.events.clear()
+    made = job.writer(path)
+    made.submit(1, payload).result()
+    made.submit(0, job.payloads[0])
+    made.submit(2, job.payloads[2])
+    made.finish()
+    writes = [(place, end) for kind, place, end in disk.events if kind == "write"]
+    assert (places["crc32"] + 4 * 4, places["crc32"] + 4 * 5) in writes
+    for start, end in ((places["crc32"], places["crc32"] + 4), (places["done"], places["done"] + 2)):
+        assert not any(place < end and start < until for place, until in writes)
+    positions = job.expected["position_offsets"]
+    with h5py.File(path, "r") as file:
+        assert file["crc32"][()].tolist() == [*job.expected["crc32"][:4].tolist(), 0x07070707]
+        expected = job.expected["logsumexp"].copy()
+        expected[positions[4] : positions[5]] = np.frombuffer(b"\7\7\7\7", "<f4")
+        np.testing.assert_array_equal(file["logsumexp"][()], expected)
+        assert file["done"][()].tolist() == [1] * 5
+
+
+def test_a_writer_leaves_a_file_alone_in_which_all_is_done(job: Job, tmp_path: Path) -> None:
+    path = job.write(tmp_path / "out.h5")
+    content = path.read_bytes()
+    job.writer(path).finish()
+    assert path.read_bytes() == content
+
+
+# Bookkeeping.
 
 
 def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) -> None:
@@ -262,7 +310,7 @@ def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) ->
 
     def report(batch: int) -> None:
         row = job.plan.rows(batch)[0]
-        with h5py.File(tmp_path / "out.h5.partial", "r", locking=False) as file:
+        with h5py.File(tmp_path / "out.h5", "r", locking=False) as file:
             at = job.expected["position_offsets"][row]
             reported.append((batch, file["logsumexp"][at] == job.expected["logsumexp"][at]))
 
@@ -273,38 +321,46 @@ def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) ->
     assert reported == [(2, True), (0, True), (1, True)]
 
 
-def test_a_missing_batch_keeps_the_partial_file(job: Job, tmp_path: Path) -> None:
+def test_a_missing_batch_is_reported_and_the_rest_is_kept(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     made.submit(0, job.payloads[0])
     made.submit(2, job.payloads[2])
-    missing = len(job.plan.rows(1))
-    with pytest.raises(
-        CaptureError, match=rf"{missing} rows are missing and 0 written twice; .*out.h5.partial is kept"
-    ):
+    with pytest.raises(CaptureError, match=r"2 rows are missing and 0 written twice; .*out\.h5 is kept\.$"):
         made.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
-    assert made.num_written == 3
+    assert flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0]
 
 
-def test_a_batch_written_twice_keeps_the_partial_file(job: Job, tmp_path: Path) -> None:
+def test_a_batch_written_twice_is_reported(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     for batch in (0, 1, 2, 1):
         made.submit(batch, job.payloads[batch])
-    with pytest.raises(CaptureError, match=r"0 rows are missing and 2 written twice; .*out\.h5\.partial is kept"):
+    with pytest.raises(CaptureError, match=r"0 rows are missing and 2 written twice; .*out\.h5 is kept\.$"):
         made.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
     assert made.num_twice == 2
 
 
+def test_a_batch_that_is_done_already_counts_as_written_once(job: Job, tmp_path: Path) -> None:
+    stop(job.writer(tmp_path / "out.h5"), job, [0])
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1, 2):
+        made.submit(batch, job.payloads[batch])
+    made.finish()
+    assert made.num_twice == 0
+    assert_file_holds(tmp_path / "out.h5", job.expected)
+
+
+# The order of work.
+
+
 class Disk:
-    """Stands between the writer and the disk: records the order of work, fails or stalls on demand."""
+    """Stands between the writer and the disk: records the order of work, fails on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, int, int]] = []
         self.write_error: OSError | None = None
         self.fsync_error: OSError | None = None
         self.most_bytes: int | None = None
-        disk, fsync, replace = self, os.fsync, Path.replace
+        disk, fsync = self, os.fsync
 
         class File(io.FileIO):
             def write(self, data: Any) -> int:
@@ -316,8 +372,6 @@ class Disk:
                 return written
 
         def record_open(path: Path, mode: str, buffering: int = -1) -> io.IOBase:
-            if mode == "ab":  # the lock
-                return path.open(mode)
             assert (mode, buffering) == ("r+b", 0)
             return File(path, "r+b")
 
@@ -327,13 +381,8 @@ class Disk:
             fsync(descriptor)
             disk.events.append(("fsync", 0, 0))
 
-        def record_replace(path: Path, target: Path) -> Path:
-            disk.events.append(("rename", 0, 0))
-            return replace(path, target)
-
         monkeypatch.setattr(writer, "open", record_open, raising=False)
         monkeypatch.setattr(os, "fsync", record_fsync)
-        monkeypatch.setattr(Path, "replace", record_replace)
 
 
 @pytest.fixture
@@ -346,23 +395,63 @@ def test_data_is_on_the_disk_before_rows_are_called_done(
     job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
 ) -> None:
     monkeypatch.setattr(writer, "COMMIT_SECONDS", commit_seconds)
+    job.create(tmp_path / "out.h5")
+    disk.events.clear()
     path = job.write(tmp_path / "out.h5")
     with h5py.File(path, "r") as file:
-        done = file["done"].id.get_offset()
-        crc32 = file["crc32"].id.get_offset()
-        logsumexp = file["logsumexp"].id.get_offset()
-    flags = {place - done: at for at, (kind, place, _) in enumerate(disk.events) if done <= place < done + 5}
-    assert sorted(flags) == [0, 1, 2, 3, 4]
-    for row, flagged in flags.items():
-        start = logsumexp + 4 * job.expected["position_offsets"][row]
-        places = {crc32 + 4 * row} | ({start} if row != 1 else set())
-        data = [at for at, (kind, place, end) in enumerate(disk.events) if place in places and end > place]
-        assert len(data) == len(places)
-        assert ("fsync", 0, 0) in disk.events[max(data) : flagged]
-    last = disk.events.index(("rename", 0, 0))
-    assert disk.events[last - 1][0] == "fsync"  # flags too are on the disk before the file gets its name
-    assert disk.events[last + 1][0] == "fsync"  # and then the folder
-    assert len(disk.events) == last + 2
+        places = {name: file[name].id.get_offset() for name in file}
+    flagged = {place - places["done"]: at for at, (kind, place, _) in enumerate(disk.events)
+               if kind == "write" and places["done"] <= place < places["done"] + 5}  # fmt: skip
+    assert sorted(flagged) == [0, 2, 3, 4]  # row 1 was done before
+    offsets = job.expected["position_offsets"]
+    for row, at in flagged.items():
+        starts = {places["crc32"] + 4 * row}
+        for name, size in (("logsumexp", 4), ("target_logprob", 4), ("kept_ids", 4), ("kept_logprobs", 4)):
+            starts.add(places[name] + size * int(offsets[row]))
+        data = [index for index, (kind, place, _) in enumerate(disk.events) if kind == "write" and place in starts]
+        assert len(data) == len(starts) == 5
+        assert ("fsync", 0, 0) in disk.events[max(data) : at]
+    assert disk.events[-1] == ("fsync", 0, 0)  # flags too are on the disk in the end
+    num_fsyncs = disk.events.count(("fsync", 0, 0))
+    assert num_fsyncs == 2 if commit_seconds > 0 else num_fsyncs >= 4
+
+
+def test_nothing_is_called_done_between_two_commits(job: Job, tmp_path: Path) -> None:
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1, 2):
+        made.submit(batch, job.payloads[batch]).result()
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
+    made.finish()
+    assert flags(tmp_path / "out.h5") == [1, 1, 1, 1, 1]
+
+
+def wait_for(met: Any) -> None:
+    end = time.monotonic() + 10
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_rows_become_durable_by_themselves_though_no_further_batch_comes(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.1)
+    made = job.writer(tmp_path / "out.h5")
+    made.submit(0, job.payloads[0]).result()
+    wait_for(lambda: flags(tmp_path / "out.h5") == [0, 1, 1, 0, 0])
+    made.submit(2, job.payloads[2]).result()  # and again after a pause
+    wait_for(lambda: flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0])
+
+
+def test_an_idle_writer_does_not_keep_the_disk_busy(
+    job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.01)
+    made = job.writer(tmp_path / "out.h5")
+    made.submit(0, job.payloads[0]).result()
+    wait_for(lambda: flags(tmp_path / "out.h5")[2] == 1)
+    time.sleep(0.1)
+    assert disk.events.count(("fsync", 0, 0)) == 1
 
 
 def test_writes_the_disk_takes_in_pieces_are_completed(job: Job, tmp_path: Path, disk: Disk) -> None:
@@ -370,154 +459,135 @@ def test_writes_the_disk_takes_in_pieces_are_completed(job: Job, tmp_path: Path,
     assert_file_holds(job.write(tmp_path / "out.h5"), job.expected)
 
 
-def test_a_disk_that_fills_up_surfaces_through_the_future_with_its_cause(job: Job, tmp_path: Path, disk: Disk) -> None:
+# Failures.
+
+
+def assert_nothing_more_is_taken(made: Writer, job: Job, path: Path, first: BaseException) -> None:
+    """Once the disk has failed, it is not trusted again, even if it would work."""
+    before = flags(path)
+    for batch in (1, 2, 0):
+        with pytest.raises(CaptureError) as caught:
+            made.submit(batch, job.payloads[batch]).result()
+        assert caught.value is first
+    with pytest.raises(CaptureError) as caught:
+        made.finish()
+    assert caught.value is first
+    assert flags(path) == before
+
+
+def test_a_disk_that_fills_up_surfaces_through_every_future_with_its_cause(
+    job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.01)
     made = job.writer(tmp_path / "out.h5")
     disk.write_error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    future = made.submit(0, job.payloads[0])
-    with pytest.raises(CaptureError, match=r"out\.h5\.partial cannot be written: No space left on device\.") as caught:
-        future.result()
+    with pytest.raises(CaptureError, match=r"out\.h5 cannot be written: No space left on device\.$") as caught:
+        made.submit(0, job.payloads[0]).result()
     assert caught.value.__cause__ is disk.write_error
     disk.write_error = None
-    with pytest.raises(CaptureError, match="rows are missing"):
-        made.finish()
-    assert not (tmp_path / "out.h5").exists()
+    assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("while_committing", [True, False])
-def test_a_failing_fsync_is_reported_with_its_cause(
-    job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, while_committing: bool
+def test_a_batch_that_was_written_before_the_disk_failed_is_not_called_done_after_it(
+    job: Job, tmp_path: Path, disk: Disk
 ) -> None:
     made = job.writer(tmp_path / "out.h5")
-    for batch in (0, 1):
+    made.submit(0, job.payloads[0]).result()
+    disk.write_error = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(CaptureError, match=r"Input/output error") as caught:
+        made.submit(1, job.payloads[1]).result()
+    disk.write_error = None
+    assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
+
+
+def test_a_failing_fsync_at_the_end_is_reported_with_its_cause(job: Job, tmp_path: Path, disk: Disk) -> None:
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1, 2):
         made.submit(batch, job.payloads[batch]).result()
-    if while_committing:
-        monkeypatch.setattr(writer, "COMMIT_SECONDS", -1.0)
     disk.fsync_error = OSError(errno.EIO, os.strerror(errno.EIO))
-    future = made.submit(2, job.payloads[2])
-    with pytest.raises(CaptureError, match=r"out\.h5\.partial cannot be written: Input/output error\.") as caught:
-        future.result() if while_committing else made.finish()
+    with pytest.raises(CaptureError, match=r"out\.h5 cannot be written: Input/output error\.$") as caught:
+        made.finish()
     assert caught.value.__cause__ is disk.fsync_error
-    assert not (tmp_path / "out.h5").exists()
+    disk.fsync_error = None
+    assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
 
 
-def test_a_rename_that_fails_is_reported_and_loses_nothing(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_fsync_between_two_batches_is_reported_by_the_next(
+    job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, target: Path) -> Path:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(CaptureError, match=r"out\.h5\.partial cannot be written: Permission denied\."):
-        job.write(tmp_path / "out.h5")
-    assert_file_holds(tmp_path / "out.h5.partial", job.expected)
-
-
-def test_space_that_cannot_be_reserved_is_a_usage_error_and_leaves_nothing(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(descriptor: int, start: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
-    with pytest.raises(UsageError, match=r"--output .*out\.h5 cannot be created: No space left on device\.") as caught:
-        job.writer(tmp_path / "out.h5")
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.01)
+    made = job.writer(tmp_path / "out.h5")
+    disk.fsync_error = OSError(errno.EIO, os.strerror(errno.EIO))
+    made.submit(0, job.payloads[0]).result()
+    wait_for(lambda: made._error is not None)
+    disk.fsync_error = None
+    with pytest.raises(CaptureError, match=r"out\.h5 cannot be written: Input/output error\.$") as caught:
+        made.submit(1, job.payloads[1]).result()
     assert isinstance(caught.value.__cause__, OSError)
-    assert list(tmp_path.iterdir()) == []
+    assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
 
 
-def test_a_folder_in_the_partial_files_place_is_a_usage_error(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "out.h5.partial").mkdir()
-    with pytest.raises(UsageError, match=r"--output .*out\.h5 cannot be created: .*[Ii]s a directory"):
-        job.writer(tmp_path / "out.h5")
-
-
-def test_the_partial_file_lies_beside_the_output() -> None:
-    assert partial_path(Path("some/folder/out.v1.h5")) == Path("some/folder/out.v1.h5.partial")
-
-
-def test_a_new_output_in_an_existing_folder_is_accepted(tmp_path: Path) -> None:
-    check_output(tmp_path / "out.h5", overwrite=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
-    with pytest.raises(UsageError, match=r"--output .* is not a plain file\. Give the name of one\."):
-        check_output(tmp_path, overwrite)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_in_a_missing_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
-    with pytest.raises(UsageError, match=r"--output .*: the folder .*/missing does not exist\. Create it\."):
-        check_output(tmp_path / "missing" / "out.h5", overwrite)
-
-
-@pytest.mark.parametrize("place", ["/proc/out.h5", "/dev/null", "x" * 300, "x" * 250])
-def test_an_output_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+def test_a_disk_that_fails_while_rows_are_marked_marks_no_more(
+    job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--output .* (cannot be written: .*\. Choose another|is not a plain file)"):
-        check_output(Path(place), overwrite=True)
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1, 2):
+        made.submit(batch, job.payloads[batch]).result()
+    disk.write_error = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(CaptureError, match="Input/output error") as caught:
+        made.finish()
+    disk.write_error = None
+    assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
 
 
-@pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_link_is_never_replaced(tmp_path: Path, name: str, overwrite: bool) -> None:
-    (tmp_path / name).symlink_to(tmp_path / "elsewhere.h5")
-    with pytest.raises(UsageError, match=rf"{name} is not a plain file\. Give the name of one\."):
-        check_output(tmp_path / "out.h5", overwrite)
-    assert (tmp_path / name).is_symlink()
-
-
-def test_an_output_that_exists_is_refused_unless_it_may_be_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.h5").touch()
-    with pytest.raises(UsageError, match=r"--output .*out\.h5 exists\. Choose another name, or .* --overwrite\."):
-        check_output(tmp_path / "out.h5", overwrite=False)
-    check_output(tmp_path / "out.h5", overwrite=True)
-
-
-def test_a_partial_file_left_over_is_refused_unless_it_may_be_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.h5.partial").touch()
-    message = r"out\.h5\.partial is left from a run that did not finish, .* remove it or .* --overwrite\."
-    with pytest.raises(UsageError, match=message):
-        check_output(tmp_path / "out.h5", overwrite=False)
-    check_output(tmp_path / "out.h5", overwrite=True)
-
-
-@pytest.fixture
-def quarter_gigabyte() -> Layout:
-    """One row of a million positions, 264 bytes each: 270,000,047 bytes with tokens, positions and the index."""
-    return Layout(
-        capture="topk", num_rows=1, num_tokens=1_000_001, num_positions=1_000_000, vocab_size=32_000, top_k=64
-    )
-
-
-def test_a_file_that_does_not_fit_on_the_disk_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quarter_gigabyte: Layout
+def test_a_block_that_fails_keeps_what_was_written_and_says_how_much(
+    job: Job, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = []
-
-    def disk_usage(path: Path) -> DiskUsage:
-        asked.append(path)
-        return DiskUsage(0, 0, 269_900_000)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    message = (
-        rf"--output .*out\.h5 needs 270\.1 MB, {tmp_path} has 269\.9 MB free\. Free some space, .*--top_k.*--limit"
-    )
-    with pytest.raises(UsageError, match=message):
-        check_space(tmp_path / "out.h5", quarter_gigabyte)
-    assert asked == [tmp_path]
-    (tmp_path / "out.h5.partial").write_bytes(bytes(300_000))  # it will be replaced: its space counts as free
-    check_space(tmp_path / "out.h5", quarter_gigabyte)
+    with caplog.at_level(logging.INFO):
+        stop(job.writer(tmp_path / "out.h5"), job, [0, 2])
+    assert flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0]
+    assert disk.events[-1] == ("fsync", 0, 0)
+    assert caplog.messages == [f"3 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to go on."]
 
 
-def test_a_file_that_fits_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quarter_gigabyte: Layout
+def test_a_block_that_is_interrupted_keeps_what_was_written(job: Job, tmp_path: Path) -> None:
+    stop(job.writer(tmp_path / "out.h5"), job, [1], KeyboardInterrupt)
+    assert flags(tmp_path / "out.h5") == [1, 1, 0, 0, 1]
+
+
+def test_a_block_that_fails_with_the_disk_raises_the_first_error_and_counts_only_what_is_safe(
+    job: Job, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, 271_000_000))
-    check_space(tmp_path / "out.h5", quarter_gigabyte)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, 270_000_046))
-    with pytest.raises(UsageError, match="needs"):
-        check_space(tmp_path / "out.h5", quarter_gigabyte)
+    made = job.writer(tmp_path / "out.h5")
+
+    def run() -> None:
+        with made:
+            made.submit(0, job.payloads[0]).result()
+            disk.fsync_error = disk.write_error = OSError(errno.EIO, os.strerror(errno.EIO))
+            made.submit(1, job.payloads[1]).result()
+
+    message = r"out\.h5 cannot be written: Input/output error\.$"
+    with caplog.at_level(logging.INFO), pytest.raises(CaptureError, match=message):
+        run()
+    assert caplog.messages == [f"1 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to go on."]
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
+
+
+def test_a_block_that_ends_well_says_nothing_and_leaves_no_thread_behind(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = threading.active_count()
+    with caplog.at_level(logging.INFO):
+        job.write(tmp_path / "out.h5")
+    assert caplog.messages == []
+    assert threading.active_count() == before
+
+
+def test_a_block_that_fails_leaves_no_thread_behind(job: Job, tmp_path: Path) -> None:
+    before = threading.active_count()
+    stop(job.writer(tmp_path / "out.h5"), job, [0])
+    assert threading.active_count() == before

@@ -1,0 +1,246 @@
+"""The head of a file: HDF5's own structures and the attributes, written once and never changed again.
+
+A file begins with 512 bytes of plain text, which HDF5 programs skip: they say how long the head is and give its
+SHA-256. HDF5 lays its structures down in one block after it, then the datasets back to back. So a head that was damaged
+is found before HDF5 reads it: of 150 files with random bytes changed in the head, 3 had HDF5 in an endless loop.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import numpy as np
+
+from logitgen.errors import FormatError
+from logitgen.schema import (
+    ATTRIBUTES,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    PARTIAL_SUFFIX,
+    SETTINGS_READ,
+    TEACHER_DTYPES,
+    CaptureKind,
+    Field,
+    Layout,
+    nbytes,
+)
+
+Attributes = dict[str, str | int]
+Places = Mapping[str, int]
+"""The byte at which each dataset starts."""
+
+_TEXT_BYTES = 512
+_TEXT = "logitgen file, format version {version}\nHDF5 from byte 512 on\nhead_bytes {size}\nhead_sha256 {digest}\n"
+_TEXT_PATTERN = re.compile(_TEXT.format(version=r"(\d{1,9})", size=r"(\d{1,9})", digest="[0-9a-f]{64}"))
+_METADATA_BYTES = 2**14
+"""HDF5 takes metadata from blocks of this size: one is enough for all but the longer attributes, which come after."""
+_MOST_HEAD_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the head of a file says.
+
+    Attributes:
+        attributes: What the file says about itself, `settings` and `packages` as dictionaries.
+        layout: The file's sizes.
+        places: The byte at which each dataset starts.
+    """
+
+    attributes: dict[str, Any]
+    layout: Layout
+    places: Places
+
+
+def create(path: Path, layout: Layout, attributes: Attributes) -> Places:
+    """Create a file with its head and all its datasets, their values unset; return the byte at which each starts.
+
+    Raises:
+        OSError: The system refuses it.
+    """
+    try:
+        places = _create(path, layout, attributes)
+    except RuntimeError as error:  # how h5py says that the file cannot be made as large
+        number = re.search(r"errno = (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+    with path.open("r+b") as plain:
+        head_bytes = min(places.values())
+        head = plain.read(head_bytes)[_TEXT_BYTES:]
+        plain.seek(0)
+        plain.write(_text(head_bytes, head))
+    return places
+
+
+def _create(path: Path, layout: Layout, attributes: Attributes) -> Places:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)
+    places = {}
+    with h5py.File(path, "w", locking=False, userblock_size=_TEXT_BYTES, meta_block_size=_METADATA_BYTES) as file:
+        for name, value in attributes.items():  # text of a fixed length: HDF5 crashes over a forged heap of others
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+        for name, (shape, dtype) in layout.datasets.items():
+            space = h5py.h5s.create_simple(shape)
+            dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, creation)
+            places[name] = dataset.get_offset()
+    return places
+
+
+def file_bytes(layout: Layout, attributes: Attributes) -> int:
+    """Return the exact size of a file with these sizes and attributes, by making the head of it."""
+    smallest = replace(layout, num_rows=1, num_tokens=1, num_positions=1)  # HDF5's structures do not grow with them
+    with tempfile.TemporaryDirectory() as folder:
+        head_bytes = min(create(Path(folder) / "head", smallest, attributes).values())
+    return head_bytes + layout.data_bytes
+
+
+def begins_as_ours(path: Path) -> bool:
+    """Whether a file begins as one of logitgen does, damaged or not."""
+    with path.open("rb") as file:
+        return file.read(_TEXT_BYTES).startswith(_TEXT.partition("{")[0].encode())
+
+
+def read(path: Path) -> Header:
+    """Read the head of a file, complete or not, believing no size before it is checked.
+
+    Raises:
+        FormatError: It does not exist, is no logitgen file, is of a newer version, or is damaged.
+    """
+    if "\0" in str(path) or not os.path.isfile(path):  # noqa: PTH113 (which is False for names too long)
+        left = os.path.isfile(f"{path}{PARTIAL_SUFFIX}")  # noqa: PTH113
+        hint = " A capture that has not finished left its .partial; finish it first." if left else ""
+        raise FormatError(f"{path} is not a file.{hint}")
+    try:
+        head_bytes = _check_head(path)
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = _attributes(file, path)
+            layout = _layout(file, attributes, path)
+            places = {name: _place(file, name, field, path) for name, field in layout.datasets.items()}
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # what h5py raises over garbled structures
+        if "truncated file" in str(error):
+            raise _cut_off(path) from error
+        raise FormatError(f"{path} is damaged: {error}. Copy it again.") from error
+    end = head_bytes
+    for name, field in layout.datasets.items():
+        if places[name] != end:
+            raise FormatError(f"{path} is damaged: {name} is not where it belongs. Copy it again.")
+        end += nbytes(field)
+    if path.stat().st_size != end:
+        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, {end:,} belong to it. Copy it again.")
+    return Header(attributes, layout, places)
+
+
+def _text(head_bytes: int, head: bytes) -> bytes:
+    digest = hashlib.sha256(head).hexdigest()
+    return _TEXT.format(version=FORMAT_VERSION, size=head_bytes, digest=digest).encode()
+
+
+def _check_head(path: Path) -> int:
+    """Compare the head with its checksum, and return its size in bytes."""
+    with path.open("rb") as file:
+        text = file.read(_TEXT_BYTES)
+        found = _TEXT_PATTERN.match(text.decode("latin-1"))
+        if not found:
+            raise FormatError(
+                f"{path} is not a file of logitgen: it does not begin as one. "
+                "Give one as it was captured; a copy made by another HDF5 program is none."
+            )
+        version, head_bytes = int(found[1]), int(found[2])
+        if version > FORMAT_VERSION:
+            raise FormatError(
+                f"{path} has format version {version}, this logitgen reads up to {FORMAT_VERSION}. Update logitgen."
+            )
+        head = file.read(min(head_bytes, _MOST_HEAD_BYTES) - _TEXT_BYTES)
+    if len(head) < head_bytes - _TEXT_BYTES:
+        raise _cut_off(path)
+    if _text(head_bytes, head).ljust(_TEXT_BYTES, b"\0") != text:
+        raise FormatError(f"{path} is damaged: its attributes or structures were changed. Copy it again.")
+    return head_bytes
+
+
+def _cut_off(path: Path) -> FormatError:
+    return FormatError(f"{path} is cut off: its end is missing. Copy it again.")
+
+
+def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, kind in ATTRIBUTES.items():
+        known = file.attrs.get_id(name) if name in file.attrs else None
+        if known is None or known.shape != () or known.dtype.kind != ("S" if kind is str else "i"):
+            raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")
+        value = file.attrs[name]
+        plain[name] = value.decode() if kind is str else int(value)
+    if unknown := sorted(set(file.attrs) - set(ATTRIBUTES)):
+        raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
+    if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
+        raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
+    least, most = (1, plain["vocab_size"]) if plain["capture"] == "topk" else (0, 0)
+    if plain["capture"] not in get_args(CaptureKind) or plain["vocab_size"] < 1 or not least <= plain["top_k"] <= most:
+        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
+    if plain["teacher_dtype"] not in TEACHER_DTYPES:
+        raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(TEACHER_DTYPES)}.")
+    for name in ("settings", "packages"):
+        try:
+            plain[name] = dict(json.loads(plain[name]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.") from error
+    for name in SETTINGS_READ:
+        if not isinstance(plain["settings"].get(name, False), str | None):
+            raise FormatError(f"{path} is damaged: its settings say nothing of {name}.")
+    return plain
+
+
+def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    # A link could lead out of the file, to any other one.
+    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset):
+        raise FormatError(f"{path} is damaged: dataset {name} is missing.")
+    return found
+
+
+def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
+    sizes = {}
+    for name in ("done", "input_ids", "positions"):
+        dataset = _dataset(file, name, path)
+        if dataset.ndim != 1 or not dataset.size:
+            raise FormatError(
+                f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected one axis, not empty."
+            )
+        sizes[name] = dataset.shape[0]
+    return Layout(
+        capture=attributes["capture"],
+        num_rows=sizes["done"],
+        num_tokens=sizes["input_ids"],
+        num_positions=sizes["positions"],
+        vocab_size=attributes["vocab_size"],
+        top_k=attributes["top_k"],
+    )
+
+
+def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:
+    """Return the byte at which a dataset starts, after checking that it is what the format says."""
+    dataset = _dataset(file, name, path)
+    if (dataset.shape, dataset.dtype) != field:
+        raise FormatError(
+            f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected {field[1]}{list(field[0])}."
+        )
+    place = dataset.id.get_offset()
+    if place is None or dataset.external:
+        raise FormatError(f"{path} was rewritten by another program: {name} is no longer contiguous. Use the original.")
+    return int(place)

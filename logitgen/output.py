@@ -1,0 +1,270 @@
+"""The output: a name claimed by one process, under which a file comes into being, is resumed and is completed.
+
+A new file is made under a third name, and renamed to `.partial` once its head and all that is known before the first
+forward pass are on the disk. So a `.partial` is always whole in its structure; one more rename, and it is complete.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from logitgen import header
+from logitgen.console import format_bytes
+from logitgen.errors import CaptureError, FormatError, UsageError
+from logitgen.header import Attributes, Header, Places
+from logitgen.schema import PARTIAL_SUFFIX, Array, Layout
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be replaced anyway
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_CALLED = {
+    "teacher_fingerprint": "the teacher's weights",
+    "tokenizer_fingerprint": "the tokenizer",
+    "dataset_fingerprint": "the tokens of the rows",
+}
+"""Attributes whose values say nothing to a person."""
+
+
+class Output:
+    """The leader's claim on an output.
+
+    Attributes:
+        path: Where the complete file will be, or is.
+        partial: Where it is until then.
+        found: The head of the complete file, or of the partial one that is resumed; None where there is none yet.
+    """
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        """Name an output; nothing is looked at yet.
+
+        Args:
+            path: Where the complete file will be.
+            overwrite: Replace a complete file, and a partial one that cannot be resumed.
+        """
+        self.path = path
+        self.partial = path.parent / (path.name + PARTIAL_SUFFIX)
+        self._new = path.parent / (path.name + PARTIAL_SUFFIX + ".new")
+        self.found: Header | None = None
+        self._place = self.partial
+        self._overwrite = overwrite
+        self._lock: BinaryIO | None = None
+
+    def claim(self) -> None:
+        """Look at what is there, before anything expensive, and lock what can be resumed.
+
+        Raises:
+            UsageError: The name cannot be written to, is taken by something else, or another process writes to it.
+        """
+        with _refused_if_impossible(self.path, "written"):
+            self._check_names()
+            if self.path.exists() and not self._overwrite:
+                self._place = self.path
+            elif self.partial.exists():
+                self._lock = _locked(self.partial, os.O_RDWR)
+            else:
+                if self._new.exists():
+                    _locked(self._new, os.O_RDWR).close()
+                tempfile.TemporaryFile(dir=self.path.parent).close()
+                return
+        try:
+            self.found = header.read(self._place)
+        except FormatError as error:
+            self._refuse(f"{self._place} exists, and is nothing to go on with: {error}")
+        if self._place == self.path and not self.is_complete():
+            self._refuse(f"{self.path} has the name of a complete file, but lacks rows.")
+
+    def _check_names(self) -> None:
+        if not self.path.parent.is_dir():
+            raise UsageError(f"--output {self.path}: the folder {self.path.parent} does not exist. Create it.")
+        for path in (self.path, self.partial, self._new):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise UsageError(f"--output {self.path}: {path} is not a plain file. Give the name of one.")
+        for path in (self.path, self.partial):
+            if path.exists() and not header.begins_as_ours(path):
+                raise UsageError(
+                    f"--output {self.path}: {path} exists and is no file of logitgen, so it is not touched. "
+                    "Choose another name, or remove it."
+                )
+
+    def _refuse(self, why: str) -> None:
+        if not self._overwrite:
+            raise UsageError(f"{why} Choose another --output, or replace it with --overwrite.")
+        logger.warning("%s It will be replaced.", why)
+        self.found = None
+
+    def check(self, attributes: Mapping[str, Any]) -> None:
+        """Compare what is there with what this run would write, as far as that is known.
+
+        Args:
+            attributes: Some of the file's attributes.
+
+        Raises:
+            UsageError: They differ, and `overwrite` does not allow to start anew.
+        """
+        if self.found and (differences := list(_differences(self.found.attributes, attributes))):
+            self._refuse(f"{self._place} is of another run. There and here differ: {'; '.join(differences)}.")
+
+    def done(self) -> Array:
+        """Read which rows are in the file that was found, bool[N]."""
+        if self.found is None:
+            raise ValueError("There is no file yet.")
+        values = np.fromfile(self._place, "u1", self.found.layout.num_rows, offset=self.found.places["done"])
+        return np.asarray(values == 1)
+
+    def is_complete(self) -> bool:
+        """Whether a file was found that has all its rows."""
+        return self.found is not None and bool(self.done().all())
+
+    @property
+    def free_bytes(self) -> int:
+        """Free space on the output's disk."""
+        return shutil.disk_usage(self.path.parent).free
+
+    def check_space(self, size_bytes: int) -> None:
+        """Refuse a new file that does not fit on the disk; one that is resumed has its space already.
+
+        Raises:
+            UsageError: The free space is less than the size of the file.
+        """
+        if self.found is None and size_bytes > self.free_bytes:
+            raise UsageError(
+                f"--output {self.path} needs {format_bytes(size_bytes)}, {self.path.parent} has "
+                f"{format_bytes(self.free_bytes)} free. Free some space, "
+                "or keep less per position (--top_k) or fewer rows (--limit)."
+            )
+
+    def create(self, layout: Layout, attributes: Attributes, write_known: Callable[[BinaryIO, Places], None]) -> Header:
+        """Make the file, unless there is one to go on with.
+
+        Args:
+            layout: The file's sizes.
+            attributes: What the file says about itself.
+            write_known: Writes what is known before the first forward pass, given the file and the datasets' places.
+
+        Returns:
+            The file's head.
+
+        Raises:
+            UsageError: Another process was faster, or the file cannot be created.
+        """
+        if self.found:
+            return self.found
+        new = self._new
+        with _refused_if_impossible(self.path, "created"):
+            lock = _locked(new, os.O_RDWR | os.O_CREAT)
+            try:
+                self._check_still_free()
+                places = header.create(new, layout, attributes)
+                with open(new, "r+b", buffering=0) as file:
+                    _reserve(file.fileno())
+                    write_known(file, places)
+                    os.fsync(file.fileno())
+                new.replace(self.partial)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+            self._lock = lock
+            _sync_folder(self.path.parent)
+        self.found = header.read(self.partial)
+        return self.found
+
+    def _check_still_free(self) -> None:
+        """Look again, now that nobody else can create the file."""
+        if (self.partial.exists() and self._lock is None) or (self.path.exists() and not self._overwrite):
+            raise UsageError(f"Another run has begun to write {self.path}. Wait for it, or choose another name.")
+
+    def complete(self) -> None:
+        """Give the file its own name, unless it has it.
+
+        Raises:
+            CaptureError: It cannot be renamed.
+        """
+        if self._place == self.path:
+            return
+        try:
+            with self.partial.open("r+b") as file:  # a run that was killed may have left flags that are in memory only
+                os.fsync(file.fileno())
+            self.partial.replace(self.path)
+            _sync_folder(self.path.parent)
+        except OSError as error:
+            raise CaptureError(f"{self.partial} cannot be renamed to {self.path.name}: {reason(error)}.") from error
+        self._place = self.path
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in here.items():
+        if isinstance(there[name], dict):
+            dashes = "--" if name == "settings" else ""
+            wanted = json.loads(value)
+            for key in sorted(there[name].keys() | wanted):
+                if there[name].get(key) != wanted.get(key):
+                    yield f"{dashes}{key} {there[name].get(key)} and {wanted.get(key)}"
+        elif there[name] != value:
+            yield _CALLED.get(name, f"{name} {there[name]} and {value}")
+
+
+def reason(error: OSError) -> str:
+    """Say what the system says; h5py puts a page of its own where that should be."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+@contextmanager
+def _refused_if_impossible(path: Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be {done}: {reason(error)}. Choose another place.") from error
+
+
+def _locked(path: Path, flags: int) -> BinaryIO:
+    """Open a file for this process alone, for as long as what is returned stays open.
+
+    Raises:
+        UsageError: Another process has it.
+    """
+    file = os.fdopen(os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+b")
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat())  # renamed meanwhile
+    except BlockingIOError:
+        taken = True
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        logger.warning("%s cannot be locked here: start only one run at a time that writes it.", path)
+        taken = False
+    if taken:
+        raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.")
+    return file
+
+
+def _reserve(descriptor: int) -> None:
+    """Have the file system set the file's blocks aside, so that the disk cannot be full later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder durable, where folders can be synced."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

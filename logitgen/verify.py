@@ -1,0 +1,103 @@
+"""The proof that a file is right, row by row, from the file alone.
+
+Shape letters: T tokens of a row, P its captured positions, K kept per position, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from logitgen.reader import LogitsFile
+from logitgen.schema import Array, row_crc32
+
+_FLOAT16_ERROR = 2.0**-11
+"""Largest relative error of rounding to float16."""
+
+_FLOAT16_MAX = 65504
+_NATS_ERROR = 1e-3
+"""What float32 sums over a vocabulary may be off, with room to spare."""
+
+Row = dict[str, Array]
+
+
+def problems(file: LogitsFile) -> Iterator[str]:
+    """Find what is wrong with a file, one line each; nothing found is the proof.
+
+    Looked at are the offsets, the `done` flags, every row's checksum (over its number, source row, tokens, positions
+    and all that was captured) and whether the values can be what they are called: ids below the vocabulary, positions
+    that have a next token, log-probs finite, at most 0 and descending, no more probability than 1.
+    """
+    descending = [name for name in ("offsets", "position_offsets") if (np.diff(file.arrays[name]) < 0).any()]
+    yield from (f"{name} runs backwards" for name in descending)
+    if descending:
+        return
+    for row in range(len(file)):
+        yield from (f"row {row} {problem}" for problem in row_problems(file, row))
+
+
+def row_problems(file: LogitsFile, row: int) -> Iterator[str]:
+    """Find what is wrong with one row, given by its number from 0 on."""
+    done = file.arrays["done"][row]
+    if done != 1:
+        yield f"has a done flag of {done}" if done else "is missing"
+        return
+    data = file.row(row)
+    checksum, written = row_crc32(row, file.arrays["source_row"][row], data.values()), file.arrays["crc32"][row]
+    if checksum != written:
+        yield f"has checksum {checksum:08x}, written was {written:08x}"
+        return
+    yield from _value_problems(data, file.layout.vocab_size)
+
+
+def _value_problems(data: Row, vocab_size: int) -> Iterator[str]:
+    ids, positions, target_logprob = (data[name] for name in ("input_ids", "positions", "target_logprob"))
+    if (ids >= vocab_size).any():
+        yield f"has token {ids.max()}, the vocabulary ends at {vocab_size - 1}"
+    if len(positions) and (positions[0] < 0 or positions[-1] > len(ids) - 2 or (np.diff(positions) < 1).any()):
+        yield f"has positions that do not ascend from 0 to {len(ids) - 2}"
+        return
+    if not np.isfinite(data["logsumexp"]).all():
+        yield "has a logsumexp that is not finite"
+        return
+    if not (np.isfinite(target_logprob).all() and (target_logprob <= 0).all()):
+        yield "has a target_logprob that is not finite or above 0"
+    yield from _logits_problems(data) if "logits" in data else _kept_problems(data, vocab_size)
+
+
+def _kept_problems(data: Row, vocab_size: int) -> Iterator[str]:
+    ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
+    if (ids_PK >= vocab_size).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
+        yield f"has kept_ids that repeat, or are beyond the vocabulary's {vocab_size - 1}"
+    if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
+        yield "has kept_logprobs that are not finite, above 0 or not descending"
+        return
+    probs_PK = np.exp(logprobs_PK)
+    rounding_P = -(probs_PK * logprobs_PK).sum(1) * _FLOAT16_ERROR
+    if (probs_PK.sum(1) > 1 + rounding_P + _NATS_ERROR).any():
+        yield "has more probability than 1 at a position"
+    target_P = data["input_ids"][data["positions"] + 1]
+    where = np.nonzero(ids_PK == target_P[:, None])
+    kept, target = logprobs_PK[where], data["target_logprob"][where[0]]
+    if (np.abs(kept - target) > np.abs(target) * _FLOAT16_ERROR + _NATS_ERROR).any():
+        yield "has a target_logprob that is not the one in kept_logprobs"
+    least_P = logprobs_PK[:, -1] * (1 - _FLOAT16_ERROR) + _NATS_ERROR
+    if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
+        yield "has a target that is not kept, but likelier than tokens that are"
+
+
+def _logits_problems(data: Row) -> Iterator[str]:
+    logits_PV = data["logits"].astype(np.float32)
+    if not np.isfinite(logits_PV).all():
+        yield "has logits that are not finite"
+        return
+    largest_P = logits_PV.max(1)
+    logsumexp_P = largest_P + np.log(np.exp(logits_PV - largest_P[:, None]).sum(1))
+    rounding_P = np.abs(logits_PV).max(1, where=logits_PV > -(2**15), initial=0) * _FLOAT16_ERROR
+    if (np.abs(logsumexp_P - data["logsumexp"]) > rounding_P + _NATS_ERROR).any():
+        yield "has a logsumexp that is not the one of its logits"
+    target_P = data["input_ids"][data["positions"] + 1].astype(np.int64)
+    logit_P = np.take_along_axis(logits_PV, target_P[:, None], axis=1)[:, 0]
+    off_P = np.abs(logit_P - data["logsumexp"] - data["target_logprob"])
+    usual_P = np.abs(logit_P) < _FLOAT16_MAX  # beyond it the logit is not what it was
+    if (off_P[usual_P] > np.abs(logit_P[usual_P]) * _FLOAT16_ERROR + _NATS_ERROR).any():
+        yield "has a target_logprob that is not the one of its logits"

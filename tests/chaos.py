@@ -1,0 +1,462 @@
+"""Kill and stop runs at random and at delicate moments, and count what is lost.
+
+    python tests/chaos.py --rounds 300 --launches 30
+
+A round starts a run of one to three ranks, disturbs it, and then checks: the file opens or is cleanly absent, no row
+marked done is wrong, no process is left, and the same command with another number of ranks finishes a copy of it to the
+bytes of an undisturbed run. The next round goes on with what this one left, so resumed runs are disturbed too.
+
+Most rounds fork their ranks from this process, which has imported everything, under a small launcher that does what
+torch's does; the last `--launches` rounds start the real one, `accelerate launch`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import psutil
+import torch.distributed as dist
+from conftest import ROOT, SENTENCES, launch_command, make_llama, make_tokenizer, save_teacher, write_jsonl
+from rich.console import Console
+from rich.table import Table
+
+import generate
+import logitgen.writer
+from logitgen import LogitsFile, header
+from logitgen.console import Progress
+from logitgen.plan import Plan
+from logitgen.schema import row_crc32
+
+messages = Console(stderr=True, width=160)
+
+COMMIT_SECONDS = 0.1
+BATCH_TOKENS = 200
+BATCH_SECONDS = 0.004
+"""How long a forward pass takes at least, so that there is something to disturb."""
+ENDS_WITHIN_SECONDS = 60
+
+DELICATE = ("create", "known", "first rename", "fsync", "done", "last rename")
+"""Moments at which the leader kills itself."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run.
+
+    Attributes:
+        target: `leader`, `worker`, `launcher`, or `nobody`.
+        action: Name of the signal; SIGSTOP is followed by SIGCONT.
+        moment: A time after the first forward pass in seconds, or one of `DELICATE` moments.
+        count: The how-manieth such moment it is.
+    """
+
+    target: str
+    action: str
+    moment: float | str = 0.0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        when = "at random" if isinstance(self.moment, float) else f"at {self.moment}"
+        return f"{self.action} {self.target} {when}"
+
+
+def draw_fault(chance: random.Random) -> Fault:
+    if chance.random() < 0.45:
+        moment = chance.choice(DELICATE)
+        count = {"known": chance.randint(1, 20), "fsync": chance.randint(2, 9), "done": chance.randint(1, 60)}
+        return Fault("leader", chance.choice(["SIGKILL", "SIGKILL", "SIGTERM"]), moment, count.get(moment, 1))
+    target = chance.choice(["leader", "worker", "launcher"])
+    action = chance.choice(["SIGKILL", "SIGTERM"] + ["SIGSTOP"] * (target != "launcher"))
+    return Fault(target, action, chance.uniform(0, 1.0))
+
+
+def be_rank(fault: Fault, written: Path) -> None:
+    """Run the main program, slowed down, with what it writes noted and a delicate moment armed."""
+    logitgen.writer.COMMIT_SECONDS = COMMIT_SECONDS
+    compute, note = generate.capture_batch, Progress.written
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(BATCH_SECONDS)
+        return compute(*arguments)
+
+    def noted(self: Progress, batch: int) -> None:
+        note(self, batch)
+        with written.open("ab") as file:
+            file.write(np.int64(batch).tobytes())
+
+    generate.capture_batch, Progress.written = slow, noted  # type: ignore[method-assign]
+    if os.environ.get("RANK", "0") == "0" and fault.moment in DELICATE:
+        arm(fault)
+    generate.main()
+
+
+def arm(fault: Fault) -> None:
+    left = fault.count
+
+    def strike() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), getattr(signal, fault.action))
+
+    def after(owner: Any, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
+        before = getattr(owner, name)
+
+        def wrapped(*arguments: Any) -> Any:
+            result = before(*arguments)
+            if counts(*arguments):
+                strike()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    datasets = logitgen.writer._Datasets
+    match fault.moment:
+        case "create":
+            after(header, "create", lambda path, *_: path.suffix == ".new")
+        case "known":
+            after(datasets, "put")
+        case "fsync":
+            after(os, "fsync")
+        case "done":
+            after(datasets, "put", lambda _, name, *__: name == "done")
+        case "first rename":
+            after(os, "replace", lambda old, new: str(new).endswith(".partial"))
+        case "last rename":
+            after(os, "replace", lambda old, new: str(new).endswith(".h5"))
+
+
+class Forked:
+    """A run whose ranks are forked from this process, under a launcher that does what torch's does."""
+
+    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, output: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pids = output.with_suffix(".pids")
+        self._pids.unlink(missing_ok=True)
+        self.launcher = os.fork()
+        if self.launcher == 0:
+            os.setsid()
+            silence = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            ranks = [self._fork_rank(rank, num_ranks, port, arguments, fault, written) for rank in range(num_ranks)]
+            self._pids.with_suffix(".new").write_text(json.dumps(ranks))
+            self._pids.with_suffix(".new").rename(self._pids)
+            os._exit(self._watch(ranks, port))
+        self.status: int | None = None
+
+    @staticmethod
+    def _fork_rank(rank: int, num_ranks: int, port: int, arguments: list[str], fault: Fault, written: Path) -> int:
+        if pid := os.fork():
+            return pid
+        status = 70
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "chaos"}
+            sys.argv[1:] = arguments
+            be_rank(fault, written)
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    @staticmethod
+    def _watch(ranks: list[int], port: int) -> int:
+        stopped = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True
+
+        signal.signal(signal.SIGTERM, stop)
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        alive, status = set(ranks), 0
+        while alive and not status and not stopped:
+            time.sleep(0.05)
+            for pid in list(alive):
+                found, how = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    alive.discard(pid)
+                    status = status or int(os.waitstatus_to_exitcode(how) != 0)
+        for pid in alive:
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        for pid in alive:
+            while not os.waitpid(pid, os.WNOHANG)[0]:
+                time.sleep(0.02)
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+        del store
+        return status or int(stopped)
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            found, how = os.waitpid(self.launcher, os.WNOHANG)
+            if found:
+                self.status = os.waitstatus_to_exitcode(how)
+        return self.status
+
+    def pid(self, target: str) -> int | None:
+        if target == "launcher":
+            return self.launcher
+        ranks = json.loads(self._pids.read_text()) if self._pids.exists() else []
+        return ranks[0 if target == "leader" else -1] if ranks else None
+
+    def processes(self) -> list[int]:
+        return [pid for pid in psutil.pids() if session_of(pid) == self.launcher and is_running(pid)]
+
+
+class Launched:
+    """A run started by `accelerate launch`."""
+
+    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, output: Path) -> None:
+        command = launch_command(num_ranks)
+        script = command.index("generate.py")
+        command[script:] = [__file__, "--as_rank", json.dumps([asdict(fault), str(written)]), *arguments]
+        self._mark = f"chaos_{os.getpid()}_{time.monotonic_ns()}"
+        self._log = output.with_suffix(".log").open("w")
+        self._run = subprocess.Popen(
+            command, cwd=ROOT, stdout=self._log, stderr=self._log, env=os.environ | {"CHAOS": self._mark}
+        )
+        self.launcher = self._run.pid
+
+    def poll(self) -> int | None:
+        return self._run.poll()
+
+    def pid(self, target: str) -> int | None:
+        if target == "launcher":
+            return self.launcher
+        ranks = {}
+        for pid in self.processes():
+            try:
+                environment = psutil.Process(pid).environ()
+            except psutil.Error:
+                continue
+            if "RANK" in environment:
+                ranks[int(environment["RANK"])] = pid
+        return ranks.get(0 if target == "leader" else max(ranks, default=0))
+
+    def processes(self) -> list[int]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("CHAOS") == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+        return found
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class Lab:
+    """A folder with a teacher, a split, and the file of an undisturbed run."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder = folder
+        self._chance = chance
+        teacher = save_teacher(folder / "teacher", make_llama(), make_tokenizer())
+        rows = [{"text": SENTENCES[index % 40][: 1 + 17 * index % 230]} for index in range(900)] + [{"text": ""}]
+        data = write_jsonl(folder / "data.jsonl", rows)
+        self._arguments = [f"--teacher={teacher}", f"--dataset={data}", f"--batch_tokens={BATCH_TOKENS}", "--top_k=16"]
+        self.undisturbed = folder / "undisturbed.h5"
+        status = self.run(Forked, self.undisturbed, Fault("nobody", "none"), num_ranks=1)
+        if status != 0:
+            raise SystemExit((folder / "undisturbed.log").read_text())
+        self.expected = LogitsFile(self.undisturbed)
+        self.bytes = self.undisturbed.read_bytes()
+
+    def run(self, kind: Any, output: Path, fault: Fault, num_ranks: int) -> int | None:
+        """Run once, disturb it, wait for its end; returns the launcher's status, None if processes are left."""
+        log_dir = output.with_suffix(".logs")
+        shutil.rmtree(log_dir, ignore_errors=True)
+        written = output.with_suffix(".written")
+        written.unlink(missing_ok=True)
+        arguments = [*self._arguments, f"--output={output}", f"--log_dir={log_dir}"]
+        run = kind(num_ranks, arguments, fault, written, output)
+        if isinstance(fault.moment, float) and fault.target != "nobody":
+            self._disturb(run, fault, log_dir / "rank_0.log")
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        while (run.poll() is None or run.processes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = run.processes()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return None if left else run.poll()
+
+    def _disturb(self, run: Any, fault: Fault, log: Path) -> None:
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        while run.poll() is None and time.monotonic() < deadline:
+            if log.exists() and "Capturing" in log.read_text():
+                break
+            time.sleep(0.01)
+        time.sleep(float(fault.moment))
+        pid = run.pid(fault.target)
+        if pid is None or run.poll() is not None:
+            return
+        try:
+            os.kill(pid, getattr(signal, fault.action))
+            if fault.action == "SIGSTOP":
+                time.sleep(self._chance.uniform(0.3, 2))
+                os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+
+    def wrong_rows(self, left: Path) -> int:
+        """Rows of a partial file that are marked done, and are not what they should be."""
+        file = LogitsFile(left, partial=True)
+        wrong = 0
+        for row in np.flatnonzero(file.arrays["done"]):
+            data, expected = file.row(row), self.expected.row(row)
+            same = all(np.array_equal(data[name], values) for name, values in expected.items())
+            checksum = row_crc32(row, file.arrays["source_row"][row], data.values())
+            wrong += not same or checksum != file.arrays["crc32"][row]
+        return wrong
+
+
+@dataclass
+class Count:
+    """What was found over all rounds with one kind of fault."""
+
+    rounds: int = 0
+    struck: int = 0
+    unreadable: int = 0
+    wrong_rows: int = 0
+    left_processes: int = 0
+    unfinished: int = 0
+    other_bytes: int = 0
+    batches_lost: int = 0
+
+    @property
+    def failures(self) -> int:
+        return self.unreadable + self.wrong_rows + self.left_processes + self.unfinished + self.other_bytes
+
+
+def play_round(lab: Lab, chance: random.Random, kind: Any, count: Count, fault: Fault) -> None:
+    """Disturb a run, check what it left, finish a copy of it."""
+    output = lab.folder / "out.h5"
+    partial, copy = Path(f"{output}.partial"), lab.folder / "copy.h5"
+    if output.exists() or chance.random() < 0.2:  # begin anew
+        for path in lab.folder.glob("out.h5*"):
+            path.unlink()
+    done_before = done_rows(partial)
+    count.rounds += 1
+    status = lab.run(kind, output, fault, chance.randint(1 if fault.target != "worker" else 2, 3))
+    count.struck += status != 0
+    count.left_processes += status is None
+    for path in lab.folder.glob("copy.h5*"):
+        path.unlink()
+    if output.exists():
+        shutil.copy(output, copy)
+    elif partial.exists():
+        try:
+            count.wrong_rows += lab.wrong_rows(partial)
+            written = output.with_suffix(".written")
+            num_written = len(written.read_bytes()) // 8 if written.exists() else 0
+            lost = num_written - batches_between(lab, done_before, done_rows(partial))
+            count.batches_lost = max(count.batches_lost, lost)
+        except Exception as error:
+            messages.print(f"{fault}: {error}")
+            count.unreadable += 1
+        shutil.copy(partial, f"{copy}.partial")
+    count.unfinished += lab.run(Forked, copy, Fault("nobody", "none"), chance.randint(1, 3)) != 0
+    count.other_bytes += not copy.exists() or copy.read_bytes() != lab.bytes
+
+
+def done_rows(partial: Path) -> np.ndarray:
+    return np.array(LogitsFile(partial, partial=True).arrays["done"]) if partial.exists() else np.empty(0, "u1")
+
+
+def batches_between(lab: Lab, before: np.ndarray, after: np.ndarray) -> int:
+    """Batches that were committed: those with a row that was not done before and is done now."""
+    plan = Plan(np.diff(lab.expected.arrays["position_offsets"]), BATCH_TOKENS)
+    if len(before) == 0:
+        before = np.zeros_like(after)
+    return len(plan.pending(before == 1)) - len(plan.pending(after == 1))
+
+
+def table(counts: dict[str, Count], seconds: float) -> Table:
+    drawn = Table(title=f"{sum(count.rounds for count in counts.values())} rounds in {seconds:,.0f} s", box=None)
+    drawn.add_column("fault")
+    names = list(asdict(Count()))
+    for name in names:
+        drawn.add_column(name.replace("_", " "), justify="right")
+    total = Counter[str]()
+    for fault, count in sorted(counts.items()):
+        drawn.add_row(fault, *map(str, asdict(count).values()))
+        total.update(asdict(count))
+    total["batches_lost"] = max(count.batches_lost for count in counts.values())
+    drawn.add_row("all", *(str(total[name]) for name in names), style="bold")
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--launches", type=int, default=30, help="rounds with the real launcher")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    counts: dict[str, Count] = {}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        lab = Lab(Path(folder), chance)
+        for number in range(options.rounds + options.launches):
+            kind = Forked if number < options.rounds else Launched
+            fault = draw_fault(chance)
+            count = counts.setdefault(fault.name, Count())
+            play_round(lab, chance, kind, count, fault)
+            if count.failures:
+                messages.print(f"round {number}: {kind.__name__} {fault} {count}")
+                messages.print((lab.folder / "out.log").read_text()[-3000:], markup=False)
+    Console(width=160).print(table(counts, time.monotonic() - start))
+    return int(any(count.failures for count in counts.values()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--as_rank"]:
+        fault, written = json.loads(sys.argv[2])
+        del sys.argv[1:3]
+        be_rank(Fault(**fault), Path(written))
+    else:
+        sys.exit(main())

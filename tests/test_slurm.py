@@ -1,0 +1,63 @@
+"""The SLURM example, run with a stand-in for SLURM's own commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SENTENCES, write_jsonl
+
+from logitgen import LogitsFile
+
+Job = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def job(tmp_path: Path, teacher: Path) -> Job:
+    """Start the job script; a command called scontrol notes what it is asked."""
+    asked = tmp_path / "scontrol"
+    asked.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    asked.chmod(0o755)
+    rows = [{"text": SENTENCES[index % 40][: 300 + index % 97]} for index in range(1500)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+
+    def start(**environment: str) -> subprocess.Popen[str]:
+        words = [f"--teacher={teacher}", f"--dataset={data}", "--batch_tokens=256", f"--log_dir={tmp_path / 'logs'}"]
+        command = ["bash", "examples/slurm.sbatch", *words, f"--output={tmp_path / 'out.h5'}"]
+        paths = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        slurm = {"SLURM_JOB_ID": "42", "PROFILE": "accelerate_configs/cpu.yaml"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | paths | slurm | environment, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next(job: Job, tmp_path: Path) -> None:
+    first = job()
+    log = tmp_path / "logs" / "rank_0.log"
+    while first.poll() is None and not (log.exists() and "Capturing" in log.read_text()):
+        time.sleep(0.05)
+    time.sleep(1)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode != 0
+    assert "rows are safe" in errors
+    assert (tmp_path / "asked").read_text() == "requeue 42\n"
+    second = job(SLURM_RESTART_COUNT="1")
+    second.communicate(timeout=240)
+    assert second.returncode == 0
+    assert len(LogitsFile(tmp_path / "out.h5")) == 1500
+    assert (tmp_path / "asked").read_text() == "requeue 42\n"
+
+
+def test_a_mistake_of_the_users_is_not_put_back_into_the_queue(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").unlink()
+    failed = job()
+    failed.communicate(timeout=120)
+    assert failed.returncode != 0
+    assert not (tmp_path / "asked").exists()

@@ -1,0 +1,466 @@
+"""What `verify` finds in a file: every flipped bit, and, behind a right checksum, every value that cannot be."""
+
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
+
+import generate
+from logitgen import CaptureError, FormatError, LogitsFile
+from logitgen.__main__ import MOST_PROBLEMS, main
+from logitgen.verify import problems
+
+Capture = Callable[..., Path]
+Arrays = dict[str, np.ndarray]
+
+ROWS = [[1, 2, 3], [], [5], [9, 8, 7, 6, 5], [2, 4, 6]]
+"""With next tokens only rows 0, 3 and 4 have captured positions: 2, 4 and 2 of them."""
+EDITED = 3
+TOKEN, POSITION = 4, 2
+"""Where row 3 begins among the tokens, and among the captured positions; the token after it is 8."""
+SEALED = ("input_ids", "positions", "logsumexp", "target_logprob", "kept_ids", "kept_logprobs", "logits")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in ROWS])
+
+
+@pytest.fixture
+def topk(capture: Capture, teacher: Path, data: Path) -> Path:
+    return capture(teacher=teacher, dataset=data, top_k=3)
+
+
+@pytest.fixture
+def full(capture: Capture, teacher: Path, data: Path) -> Path:
+    return capture(teacher=teacher, dataset=data, capture="full", output=data.with_name("full.h5"))
+
+
+def writable(path: Path) -> Arrays:
+    """Every dataset of a file, mapped into memory to be changed in place."""
+    with h5py.File(path) as file:
+        places = {name: (found.dtype, found.id.get_offset(), found.shape) for name, found in file.items()}
+    return {name: np.memmap(path, dtype, "r+", place, shape) for name, (dtype, place, shape) in places.items()}
+
+
+def checksum(arrays: Arrays, row: int) -> int:
+    """The CRC-32 of a row as the format defines it, by zlib and by hand."""
+    tokens, positions = (slice(*arrays[name][row : row + 2].tolist()) for name in ("offsets", "position_offsets"))
+    found = zlib.crc32(struct.pack("<qq", row, arrays["source_row"][row]))
+    for name in SEALED:
+        if name in arrays:
+            found = zlib.crc32(arrays[name][tokens if name == "input_ids" else positions].tobytes(), found)
+    return found
+
+
+def edit(path: Path, change: Callable[[Arrays], None], row: int = EDITED) -> None:
+    """Change a row's values and its checksum with them, so that only a look at the values can tell."""
+    arrays = writable(path)
+    change(arrays)
+    arrays["crc32"][row] = checksum(arrays, row)
+
+
+def found(path: Path) -> list[str]:
+    return list(problems(LogitsFile(path, partial=True)))
+
+
+def refused(path: Path) -> bool:
+    """Whether a file is not taken for right, whichever way."""
+    try:
+        return bool(found(path))
+    except FormatError:
+        return True
+
+
+def flipped(good: bytes, bad: Path, bits: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for place, bit in bits:
+        content = bytearray(good)
+        content[place] ^= 1 << bit
+        bad.write_bytes(content)
+        yield place, bit
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 7},
+        {"top_k": 384},
+        {"capture": "full"},
+        {"packing": True, "max_length": 32, "top_k": 9},
+        {"overflow": "split", "max_length": 11},
+        {"dtype": "bfloat16", "top_k": 384},
+    ],
+    ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
+)
+def test_a_captured_file_is_proved_right(
+    options: dict[str, Any], capture: Capture, teacher: Path, ragged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged, **options)
+    capsys.readouterr()
+    num_rows = len(LogitsFile(path))
+    assert found(path) == []
+    assert main(["verify", str(path)]) == 0
+    out = printed(capsys)
+    assert f"{num_rows} expected, {num_rows} present" in out
+    assert "verified: every row is there once, its checksum and its values are right" in out
+
+
+def test_a_file_of_completions_is_proved_right(capture: Capture, teacher: Path, tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [3, 1, 4, 1, 5, 9], "completion_mask": [0, 0, 1, 0, 1, 1]},
+        {"input_ids": [], "completion_mask": []},
+        {"input_ids": [2, 6, 5], "completion_mask": [1, 0, 0]},  # nothing predicts the first token
+    ]
+    path = capture(teacher=teacher, dataset=write_jsonl(tmp_path / "d.jsonl", rows), completion_only=True)
+    assert LogitsFile(path).row(0)["positions"].tolist() == [1, 3, 4]
+    assert found(path) == []
+    assert main(["verify", str(path)]) == 0
+
+
+def test_the_checksum_is_the_one_the_format_defines(topk: Path, full: Path) -> None:
+    for path in (topk, full):
+        arrays = writable(path)
+        assert [checksum(arrays, row) for row in range(len(ROWS))] == arrays["crc32"].tolist()
+
+
+def test_a_flipped_bit_in_any_byte_of_the_data_is_found(topk: Path, tmp_path: Path) -> None:
+    good = topk.read_bytes()
+    with h5py.File(topk) as file:
+        start = min(dataset.id.get_offset() for dataset in file.values())
+    assert not refused(topk)
+    draw = random.Random(0)
+    bits = ((place, bit) for place in range(start, len(good)) for bit in draw.sample(range(8), 1))
+    bad = tmp_path / "bad.h5"
+    assert [at for at in flipped(good, bad, bits) if not refused(bad)] == []
+
+
+def test_every_flipped_bit_before_hdf5s_structures_is_found(topk: Path, tmp_path: Path) -> None:
+    good, bad = topk.read_bytes(), tmp_path / "bad.h5"
+    bits = ((place, bit) for place in range(512) for bit in (range(8) if good[place] else [place % 8]))
+    assert [at for at in flipped(good, bad, bits) if not refused(bad)] == []
+
+
+def test_flipped_bits_anywhere_give_a_status_that_is_not_0(full: Path, tmp_path: Path) -> None:
+    good, bad = full.read_bytes(), tmp_path / "bad.h5"
+    draw = random.Random(0)
+    bits = ((draw.randrange(len(good)), draw.randrange(8)) for _ in range(400))
+    statuses = [(at, main(["verify", str(bad)])) for at in flipped(good, bad, bits)]
+    assert [at for at, status in statuses if status not in (1, 2)] == []
+
+
+def test_a_file_that_ends_too_early_is_found(topk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = topk.read_bytes(), tmp_path / "bad.h5"
+    for size in (*range(0, len(good) - 100, 1009), *range(len(good) - 100, len(good))):
+        bad.write_bytes(good[:size])
+        with pytest.raises(FormatError, match=r"is cut off: its end is missing|is not a file of logitgen"):
+            LogitsFile(bad, partial=True)
+    capsys.readouterr()
+    assert main(["verify", str(bad)]) == 2
+    assert f"error: {bad} is cut off: its end is missing. Copy it again." in printed(capsys)
+
+
+@pytest.mark.parametrize("also", [[], ["source_row"]], ids=["", "with the rows they come from"])
+def test_two_rows_that_changed_places_are_found(topk: Path, also: list[str]) -> None:
+    arrays = writable(topk)
+    swaps = {"crc32": ([0], [4]), "input_ids": (slice(0, 3), slice(9, 12))} | {name: ([0], [4]) for name in also}
+    swaps |= {name: (slice(0, 2), slice(6, 8)) for name in SEALED[1:] if name in arrays}
+    for name, (left, right) in swaps.items():
+        arrays[name][left], arrays[name][right] = arrays[name][right].copy(), arrays[name][left].copy()
+    assert [line.partition(" has checksum ")[0] for line in found(topk)] == ["row 0", "row 4"]
+
+
+def test_a_row_that_is_said_to_come_from_elsewhere_is_found(topk: Path) -> None:
+    writable(topk)["source_row"][1] = 7
+    (line,) = found(topk)
+    assert line.startswith("row 1 has checksum ")
+    assert line.endswith(f", written was {writable(topk)['crc32'][1]:08x}")
+
+
+def test_offsets_that_run_backwards_are_found(topk: Path) -> None:
+    writable(topk)["offsets"][2] = 9
+    writable(topk)["position_offsets"][4] = 0
+    assert found(topk) == ["offsets runs backwards", "position_offsets runs backwards"]
+
+
+def test_a_done_flag_that_is_neither_0_nor_1_is_found(topk: Path) -> None:
+    writable(topk)["done"][2] = 3
+    assert found(topk) == ["row 2 has a damaged done flag"]
+
+
+def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.h5"
+    attributes = dict(h5py.File(topk).attrs)
+    for name, value in attributes.items():
+        bad.write_bytes(topk.read_bytes())
+        with h5py.File(bad, "r+") as file:
+            file.attrs.modify(name, value[:-1] + "~" if isinstance(value, str) else value + 1)
+        with pytest.raises(FormatError, match=r"is damaged: its attributes or structures were changed\. Copy"):
+            LogitsFile(bad, partial=True)
+        assert main(["verify", str(bad)]) == 2
+    assert len(attributes) == 14
+
+
+def test_an_attribute_that_was_added_is_found(topk: Path) -> None:
+    with h5py.File(topk, "r+") as file:
+        file.attrs["note"] = "mine"
+    with pytest.raises(FormatError, match="is damaged: its attributes or structures were changed"):
+        LogitsFile(topk, partial=True)
+
+
+def test_bytes_after_the_end_are_found(topk: Path) -> None:
+    with topk.open("ab") as file:
+        file.write(b"more")
+    assert refused(topk)
+
+
+def test_a_file_written_by_hdf5_alone_is_no_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file.attrs["format"] = "logitgen"
+    assert main(["verify", str(tmp_path / "foreign.h5")]) == 2
+    assert "is not a file of logitgen: it does not begin as one" in printed(capsys)
+
+
+def put(name: str, place: Any, value: Any) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        arrays[name][place] = value
+
+    return change
+
+
+def put_all(*changes: Callable[[Arrays], None]) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        for one in changes:
+            one(arrays)
+
+    return change
+
+
+def exchange_kept(arrays: Arrays) -> None:
+    for name in ("kept_ids", "kept_logprobs"):
+        arrays[name][POSITION] = arrays[name][POSITION][::-1].copy()
+
+
+ROW = slice(POSITION, POSITION + 4)
+KEPT_RANGE = "has kept_logprobs that are not finite, above 0 or not descending"
+KEPT_IDS = "has kept_ids that repeat, or are beyond the vocabulary's 383"
+POSITIONS = "has positions that do not ascend from 0 to 3"
+TARGET = "has a target_logprob that is not finite or above 0"
+NOT_ITS_TARGET = "has a target_logprob that is not the one in kept_logprobs"
+OTHERS = put("kept_ids", POSITION, [100, 101, 102])
+"""What is kept at row 3's first position, the target 8 not among it."""
+
+
+def with_target(kept: float, target: float) -> Callable[[Arrays], None]:
+    return put_all(
+        put("kept_ids", POSITION, [100, 8, 102]),
+        put("kept_logprobs", POSITION, [-0.5, kept, -9.0]),
+        put("target_logprob", POSITION, target),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("input_ids", TOKEN, 384), "has token 384, the vocabulary ends at 383"),
+        (put("input_ids", TOKEN, 65535), "has token 65535, the vocabulary ends at 383"),
+        (put("positions", ROW, [0, 2, 1, 3]), POSITIONS),
+        (put("positions", ROW, [0, 1, 1, 3]), POSITIONS),
+        (put("positions", ROW, [-1, 1, 2, 3]), POSITIONS),
+        (put("positions", ROW, [0, 1, 2, 4]), POSITIONS),
+        (put("positions", ROW, [0, 1, 2, 2**31 - 1]), POSITIONS),
+        (put("logsumexp", POSITION, np.nan), "has a logsumexp that is not finite"),
+        (put("logsumexp", POSITION, np.inf), "has a logsumexp that is not finite"),
+        (put("target_logprob", POSITION, 0.25), TARGET),
+        (put("target_logprob", POSITION, np.nan), TARGET),
+        (put("target_logprob", POSITION, -np.inf), TARGET),
+        (put("kept_ids", (POSITION, 2), 384), KEPT_IDS),
+        (lambda arrays: put("kept_ids", (POSITION, 2), arrays["kept_ids"][POSITION, 0])(arrays), KEPT_IDS),
+        (put("kept_logprobs", (POSITION, 0), 2.0**-10), KEPT_RANGE),
+        (put("kept_logprobs", (POSITION, 0), np.nan), KEPT_RANGE),
+        (put("kept_logprobs", (POSITION, 2), np.nan), KEPT_RANGE),
+        (put("kept_logprobs", (POSITION, 2), -np.inf), KEPT_RANGE),
+        (exchange_kept, KEPT_RANGE),
+        (put_all(OTHERS, put("kept_logprobs", POSITION, -0.5)), "has more probability than 1 at a position"),
+        (put_all(OTHERS, put("kept_logprobs", POSITION, np.log(0.335))), "has more probability than 1 at a position"),
+        (with_target(kept=-1.0, target=-1.5), NOT_ITS_TARGET),
+        (with_target(kept=-1.0, target=-0.99), NOT_ITS_TARGET),
+    ],
+)
+def test_a_value_that_cannot_be_is_found_behind_a_right_checksum(
+    change: Callable[[Arrays], None], message: str, topk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(topk, change)
+    assert found(topk) == [f"row {EDITED} {message}"]
+    capsys.readouterr()
+    assert main(["verify", str(topk)]) == 1
+    out = printed(capsys)
+    assert f"row {EDITED} {message}" in out
+    assert "NOT verified, 1 problems" in out
+    assert "verified: " not in out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put_all(OTHERS, put("kept_logprobs", POSITION, np.log(1 / 3)), put("target_logprob", POSITION, -60000)),
+        put_all(OTHERS, put("kept_logprobs", POSITION, [0, -65504, -65504]), put("target_logprob", POSITION, -65504)),
+        with_target(kept=-1.0, target=-1.0004),  # half a step of float16
+        with_target(kept=-8.0, target=-8.003),
+        put("positions", ROW, [0, 1, 2, 3]),
+    ],
+)
+def test_a_value_at_the_edge_of_what_can_be_is_no_problem(change: Callable[[Arrays], None], topk: Path) -> None:
+    edit(topk, change)
+    assert found(topk) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: put("logsumexp", POSITION, arrays["logsumexp"][POSITION] + 0.1)(arrays), "logsumexp"),
+        (lambda arrays: put("logsumexp", POSITION, arrays["logsumexp"][POSITION] - 0.1)(arrays), "logsumexp"),
+        (lambda arrays: put("logits", (POSITION, 0), arrays["logsumexp"][POSITION] + 1)(arrays), "logsumexp"),
+        (put("logits", (POSITION, 17), np.nan), "logits that are not finite"),
+        (put("logits", (POSITION, 17), -np.inf), "logits that are not finite"),
+        (put("logsumexp", POSITION, -np.inf), "logsumexp that is not finite"),
+        (put("target_logprob", POSITION, 1.0), TARGET),
+        (
+            lambda arrays: put("target_logprob", POSITION, arrays["target_logprob"][POSITION] - 1)(arrays),
+            "target_logprob",
+        ),
+    ],
+)
+def test_logits_that_do_not_fit_their_scalars_are_found_behind_a_right_checksum(
+    change: Callable[[Arrays], None], message: str, full: Path
+) -> None:
+    edit(full, change)
+    lines = found(full)
+    assert lines
+    assert all(line.startswith(f"row {EDITED} has ") and message in line for line in lines)
+
+
+def test_every_damaged_row_is_listed(topk: Path) -> None:
+    arrays = writable(topk)
+    arrays["input_ids"][0] ^= 1
+    arrays["logsumexp"][-1] += 1
+    assert [line.split(" has ")[0] for line in found(topk)] == ["row 0", "row 4"]
+
+
+@pytest.fixture
+def partial(capture: Capture, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a run has left that failed at its second batch: the longest row is there, and those without positions."""
+    compute = generate.capture_batch
+    numbers = iter(range(99))
+
+    def fail_second(*arguments: Any) -> torch.Tensor:
+        if next(numbers):
+            raise CaptureError("The power is gone.")
+        return compute(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "capture_batch", fail_second)
+        with pytest.raises(CaptureError, match="The power is gone"):
+            capture(teacher=teacher, dataset=data, top_k=3, batch_tokens=4)
+    (path,) = data.parent.glob("*.partial")
+    return path
+
+
+def test_the_missing_rows_of_an_unfinished_file_are_listed(partial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found(partial) == ["row 0 is missing", "row 4 is missing"]
+    capsys.readouterr()
+    assert main(["verify", str(partial)]) == 1
+    out = printed(capsys)
+    assert "5 expected, 3 present" in out
+    assert "row 0 is missing row 4 is missing" in out
+
+
+def test_a_row_marked_done_that_was_not_written_is_found(partial: Path) -> None:
+    writable(partial)["done"][4] = 1
+    missing, unwritten = found(partial)
+    assert missing == "row 0 is missing"
+    assert unwritten.startswith("row 4 has checksum ")
+
+
+def test_a_row_that_was_written_but_not_marked_done_is_missing(topk: Path) -> None:
+    writable(topk)["done"][1] = 0
+    assert found(topk) == ["row 1 is missing"]
+
+
+def test_no_more_than_so_many_problems_are_listed(
+    capture: Capture, teacher: Path, ragged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged, top_k=1)
+    writable(path)["done"][:] = 0
+    capsys.readouterr()
+    assert main(["verify", str(path)]) == 1
+    out = printed(capsys)
+    assert out.count("is missing") == MOST_PROBLEMS == 20
+    assert "53 expected, 0 present" in out
+
+
+def test_a_teacher_with_other_weights_is_found(
+    topk: Path, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight += 0.001  # little enough for the numbers to agree
+    other = save_teacher(tmp_path / "other", model, tokenizer)
+    capsys.readouterr()
+    assert main(["verify", str(topk), "--teacher", str(other)]) == 1
+    out = printed(capsys)
+    assert "the teacher's weights are not those of the file" in out
+    assert "tokenizer" not in out
+
+
+def test_a_teacher_with_another_tokenizer_is_found(
+    topk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_teacher(tmp_path / "other", make_llama(), make_tokenizer(bos_token="<|user|>"))
+    capsys.readouterr()
+    assert main(["verify", str(topk), "--teacher", str(other)]) == 1
+    out = printed(capsys)
+    assert "the teacher's tokenizer is not that of the file" in out
+    assert "weights" not in out
+
+
+def test_the_teacher_is_not_loaded_for_a_file_that_is_damaged(
+    topk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writable(topk)["input_ids"][0] ^= 1
+    capsys.readouterr()
+    assert main(["verify", str(topk), "--teacher", str(tmp_path / "nowhere")]) == 1
+    assert "row 0 has checksum" in printed(capsys)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path / "none.h5")]) == 2
+    assert f"error: {tmp_path / 'none.h5'} is not a file." in printed(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "3"], "--rows and --trust_remote_code are for running the teacher again: add --teacher."),
+        (["--trust_remote_code"], "--rows and --trust_remote_code are for running the teacher again: add --teacher."),
+        (["--teacher", "--rows", "0"], "--rows must be at least 1, got 0."),
+        (["--teacher", "--rows", "few"], "Argument --rows: invalid int value: 'few'. See --help."),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path / "none.h5"), *options]) == 2
+    assert f"error: {message}" in printed(capsys)
