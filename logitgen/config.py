@@ -17,6 +17,7 @@ _NOT_SETTINGS = ("output", "overwrite", "dry_run", "trust_remote_code", "rank_ti
 """Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
 
 
+_LONGEST_VALUE = 4096
 _LARGEST_OPTIONS_FILE = 2**16
 """In characters."""
 
@@ -77,6 +78,8 @@ class Config:
         for name, value in dataclasses.asdict(self).items():
             if value == "":
                 raise UsageError(f"--{name} must not be empty.")
+            if isinstance(value, str) and len(value) > _LONGEST_VALUE:
+                raise UsageError(f"--{name} must have at most {_LONGEST_VALUE} characters, got {len(value)}.")
             if isinstance(value, str) and "\0" in value:
                 raise UsageError(f"--{name} must not hold a null character.")
         if self.packing and self.overflow != "truncate":

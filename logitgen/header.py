@@ -40,8 +40,8 @@ Places = Mapping[str, int]
 _TEXT_BYTES = 512
 _TEXT = "logitgen file, format version {version}\nHDF5 from byte 512 on\nhead_bytes {size}\nhead_sha256 {digest}\n"
 _TEXT_PATTERN = re.compile(_TEXT.format(version=r"(\d{1,9})", size=r"(\d{1,9})", digest="[0-9a-f]{64}"))
-_METADATA_BYTES = 2**14
-"""HDF5 takes metadata from blocks of this size: one is enough for all but the longer attributes, which come after."""
+_METADATA_BYTES = 2**13
+"""Room for HDF5's structures, and unit of the room for the attributes: so HDF5 never takes a second block."""
 _MOST_HEAD_BYTES = 2**20
 
 
@@ -85,8 +85,10 @@ def _create(path: Path, layout: Layout, attributes: Attributes) -> Places:
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)
+    units = 2 + sum(len(str(value).encode()) for value in attributes.values()) // _METADATA_BYTES
+    sizes = {"userblock_size": _TEXT_BYTES, "meta_block_size": units * _METADATA_BYTES}
     places = {}
-    with h5py.File(path, "w", locking=False, userblock_size=_TEXT_BYTES, meta_block_size=_METADATA_BYTES) as file:
+    with h5py.File(path, "w", locking=False, **sizes) as file:
         for name, value in attributes.items():  # text of a fixed length: HDF5 crashes over a forged heap of others
             file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         for name, (shape, dtype) in layout.datasets.items():
@@ -135,6 +137,8 @@ def read(path: Path) -> Header:
     ) as error:  # what h5py raises over garbled structures
         if "truncated file" in str(error):
             raise _cut_off(path) from error
+        if isinstance(error, PermissionError):
+            raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
         raise FormatError(f"{path} is damaged: {error}. Copy it again.") from error
     end = head_bytes
     for name, field in layout.datasets.items():
@@ -166,6 +170,8 @@ def _check_head(path: Path) -> int:
             raise FormatError(
                 f"{path} has format version {version}, this logitgen reads up to {FORMAT_VERSION}. Update logitgen."
             )
+        if head_bytes <= _TEXT_BYTES:
+            raise FormatError(f"{path} is damaged: its head cannot have {head_bytes} bytes. Copy it again.")
         head = file.read(min(head_bytes, _MOST_HEAD_BYTES) - _TEXT_BYTES)
     if len(head) < head_bytes - _TEXT_BYTES:
         raise _cut_off(path)
@@ -197,9 +203,11 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(TEACHER_DTYPES)}.")
     for name in ("settings", "packages"):
         try:
-            plain[name] = dict(json.loads(plain[name]))
-        except (ValueError, TypeError, RecursionError) as error:
+            plain[name] = json.loads(plain[name])
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.") from error
+        if not isinstance(plain[name], dict):
+            raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.")
     for name in SETTINGS_READ:
         if not isinstance(plain["settings"].get(name, False), str | None):
             raise FormatError(f"{path} is damaged: its settings say nothing of {name}.")

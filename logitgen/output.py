@@ -206,15 +206,16 @@ class Output:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in here.items():
+    named = set()
+    for name in sorted(here, key=lambda name: name != "settings"):  # first: other attributes repeat some of them
         if isinstance(there[name], dict):
-            dashes = "--" if name == "settings" else ""
-            wanted = json.loads(value)
+            wanted = json.loads(here[name])
             for key in sorted(there[name].keys() | wanted):
                 if there[name].get(key) != wanted.get(key):
-                    yield f"{dashes}{key} {there[name].get(key)} and {wanted.get(key)}"
-        elif there[name] != value:
-            yield _CALLED.get(name, f"{name} {there[name]} and {value}")
+                    named.add(key)
+                    yield f"{'--' if name == 'settings' else ''}{key} {there[name].get(key)} and {wanted.get(key)}"
+        elif there[name] != here[name] and name not in named:
+            yield _CALLED.get(name, f"{name} {there[name]} and {here[name]}")
 
 
 def reason(error: OSError) -> str:

@@ -45,7 +45,7 @@ class LogitsFile:
         for name, end in (("offsets", self.layout.num_tokens), ("position_offsets", self.layout.num_positions)):
             if (self.arrays[name][0], self.arrays[name][-1]) != (0, end):
                 raise FormatError(f"{self.path} is damaged: {name} must run from 0 to {end}. Copy it again.")
-        missing = len(self) - int(np.count_nonzero(self.arrays["done"]))
+        missing = len(self) - int(np.count_nonzero(self.arrays["done"] == 1))
         if missing and not partial:
             raise FormatError(
                 f"{self.path} is not complete: {missing} of {len(self)} rows are missing. Finish the run."

@@ -197,7 +197,7 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
         more: Whether the search ended before all of it was seen.
         compared: How far the teacher is from it, if it was run again.
     """
-    present = int(np.count_nonzero(file.arrays["done"]))
+    present = int(np.count_nonzero(file.arrays["done"] == 1))
     lines = {
         "file": str(file.path),
         "rows": f"{len(file):,} expected, {present:,} present",

@@ -140,7 +140,7 @@ def test_the_file_gets_its_first_name_only_when_all_that_is_known_is_on_the_disk
     output.complete()
     assert events == [
         *("known", "fsync file", "out.h5.partial.new -> out.h5.partial", "fsync folder"),
-        *("out.h5.partial -> out.h5", "fsync folder"),
+        *("fsync file", "out.h5.partial -> out.h5", "fsync folder"),
     ]
 
 
@@ -379,6 +379,19 @@ def test_a_finished_file_comes_before_a_partial_one(path: Path, partial: Path) -
     assert partial.read_bytes() == content
 
 
+def test_a_file_with_the_name_of_a_complete_one_that_lacks_rows_is_refused_and_kept(path: Path, tmp_path: Path) -> None:
+    content = write_file(path, UNFINISHED).read_bytes()
+    message = (
+        r"out\.h5 has the name of a complete file, but lacks rows\. "
+        r"Choose another --output, or replace it with --overwrite\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        claimed(path)
+    assert names(tmp_path) == ["out.h5"]
+    created(path, overwrite=True)
+    assert path.read_bytes() == content
+
+
 def test_with_overwrite_the_partial_file_is_resumed_though_a_finished_one_is_there(path: Path, partial: Path) -> None:
     content = write_file(path, teacher="another").read_bytes()
     write_file(partial, UNFINISHED)
@@ -409,7 +422,7 @@ DIFFERENCES = {
     "the rows": ({"dataset_fingerprint": "f" * 64}, "the tokens of the rows"),
     "several things": (
         {"teacher_dtype": "float16", "settings": SETTINGS | {"seed": 1, "split": "test"}},
-        "teacher_dtype bfloat16 and float16; --seed 0 and 1; --split train and test",
+        "--seed 0 and 1; --split train and test; teacher_dtype bfloat16 and float16",
     ),
 }
 
@@ -420,7 +433,7 @@ def test_a_file_of_another_run_is_refused_with_every_difference_and_left_as_it_i
     path: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     changes, differences = DIFFERENCES[kind]
-    write_file(tmp_path / name, UNFINISHED)
+    write_file(tmp_path / name, ARRAYS if name == "out.h5" else UNFINISHED)
     content = (tmp_path / name).read_bytes()
     output = claimed(path)
     with pytest.raises(UsageError) as caught:

@@ -44,7 +44,7 @@ def test_the_module_table_is_the_package() -> None:
 
 
 def test_a_module_imports_only_what_stands_before_it() -> None:
-    order = re.search(r"`(config → .*)`; a module", README)
+    order = re.search(r"`(config → [^`]*)`;\na module", README)
     assert order
     flow = order[1].replace("[file] → ", "").split(" → ")
     for position, name in enumerate(flow):
@@ -84,7 +84,8 @@ def test_every_make_target_of_the_readme_exists(target: str) -> None:
 
 def test_make_alone_lists_the_targets() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == ["help", "run", "test", "chaos", "check", "format", "clean"]
+    targets = ["help", "run", "test", "chaos", "check", "format", "clean"]
+    assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == targets
     assert max(map(len, listed.splitlines())) <= 80
 
 

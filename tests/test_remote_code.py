@@ -98,7 +98,8 @@ def path(capture: Capture, own: Path, data: Path, marker: Path) -> Path:
 def test_without_the_option_a_teachers_code_is_refused_in_one_line(
     capture: Capture, own: Path, data: Path, marker: Path, code_cache: Path
 ) -> None:
-    with pytest.raises(UsageError, match=rf"^--teacher {own} cannot be loaded: .*--trust_remote_code") as refused:
+    message = rf"^--teacher {own} comes with code of its own\. Add --trust_remote_code"
+    with pytest.raises(UsageError, match=message) as refused:
         capture(teacher=own, dataset=data)
     assert "\n" not in str(refused.value)
     assert not marker.exists()
@@ -141,7 +142,7 @@ def test_verifying_runs_a_teachers_code_only_if_trusted(
     for teacher in (["--teacher"], ["--teacher", str(own)]):
         assert main(["verify", str(path), *teacher]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --teacher {own} cannot be loaded: ")
+        assert line.startswith(f"error: --teacher {own} comes with code of its own. ")
         assert "--trust_remote_code" in line
     assert not marker.exists()
     assert main(["verify", str(path), "--teacher", "--trust_remote_code"]) == 0

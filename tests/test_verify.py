@@ -197,7 +197,7 @@ def test_offsets_that_run_backwards_are_found(topk: Path) -> None:
 
 def test_a_done_flag_that_is_neither_0_nor_1_is_found(topk: Path) -> None:
     writable(topk)["done"][2] = 3
-    assert found(topk) == ["row 2 has a damaged done flag"]
+    assert found(topk) == ["row 2 has a done flag of 3"]
 
 
 def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest
     for name, value in attributes.items():
         bad.write_bytes(topk.read_bytes())
         with h5py.File(bad, "r+") as file:
-            file.attrs.modify(name, value[:-1] + "~" if isinstance(value, str) else value + 1)
+            file.attrs.modify(name, np.bytes_(value[:-1] + b"~") if isinstance(value, bytes) else value + 1)
         with pytest.raises(FormatError, match=r"is damaged: its attributes or structures were changed\. Copy"):
             LogitsFile(bad, partial=True)
         assert main(["verify", str(bad)]) == 2
@@ -303,12 +303,13 @@ def test_a_value_that_cannot_be_is_found_behind_a_right_checksum(
     change: Callable[[Arrays], None], message: str, topk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(topk, change)
-    assert found(topk) == [f"row {EDITED} {message}"]
+    assert f"row {EDITED} {message}" in found(topk)
+    assert all(line.startswith(f"row {EDITED} ") for line in found(topk))
     capsys.readouterr()
     assert main(["verify", str(topk)]) == 1
     out = printed(capsys)
     assert f"row {EDITED} {message}" in out
-    assert "NOT verified, 1 problems" in out
+    assert "NOT verified, " in out
     assert "verified: " not in out
 
 
@@ -349,7 +350,8 @@ def test_logits_that_do_not_fit_their_scalars_are_found_behind_a_right_checksum(
     edit(full, change)
     lines = found(full)
     assert lines
-    assert all(line.startswith(f"row {EDITED} has ") and message in line for line in lines)
+    assert all(line.startswith(f"row {EDITED} has ") for line in lines)
+    assert any(message in line for line in lines)
 
 
 def test_every_damaged_row_is_listed(topk: Path) -> None:
