@@ -32,7 +32,7 @@ from logitgen.rows import Rows
 from logitgen.schema import Layout
 from logitgen.teacher import describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenize
-from logitgen.transport import Ranks, launched, share
+from logitgen.transport import UNLIMITED, Ranks, launched, share
 from logitgen.writer import Writer, write_known
 
 logger = logging.getLogger("logitgen.generate")
@@ -52,7 +52,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.patience_seconds = config.rank_timeout
     ranks.same(facts_of_launch(config))
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
-    output = Output(Path(config.output), config.overwrite)
+    output = Output(Path(config.output), config.overwrite, config.dry_run)
     ranks.on_leader(output.claim)
     ranks.on_leader(lambda: output.check(settings_attributes(config)))
     info = ranks.together(lambda: describe_teacher(config))
@@ -61,7 +61,9 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     # The split becomes tokens, and the tokens rows.
     logger.info(f"Reading {config.dataset}, split {config.split}.")
     tokenizer = ranks.together(lambda: load_tokenizer(config))
-    tokens = ranks.together(lambda: tokenize(load_split(config), tokenizer, config), machine_by_machine=True)
+    tokens = ranks.together(
+        lambda: tokenize(load_split(config), tokenizer, config), machine_by_machine=True, patience_seconds=UNLIMITED
+    )
     rows = ranks.together(lambda: Rows(tokens, config, info.max_length, info.length_switch))
     ranks.together(lambda: rows.check_ids(info.vocab_size))
     if rows.num_dropped_tokens:
@@ -93,12 +95,13 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.on_leader(lambda: output.check(about))
     if config.dry_run:
         pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout))
-        print_result(estimate_view(estimate(rows, plan, layout, about, pilots), output.free_bytes))
+        if ranks.is_leader:
+            print_result(estimate_view(estimate(rows, plan, layout, about, pilots), output.free_bytes))
         return
 
     # Every rank computes its share of the missing batches; what they yield goes to the leader and into the file.
     known = partial(write_known, layout=layout, rows=rows)
-    header = ranks.on_leader(lambda: output.create(layout, about, known))
+    header = ranks.on_leader(lambda: output.create(layout, about, known), patience_seconds=UNLIMITED)
     done = ranks.from_leader(output.done)
     batches = plan.pending(done)
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))

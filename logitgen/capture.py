@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
+from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
 from logitgen.rows import Batch
 from logitgen.schema import Array, Layout, row_crc32
@@ -66,7 +67,16 @@ def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
     """
     num_positions = len(batch.positions)
     slices = layout.payload_slices(len(batch.rows), num_positions)
-    payload = torch.zeros(slices[next(reversed(slices))].stop, dtype=torch.uint8, device=teacher.device)
+    size_bytes = slices[next(reversed(slices))].stop
+    try:
+        payload = torch.zeros(size_bytes, dtype=torch.uint8, device=teacher.device)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise CaptureError(
+            f"What is kept of a batch, {format_bytes(size_bytes)}, does not fit into the memory of {teacher.device}. "
+            "Lower --batch_tokens."
+        ) from error
     packed = {
         name: payload[slices[name]].view(_TORCH_DTYPES[dtype]).view(num_positions, *entry)
         for name, (entry, dtype) in layout.captured.items()

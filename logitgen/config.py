@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from logitgen.errors import UsageError
 from logitgen.schema import CaptureKind
 
-_NOT_SETTINGS = ("output", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir")
+_NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
 """Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
 
 
@@ -54,10 +54,10 @@ class Config:
     capture: CaptureKind = _option("What to keep per position: the top k log-probs, or all logits.", "topk")
     top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
     batch_tokens: int = _option("Tokens per forward pass, padding included.", 8192)
-    overwrite: bool = _option("Replace an output that exists, once the new one is complete.", False)
-    dry_run: bool = _option("Write nothing; say what the run would take in disk, memory and time.", False)
+    overwrite: bool = _option("Replace a complete output by a new one, and what another run left of one.", False)
+    dry_run: bool = _option("Write no output; say what the run would take in disk, memory and time.", False)
     trust_remote_code: bool = _option("Run code that comes with the teacher.", False)
-    rank_timeout: int = _option("Seconds in which no rank moves, after which the one waited for has hung.", 1800)
+    rank_timeout: int = _option("Seconds a rank may keep the others waiting without a sign of progress.", 1800)
     log_dir: str = _option("Folder for one log file per rank.", "logs")
     seed: int = _option("Seed of anything random.", 0)
 

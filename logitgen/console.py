@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from functools import partialmethod
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,13 @@ def printable(text: str) -> str:
 def print_error(message: str) -> None:
     """Print why the run ends, in one line."""
     line = " ".join(printable(message).splitlines())
-    _messages.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    _say(Text.assemble(("error: ", "bold red"), line))
+
+
+def _say(text: Text) -> None:
+    """Print a line to standard error, if somebody still listens: a run does not end with the terminal it began in."""
+    with suppress(OSError, SystemExit):  # rich makes a SystemExit of a broken pipe
+        _messages.print(text, soft_wrap=True)
 
 
 def print_result(result: RenderableType) -> None:
@@ -98,7 +105,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = ("", "") if record.levelno < logging.WARNING else (f"{record.levelname.lower()}: ", "bold yellow")
-        _messages.print(Text.assemble(level, self._prefix + record.getMessage()), soft_wrap=True)
+        _say(Text.assemble(level, self._prefix + record.getMessage()))
 
 
 class Progress:

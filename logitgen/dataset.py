@@ -54,7 +54,7 @@ class LogitsDataset(Dataset[Row]):
         Raises:
             IndexError: There is no such row.
         """
-        return row_tensors(self._file, row)
+        return {name: _tensor(array) for name, array in self._file.row(row).items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self._path}
@@ -96,9 +96,6 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
     return batch
 
 
-def row_tensors(file: LogitsFile, row: int) -> Row:
-    """Copy a row out of the file, ids as int64 and values as float32."""
-    return {
-        name: torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float32"))
-        for name, array in file.row(row).items()
-    }
+def _tensor(array: Any) -> Tensor:
+    """Copy out of the file, ids as int64 and values as float32."""
+    return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float32"))

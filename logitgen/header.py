@@ -106,10 +106,11 @@ def file_bytes(layout: Layout, attributes: Attributes) -> int:
     return head_bytes + layout.data_bytes
 
 
-def begins_as_ours(path: Path) -> bool:
-    """Whether a file begins as one of logitgen does, damaged or not."""
+def begins_as_ours(path: Path, *, unfinished: bool = False) -> bool:
+    """Whether a file begins as one of logitgen does, damaged or not; an unfinished one may still lack its text."""
     with path.open("rb") as file:
-        return file.read(_TEXT_BYTES).startswith(_TEXT.partition("{")[0].encode())
+        text = file.read(_TEXT_BYTES)
+    return text.startswith(_TEXT.partition("{")[0].encode()) or (unfinished and not text.strip(b"\0"))
 
 
 def read(path: Path) -> Header:

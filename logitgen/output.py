@@ -48,12 +48,13 @@ class Output:
         found: The head of the complete file, or of the partial one that is resumed; None where there is none yet.
     """
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
+    def __init__(self, path: Path, overwrite: bool, dry_run: bool = False) -> None:
         """Name an output; nothing is looked at yet.
 
         Args:
             path: Where the complete file will be.
-            overwrite: Replace a complete file, and a partial one that cannot be resumed.
+            overwrite: Replace a complete file once the new one is complete, and a partial one of another run.
+            dry_run: Lock and remove nothing, and only warn of a file of another run.
         """
         self.path = path
         self.partial = path.parent / (path.name + PARTIAL_SUFFIX)
@@ -61,6 +62,7 @@ class Output:
         self.found: Header | None = None
         self._place = self.partial
         self._overwrite = overwrite
+        self._dry_run = dry_run
         self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
@@ -71,15 +73,15 @@ class Output:
         """
         with _refused_if_impossible(self.path, "written"):
             self._check_names()
+            if not self._dry_run:
+                self._remove_unfinished()
             if self.path.exists() and not self._overwrite:
                 self._place = self.path
-            elif self.partial.exists():
-                self._lock = _locked(self.partial, os.O_RDWR)
-            else:
-                if self._new.exists():
-                    _locked(self._new, os.O_RDWR).close()
+            elif not self.partial.exists():
                 tempfile.TemporaryFile(dir=self.path.parent).close()
                 return
+            elif not self._dry_run:
+                self._lock = _locked(self.partial, os.O_RDWR)
         try:
             self.found = header.read(self._place)
         except FormatError as error:
@@ -93,17 +95,25 @@ class Output:
         for path in (self.path, self.partial, self._new):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UsageError(f"--output {self.path}: {path} is not a plain file. Give the name of one.")
-        for path in (self.path, self.partial):
-            if path.exists() and not header.begins_as_ours(path):
+        for path in (self.path, self.partial, self._new):
+            if path.exists() and not header.begins_as_ours(path, unfinished=path == self._new):
                 raise UsageError(
                     f"--output {self.path}: {path} exists and is no file of logitgen, so it is not touched. "
                     "Choose another name, or remove it."
                 )
 
+    def _remove_unfinished(self) -> None:
+        """Free the space of a file whose creation was killed."""
+        if self._new.exists():
+            lock = _locked(self._new, os.O_RDWR)
+            self._new.unlink()
+            lock.close()
+
     def _refuse(self, why: str) -> None:
-        if not self._overwrite:
+        if not (self._overwrite or self._dry_run):
             raise UsageError(f"{why} Choose another --output, or replace it with --overwrite.")
-        logger.warning("%s It will be replaced.", why)
+        hint = "It will be replaced." if self._overwrite else "A run without --overwrite ends here."
+        logger.warning("%s %s", why, hint)
         self.found = None
 
     def check(self, attributes: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ _BLOCK_POSITIONS = 2**22
 
 
 class LogitsFile:
-    """A complete file, mapped into memory.
+    """A file, mapped into memory.
 
     Attributes:
         path: Where it is.

@@ -175,7 +175,7 @@ def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
         "file": f"{known.size_bytes:,} bytes, {known.size_bytes / known.num_tokens:,.1f} per token; "
         f"{format_bytes(free_bytes)} free",
         "memory per rank": format_bytes(host)
-        + (f", {format_bytes(device)} of them on the GPU" if device else "")
+        + (f" and {format_bytes(device)} on the GPU" if device else "")
         + f"; the leader {format_bytes(known.buffer_bytes)} of buffers more",
         "speed": f"{known.tokens_per_second:,.0f} tokens/s per rank, {len(known.pilots)} measured at once",
     }
@@ -204,9 +204,9 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     }
     if compared:
         lines["teacher"] = (
-            f"over {compared.num_positions:,} positions largest difference {compared.largest:.4f} nats, mean "
-            f"{compared.mean:.5f} (at most {compared.most_mean}), top-1 agreement {compared.top1_agreement:.2%} "
-            f"(at least {compared.least_agreement:.0%})"
+            f"over {compared.num_positions:,} positions largest difference {compared.largest:.4f} nats beyond "
+            f"rounding, mean {compared.mean:.5f} (at most {compared.most_mean}), top-1 agreement "
+            f"{compared.top1_agreement:.2%} (at least {compared.least_agreement:.0%})"
         )
     verified = "verified: every row is there once, its checksum and its values are right"
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"

@@ -1,6 +1,6 @@
 """The file format: what the datasets are called, their dtypes and shapes, and how a row is checksummed.
 
-Writer and reader share this module and nothing else, so what one writes is what the other reads.
+Writer and reader share this module and `header`, so what one writes is what the other reads.
 
 Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, V vocabulary (rows of the
 output head).

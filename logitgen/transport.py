@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -49,11 +49,15 @@ _NO_TIMEOUT = timedelta(days=365)
 
 _HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
 _MOVES = "moves"
+UNLIMITED = math.inf
 _LOOK_SECONDS = 1.0
 """How often a rank that waits looks whether the others still move."""
 
 _RUN_ME_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
+
+_GRACE_SECONDS = 3.0
+"""By how much longer the other ranks wait than the leader."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTICE_SECONDS = 0.5
@@ -109,10 +113,9 @@ class Ranks:
         self._first_of_machine = accelerator.is_local_main_process
         self._failures = thread_failures
         self._group = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT) if self.num_ranks > 1 else None
-        self.patience_seconds = _NO_TIMEOUT.total_seconds()
+        self.patience_seconds = UNLIMITED
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wait")
         self._num_met = 0
-        self._told_moved = -math.inf
 
     def check_launch(self) -> None:
         """Refuse a launch whose processes do not see each other: each would believe to be the leader.
@@ -126,13 +129,16 @@ class Ranks:
                 f"(Accelerate reports {self.num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
             )
 
-    def together(self, work: Callable[[], T], *, machine_by_machine: bool = False) -> T:
+    def together(
+        self, work: Callable[[], T], *, machine_by_machine: bool = False, patience_seconds: float | None = None
+    ) -> T:
         """Do something on every rank; if it fails on any, raise that rank's error on all.
 
         Args:
             work: What to do. Every rank must call `together` for it.
             machine_by_machine: Let the first rank of every machine finish before its other ranks start, so that
                 these find a filled cache.
+            patience_seconds: How long the others may be waited for; `self.patience_seconds` if not given.
 
         Raises:
             LogitgenError: The lowest failing rank's error.
@@ -145,14 +151,14 @@ class Ranks:
                     result = work()
                 except LogitgenError as raised:
                     error = raised
-            for found in self.gathered(error, _NO_TIMEOUT.total_seconds() if machine_by_machine else None):
+            for found in self.gathered(error, patience_seconds):
                 if found is not None:
                     raise found from error
         return result
 
-    def on_leader(self, work: Callable[[], T]) -> T | None:
+    def on_leader(self, work: Callable[[], T], patience_seconds: float | None = None) -> T | None:
         """Do something on the leader alone; if it fails, raise its error on every rank. None on the other ranks."""
-        return self.together(lambda: work() if self.is_leader else None)
+        return self.together(lambda: work() if self.is_leader else None, patience_seconds=patience_seconds)
 
     def same(self, facts: Mapping[str, str]) -> None:
         """Check that all ranks see the same.
@@ -223,12 +229,15 @@ class Ranks:
                 raise
 
         future = self._waiting.submit(run)
-        moves, since = 0, time.monotonic()
         patience = patience_seconds or self.patience_seconds
+        # Looks are counted, not seconds: a run that is suspended as a whole does not look. The leader knows best who
+        # hangs, so it speaks first.
+        moves, left = 0, patience + (0 if self.is_leader else _GRACE_SECONDS)
         while not wait([future], timeout=_LOOK_SECONDS).done:
             if (now := _count(_MOVES)) != moves:
-                moves, since = now, time.monotonic()
-            if time.monotonic() - since > patience:
+                moves, left = now, patience + (0 if self.is_leader else _GRACE_SECONDS)
+            left -= _LOOK_SECONDS
+            if left < 0:
                 raise LostRankError(_HUNG.format(late(), patience))
         future.result()
 
@@ -248,31 +257,18 @@ class Ranks:
         Raises:
             CaptureError: The writer failed, or a rank was lost.
         """
-        largest = int(payload_bytes[batches].max())
+        largest = int(payload_bytes[batches].max(initial=0))
         if submit is None:
             outbox = Outbox(largest, self._send, self.device)
             yield outbox
             outbox.flush()
             return
-
-        def submit_and_tell(batch: int, payload: Array) -> Future[None]:
-            future = submit(batch, payload)
-            future.add_done_callback(lambda _: self._tell_moved())
-            return future
-
-        inbox = _Inbox(self._group, submit_and_tell, payload_bytes, self.patience_seconds, self._failures)
-        outbox = Outbox(largest, lambda batch, payload: submit_and_tell(batch, payload.numpy()).result, self.device)
+        inbox = _Inbox(self._group, submit, payload_bytes, self.patience_seconds, self._failures)
+        outbox = Outbox(largest, lambda batch, payload: inbox.submit(batch, payload.numpy()).result, self.device)
         inbox.start({peer: share(batches, peer, self.num_ranks) for peer in range(1, self.num_ranks)})
         yield outbox
         outbox.flush()
         inbox.join()
-
-    def _tell_moved(self) -> None:
-        """Let ranks that have nothing left to do but wait know that the run goes on."""
-        if self._group is not None and time.monotonic() - self._told_moved > _LOOK_SECONDS:
-            self._told_moved = time.monotonic()
-            with suppress(LostRankError):  # the main thread finds out itself
-                _count(_MOVES, 1)
 
     def _send(self, batch: int, payload: Tensor) -> Wait:
         with _lost_connection_means("The leader"):
@@ -340,14 +336,16 @@ def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn
         traceback.print_exception(error)
     mine = _Failure.of(error)
     first = _first_failure(mine) if _launched_ranks() > 1 else mine
-    if first.rank == mine.rank:
-        print_error(first.message)
-    first.tell_launcher()
-    # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(first.exit_status)
+    try:
+        if first.rank == mine.rank:
+            print_error(first.message)
+        first.tell_launcher()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
+        os._exit(first.exit_status)
 
 
 def _launched_rank() -> int:
@@ -423,7 +421,10 @@ class _Copied:
 
 
 class _Inbox:
-    """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up."""
+    """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up.
+
+    One more thread looks whether one of them waits for too long, and tells the other ranks that the run goes on.
+    """
 
     def __init__(
         self,
@@ -439,16 +440,31 @@ class _Inbox:
         self._patience_seconds = patience_seconds
         self._failures = failures
         self._threads: list[threading.Thread] = []
+        self._left: dict[int, float] = {}
+        self._num_written = 0
+        self._received = threading.Event()
+
+    def submit(self, batch: int, payload: Array) -> Future[None]:
+        """Have a batch's payload written, and count it once it is."""
+        future = self._submit(batch, payload)
+        future.add_done_callback(self._count_written)
+        return future
+
+    def _count_written(self, future: Future[None]) -> None:
+        self._num_written += 1
 
     def start(self, shares: Mapping[int, Array]) -> None:
         for peer, share in shares.items():
             thread = threading.Thread(target=self._run, args=(peer, share), name=f"receive {peer}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        if shares:
+            threading.Thread(target=self._watch, name="receive watch", daemon=True).start()
 
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
+        self._received.set()
         if self._failures:
             raise self._failures[0]
 
@@ -456,9 +472,25 @@ class _Inbox:
         try:
             self._receive(peer, share)
         except Exception as error:
-            self._failures.append(error)
-            _first_failure(_Failure.of(error))  # now: the launcher may end this rank before the main thread can
-            _interrupt_main()  # it may be deep in a forward pass, or wait for another rank
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failures.append(error)
+        _first_failure(_Failure.of(error))  # now: the launcher may end this rank before the main thread can
+        _interrupt_main()  # it may be deep in a forward pass, or wait for another rank
+
+    def _watch(self) -> None:
+        told = 0
+        while not self._received.wait(_LOOK_SECONDS):
+            if self._num_written != told:
+                told = self._num_written
+                with suppress(LostRankError):  # the main thread finds out itself
+                    _count(_MOVES, 1)
+            for peer in list(self._left):
+                self._left[peer] -= _LOOK_SECONDS
+                if self._left[peer] < 0:
+                    self._fail(LostRankError(_HUNG.format(f"Rank {peer}", self._patience_seconds)))
+                    return
 
     def _receive(self, peer: int, share: Array) -> None:
         buffers = [torch.empty(int(self._sizes[share].max(initial=0)), dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
@@ -467,8 +499,11 @@ class _Inbox:
             slot = number % NUM_BUFFERS
             waits[slot]()
             payload = buffers[slot][: self._sizes[batch]]
-            self._take(payload, peer)
-            waits[slot] = self._submit(batch, payload.numpy()).result
+            self._left[peer] = self._patience_seconds
+            with _lost_connection_means(f"Rank {peer}"):
+                dist.recv(payload, src=peer, group=self._group)
+            self._left[peer] = math.inf
+            waits[slot] = self.submit(batch, payload.numpy()).result
         for freed in waits:
             freed()
 
@@ -516,12 +551,17 @@ class _Failure:
 
 def _first_failure(mine: _Failure) -> _Failure:
     """Ask the launch's store which rank failed first: only that one speaks."""
-    try:
-        claim = _store().compare_set("failure", "", json.dumps([mine.rank, mine.exit_status, mine.message]))
-    except Exception:
-        logger.debug("The store cannot be reached; this rank speaks for itself.", exc_info=True)
-        return mine
-    return _Failure(*json.loads(claim))
+    claims: list[bytes] = []
+
+    def claim() -> None:
+        with suppress(Exception):  # out of reach: this rank speaks for itself
+            claims.append(_store().compare_set("failure", "", json.dumps(astuple(mine))))
+
+    # In a thread, because the store's own time-out does not end a call to a machine that is gone (torch 2.13).
+    thread = threading.Thread(target=claim, daemon=True)
+    thread.start()
+    thread.join(_STORE_TIMEOUT.total_seconds())
+    return _Failure(*json.loads(claims[0])) if claims else mine
 
 
 @functools.cache

@@ -14,6 +14,7 @@ _FLOAT16_ERROR = 2.0**-11
 """Largest relative error of rounding to float16."""
 
 _FLOAT16_MAX = 65504
+_CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3
 """What float32 sums over a vocabulary may be off, with room to spare."""
 
@@ -86,18 +87,26 @@ def _kept_problems(data: Row, vocab_size: int) -> Iterator[str]:
 
 
 def _logits_problems(data: Row) -> Iterator[str]:
-    logits_PV = data["logits"].astype(np.float32)
-    if not np.isfinite(logits_PV).all():
-        yield "has logits that are not finite"
-        return
-    largest_P = logits_PV.max(1)
-    logsumexp_P = largest_P + np.log(np.exp(logits_PV - largest_P[:, None]).sum(1))
-    rounding_P = np.abs(logits_PV).max(1, where=logits_PV > -(2**15), initial=0) * _FLOAT16_ERROR
-    if (np.abs(logsumexp_P - data["logsumexp"]) > rounding_P + _NATS_ERROR).any():
-        yield "has a logsumexp that is not the one of its logits"
+    num_positions, vocab_size = data["logits"].shape
+    step = max(1, _CHUNK_LOGITS // vocab_size)
     target_P = data["input_ids"][data["positions"] + 1].astype(np.int64)
-    logit_P = np.take_along_axis(logits_PV, target_P[:, None], axis=1)[:, 0]
-    off_P = np.abs(logit_P - data["logsumexp"] - data["target_logprob"])
-    usual_P = np.abs(logit_P) < _FLOAT16_MAX  # beyond it the logit is not what it was
-    if (off_P[usual_P] > np.abs(logit_P[usual_P]) * _FLOAT16_ERROR + _NATS_ERROR).any():
-        yield "has a target_logprob that is not the one of its logits"
+    for start in range(0, num_positions, step):
+        span = slice(start, start + step)
+        logits_CV = data["logits"][span].astype(np.float32)
+        if not np.isfinite(logits_CV).all():
+            yield "has logits that are not finite"
+            return
+        # Logits beyond what float16 holds were stored as its largest: nothing can be said of their positions.
+        usual_C = logits_CV.max(1) < _FLOAT16_MAX
+        logits_CV, logsumexp_C = logits_CV[usual_C], data["logsumexp"][span][usual_C]
+        largest_C = logits_CV.max(1, initial=-np.inf)
+        sum_C = np.exp(logits_CV - largest_C[:, None]).sum(1)
+        rounding_C = np.abs(largest_C) * _FLOAT16_ERROR + _NATS_ERROR
+        if (np.abs(largest_C + np.log(sum_C) - logsumexp_C) > 2 * rounding_C).any():
+            yield "has a logsumexp that is not the one of its logits"
+            return
+        logit_C = np.take_along_axis(logits_CV, target_P[span][usual_C][:, None], axis=1)[:, 0]
+        off_C = np.abs(logit_C - logsumexp_C - data["target_logprob"][span][usual_C])
+        if (off_C > np.abs(logit_C) * _FLOAT16_ERROR + _NATS_ERROR)[logit_C > -_FLOAT16_MAX].any():
+            yield "has a target_logprob that is not the one of its logits"
+            return

@@ -126,7 +126,7 @@ class Writer:
                 if self._error:
                     raise self._error
                 future.set_result(work())
-            except Exception as error:
+            except BaseException as error:  # else whoever waits for it waits for ever
                 future.set_exception(error)
 
     def _next(self) -> tuple[Work, Future[None]] | None:

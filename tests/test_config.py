@@ -365,7 +365,7 @@ def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
     assert parse_config([*REQUIRED, "--top_k=5", "--capture=full"]).kept == 0
 
 
-HOW_TO_RUN = ("output", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir")
+HOW_TO_RUN = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
 
 
 def test_the_settings_leave_out_how_to_run_and_where_to_leave_things() -> None:

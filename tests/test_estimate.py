@@ -15,6 +15,7 @@ from conftest import write_jsonl
 import generate
 from logitgen import CaptureError, UsageError
 from logitgen import estimate as estimate_module
+from logitgen import output as output_module
 from logitgen.config import Config
 from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate
 from logitgen.plan import Plan
@@ -313,14 +314,18 @@ def test_a_file_that_only_lacks_its_name_does_not_get_it_from_a_dry_run(
     assert contents(folder) == before
 
 
-def test_a_complete_output_stays_as_it_is(capture: Capture, teacher: Path, data: Path, folder: Path) -> None:
+def test_a_complete_output_stays_as_it_is(
+    capture: Capture, teacher: Path, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(output_module.logger, "warning", lambda text, *words: warnings.append(text % words))
     options = {"teacher": teacher, "dataset": data, "output": folder / "out.h5"}
     capture(top_k=4, **options)
     before = contents(folder)
     capture(top_k=4, dry_run=True, **options)
     capture(top_k=5, dry_run=True, overwrite=True, **options)
-    with pytest.raises(UsageError, match=r"out.h5 is of another run. .*--top_k 4 and 5"):
-        capture(top_k=5, dry_run=True, **options)
+    capture(top_k=5, dry_run=True, **options)  # to compare is what it is for
+    assert "is of another run. There and here differ: --top_k 4 and 5. A run without" in warnings[-1]
     assert contents(folder) == before
 
 

@@ -101,6 +101,34 @@ def test_a_rank_that_hangs_is_named(run: Callable[..., Ended], finished: Callabl
     finished()
 
 
+def test_a_rank_that_hangs_is_named_among_others_that_have_finished(
+    run: Callable[..., Ended], finished: Callable[[], None]
+) -> None:
+    """The last of three ranks is stopped from outside, as by a debugger; the others wait for each other by then."""
+    stop = "import signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    result = run(SLOW.format(f"if os.environ['RANK'] == '2' and number == 3: {stop}"), num_ranks=3, rank_timeout=4)
+    assert len(error_lines(result)) == 1
+    assert "Rank 2 has not moved for 4 s" in error_lines(result)[0]
+    finished()
+
+
+def test_a_run_goes_on_when_nobody_listens_any_more(
+    teacher: Path, ragged: Path, tmp_path: Path, finished: Callable[[], None]
+) -> None:
+    """As with `| head`, or a terminal that is gone: the progress lines find no reader."""
+    change = "import logitgen.console\nlogitgen.console.PLAIN_SECONDS = 0.0"
+    script = tmp_path / "changed.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
+    words = [f"--teacher={teacher}", f"--dataset={ragged}", "--batch_tokens=40", f"--log_dir={tmp_path / 'logs'}"]
+    command = [sys.executable, str(script), *words, f"--output={tmp_path / 'out.h5'}"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert run.stderr
+    run.stderr.readline()
+    run.stderr.close()
+    assert run.wait(timeout=120) == 0
+    finished()
+
+
 def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
     hang = "if os.environ['RANK'] == '1': generate.load_teacher = lambda *_: time.sleep(3600)"
     result = run(f"import os, time, generate\n{hang}", rank_timeout=4)

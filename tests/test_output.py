@@ -509,7 +509,9 @@ def test_a_second_output_of_the_same_process_is_refused_too(path: Path) -> None:
 
 
 def test_what_a_killed_run_left_while_it_created_the_file_is_no_obstacle(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.h5.partial.new").write_bytes(b"left over" * 10_000)
+    (tmp_path / "out.h5.partial.new").write_bytes(bytes(90_000))
+    output = claimed(path)
+    assert names(tmp_path) == []  # before the free space is looked at
     output = created(path)
     assert names(tmp_path) == ["out.h5.partial"]
     assert output.done().tolist() == [False, True, False]

@@ -100,12 +100,12 @@ def test_help_is_printed_once(tmp_path: Path) -> None:
     assert ended.stdout.count("usage: generate.py") == 1
 
 
-def launch_changed(folder: Path, change: str, **options: Any) -> Ended:
-    """Launch the main program on two ranks after some Python that changes it."""
+def launch_changed(folder: Path, change: str, num_ranks: int = 2, **options: Any) -> Ended:
+    """Launch the main program on several ranks after some Python that changes it."""
     script = folder / "changed.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
     places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
-    command = launch_command(2, **(places | options))
+    command = launch_command(num_ranks, **(places | options))
     command[command.index("generate.py")] = str(script)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
@@ -259,7 +259,7 @@ def test_a_partial_file_that_is_not_ours_is_refused_and_kept(teacher: Path, ragg
     partial.write_text("half of it")
     result = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
     assert len(error_lines(result)) == 1
-    assert "out.h5.partial exists, and is nothing to go on with: " in error_lines(result)[0]
+    assert "out.h5.partial exists and is no file of logitgen, so it is not touched." in error_lines(result)[0]
     assert exit_statuses(result) == [2, 2]
     assert partial.read_text() == "half of it"
 

@@ -279,7 +279,7 @@ def test_an_estimate_says_what_a_run_would_take() -> None:
 def test_an_estimate_of_gpus_names_the_memory_of_the_largest() -> None:
     pilots = [Pilot(0.5, 900_000_000, 7_000_000_000), Pilot(0.75, 800_000_000, 9_000_000_000)]
     lines = drawn(estimate_view(make_estimate(pilots=pilots), 1))
-    assert definitions(lines)["memory per rank"].startswith("900.0 MB, 9.0 GB of them on the GPU; the leader 5.6 MB")
+    assert definitions(lines)["memory per rank"].startswith("900.0 MB and 9.0 GB on the GPU; the leader 5.6 MB")
 
 
 def test_a_verdict_is_one_line_if_nothing_is_wrong(path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_verdict_says_how_far_the_teacher_is(path: Path) -> None:
         num_positions=4_321, largest=0.0213, mean=0.00123, top1_agreement=0.9951, most_mean=0.005, least_agreement=0.99
     )
     assert definitions(drawn(verdict_view(LogitsFile(path), [], False, compared)))["teacher"] == (
-        "over 4,321 positions largest difference 0.0213 nats, mean 0.00123 (at most 0.005), "
+        "over 4,321 positions largest difference 0.0213 nats beyond rounding, mean 0.00123 (at most 0.005), "
         "top-1 agreement 99.51% (at least 99%)"
     )
 

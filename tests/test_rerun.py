@@ -37,7 +37,10 @@ def changed_llama(scale: float, seed: int = 1) -> Any:
 
 
 def direct(model: Any, file: LogitsFile, rows: list[int]) -> tuple[int, float, float, float]:
-    """Positions, largest and mean difference, and agreement, from whole rows through the plain model, in float64."""
+    """Positions, largest and mean difference, and agreement, from whole rows through the plain model, in float64.
+
+    What rounding to float16 explains does not count: half a step, that is 2**-11 of what was rounded.
+    """
     differences, agreements = [], []
     for row in rows:
         data = file.row(row)
@@ -47,11 +50,11 @@ def direct(model: Any, file: LogitsFile, rows: list[int]) -> tuple[int, float, f
         now_PV = logits_PV - np.log(np.exp(logits_PV).sum(1, keepdims=True))
         if "logits" in data:
             stored_PK = data["logits"].astype(np.float64) - data["logsumexp"][:, None]
-            now_PK, top_P = now_PV, data["logits"].argmax(1)
+            now_PK, top_P, rounded_PK = now_PV, data["logits"].argmax(1), data["logits"].astype(np.float64)
         else:
             stored_PK, top_P = data["kept_logprobs"].astype(np.float64), data["kept_ids"][:, 0]
-            now_PK = np.take_along_axis(now_PV, data["kept_ids"].astype(np.int64), 1)
-        differences.append(np.abs(stored_PK - now_PK).ravel())
+            now_PK, rounded_PK = np.take_along_axis(now_PV, data["kept_ids"].astype(np.int64), 1), stored_PK
+        differences.append(np.maximum(np.abs(stored_PK - now_PK) - np.abs(rounded_PK) / 2048, 0).ravel())
         agreements.append(top_P == now_PV.argmax(1))
     all_differences, all_agreements = np.concatenate(differences), np.concatenate(agreements)
     return len(all_agreements), all_differences.max(), all_differences.mean(), all_agreements.mean()
@@ -90,7 +93,7 @@ def test_a_shift_of_what_is_stored_is_the_difference(capture: Capture, teacher: 
     file.arrays["kept_ids"] = file.arrays["kept_ids"].copy()
     own = load_teacher_of(file, None, trust_remote_code=False)[0]
     compared = rerun(file, own, np.array([4]))
-    assert compared.mean == pytest.approx(0.25, abs=0.005)  # log-probs of up to 8 nats, in float16
+    assert compared.mean == pytest.approx(0.25, abs=0.01)  # less what rounding explains
     assert compared.top1_agreement == 1
     assert compared.problems == ["the teacher says something else than what is stored"]
 
@@ -126,7 +129,9 @@ def test_a_captured_file_agrees_with_its_own_teacher(
     out = printed(capsys)
     assert status == 0, out
     most_mean, least_agreement = TOLERANCES[dtype]
-    assert re.search(r"over [1-9][\d,]* positions largest difference \d\.\d{4} nats, mean \d\.\d{5}", out)
+    assert re.search(
+        r"over [1-9][\d,]* positions largest difference \d\.\d{4} nats beyond rounding, mean \d\.\d{5}", out
+    )
     assert f"(at most {most_mean})" in out
     assert f"(at least {least_agreement:.0%})" in out
     assert "verified: every row is there once" in out

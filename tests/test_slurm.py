@@ -56,7 +56,9 @@ def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next
 
 
 def test_a_mistake_of_the_users_is_not_put_back_into_the_queue(job: Job, tmp_path: Path) -> None:
+    """Not even beside what an earlier start has left."""
     (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "out.h5.partial").write_text("logitgen file, of an earlier start")
     failed = job()
     failed.communicate(timeout=120)
     assert failed.returncode != 0
