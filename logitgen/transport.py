@@ -47,17 +47,20 @@ NUM_BUFFERS = 2
 _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
 
-_HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
-_MOVES = "moves"
 UNLIMITED = math.inf
+"""Patience for what may take hours on one rank while the others wait."""
+
 _LOOK_SECONDS = 1.0
 """How often a rank that waits looks whether the others still move."""
 
+_GRACE_SECONDS = 3.0
+"""By how much longer the other ranks wait than the leader, which knows best who hangs."""
+
+_HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
+_MOVES = "moves"
+
 _RUN_ME_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
-
-_GRACE_SECONDS = 3.0
-"""By how much longer the other ranks wait than the leader."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTICE_SECONDS = 0.5
@@ -230,14 +233,14 @@ class Ranks:
 
         future = self._waiting.submit(run)
         patience = patience_seconds or self.patience_seconds
-        # Looks are counted, not seconds: a run that is suspended as a whole does not look. The leader knows best who
-        # hangs, so it speaks first.
-        moves, left = 0, patience + (0 if self.is_leader else _GRACE_SECONDS)
+        # Looks are counted, not seconds: a run that is suspended as a whole does not look.
+        most_looks = (patience + (0 if self.is_leader else _GRACE_SECONDS)) / _LOOK_SECONDS
+        moves, num_looks = 0, 0
         while not wait([future], timeout=_LOOK_SECONDS).done:
+            num_looks += 1
             if (now := _count(_MOVES)) != moves:
-                moves, left = now, patience + (0 if self.is_leader else _GRACE_SECONDS)
-            left -= _LOOK_SECONDS
-            if left < 0:
+                moves, num_looks = now, 0
+            elif num_looks > most_looks:
                 raise LostRankError(_HUNG.format(late(), patience))
         future.result()
 
@@ -440,7 +443,8 @@ class _Inbox:
         self._patience_seconds = patience_seconds
         self._failures = failures
         self._threads: list[threading.Thread] = []
-        self._left: dict[int, float] = {}
+        self._waiting_since: dict[int, int | None] = {}  # in looks; a receiver writes its own entry only
+        self._num_looks = 0
         self._num_written = 0
         self._received = threading.Event()
 
@@ -486,9 +490,9 @@ class _Inbox:
                 told = self._num_written
                 with suppress(LostRankError):  # the main thread finds out itself
                     _count(_MOVES, 1)
-            for peer in list(self._left):
-                self._left[peer] -= _LOOK_SECONDS
-                if self._left[peer] < 0:
+            self._num_looks += 1
+            for peer, since in list(self._waiting_since.items()):
+                if since is not None and (self._num_looks - since) * _LOOK_SECONDS > self._patience_seconds:
                     self._fail(LostRankError(_HUNG.format(f"Rank {peer}", self._patience_seconds)))
                     return
 
@@ -499,24 +503,13 @@ class _Inbox:
             slot = number % NUM_BUFFERS
             waits[slot]()
             payload = buffers[slot][: self._sizes[batch]]
-            self._left[peer] = self._patience_seconds
+            self._waiting_since[peer] = self._num_looks
             with _lost_connection_means(f"Rank {peer}"):
                 dist.recv(payload, src=peer, group=self._group)
-            self._left[peer] = math.inf
+            self._waiting_since[peer] = None
             waits[slot] = self.submit(batch, payload.numpy()).result
         for freed in waits:
             freed()
-
-    def _take(self, payload: Tensor, peer: int) -> None:
-        start, patience = time.monotonic(), self._patience_seconds
-        with _lost_connection_means(f"Rank {peer}"):
-            work = cast(dist.Work, dist.irecv(payload, src=peer, group=self._group))
-            try:
-                work.wait(timedelta(seconds=patience))
-            except RuntimeError as error:
-                if time.monotonic() - start < patience:
-                    raise
-                raise LostRankError(_HUNG.format(f"Rank {peer}", patience)) from error
 
 
 @dataclass(frozen=True)
