@@ -13,7 +13,7 @@ from torch import Tensor
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
 from logitgen.rows import Batch
-from logitgen.schema import Array, Layout, row_crc32
+from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
 from logitgen.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ _TORCH_DTYPES = {
     np.dtype("<f2"): torch.float16,
     np.dtype("<f4"): torch.float32,
 }
-_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
@@ -52,7 +51,7 @@ def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
 def _scalars(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     logsumexp_C = logits_CV.logsumexp(-1)
     target_logprob_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C
-    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-_FLOAT16_MAX, max=0)}
+    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-FLOAT16_MAX, max=0)}
 
 
 @torch.inference_mode()
@@ -175,5 +174,5 @@ def _on_device(array: Array, device: torch.device) -> Tensor:
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to the stored dtype; what float16 cannot hold, such as the logit of a masked token, becomes its limit."""
     if dtype == torch.float16:
-        values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+        values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return values.to(dtype)

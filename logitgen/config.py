@@ -16,10 +16,9 @@ from logitgen.schema import CaptureKind
 _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
 """Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
 
-
+# In characters.
 _LONGEST_VALUE = 4096
 _LARGEST_OPTIONS_FILE = 2**16
-"""In characters."""
 
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:

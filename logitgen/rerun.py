@@ -12,14 +12,9 @@ from torch import Tensor
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
-from logitgen.schema import Array
+from logitgen.schema import FLOAT16_ERROR, FLOAT16_MAX, Array
 from logitgen.teacher import Teacher, describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenizer_fingerprint
-
-_FLOAT16_MAX = torch.finfo(torch.float16).max
-
-_FLOAT16_ERROR = 2.0**-11
-"""Largest relative error of rounding to float16."""
 
 TOLERANCES = {"float64": (0.002, 0.99), "float32": (0.002, 0.99), "float16": (0.02, 0.98), "bfloat16": (0.1, 0.95)}
 """By the teacher's dtype: largest mean difference in nats beyond rounding, least top-1 agreement.
@@ -135,11 +130,11 @@ def _compare(data: dict[str, Array], now_CV: Tensor) -> tuple[Tensor, Tensor]:
     if "logits" in data:
         stored_CV = torch.from_numpy(data["logits"].astype(np.float32))
         difference_CV = (stored_CV - torch.from_numpy(data["logsumexp"].copy())[:, None] - now_CV).abs()
-        usual_CV = stored_CV.abs() < _FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
-        rounding_CV = stored_CV.abs() * _FLOAT16_ERROR
+        usual_CV = stored_CV.abs() < FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
+        rounding_CV = stored_CV.abs() * FLOAT16_ERROR
         return (difference_CV - rounding_CV).clamp(min=0)[usual_CV], stored_CV.argmax(-1)
     ids_CK = torch.from_numpy(data["kept_ids"].astype(np.int64))
     stored_CK = torch.from_numpy(data["kept_logprobs"].astype(np.float32))
-    now_CK = now_CV.gather(-1, ids_CK).clamp(min=-_FLOAT16_MAX)
-    difference_CK = (stored_CK - now_CK).abs() - stored_CK.abs() * _FLOAT16_ERROR
+    now_CK = now_CV.gather(-1, ids_CK).clamp(min=-FLOAT16_MAX)
+    difference_CK = (stored_CK - now_CK).abs() - stored_CK.abs() * FLOAT16_ERROR
     return difference_CK.clamp(min=0).flatten(), ids_CK[:, 0]

@@ -53,6 +53,12 @@ Array = npt.NDArray[Any]
 Field = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of a dataset."""
 
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+"""What a logit or log-prob beyond float16's range, such as a masked token's, is stored as; or its negative."""
+
+FLOAT16_ERROR = 2.0**-11
+"""Largest relative error of rounding to float16."""
+
 _ROW_ITEM_BYTES = 4  # crc32
 
 

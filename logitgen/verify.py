@@ -8,12 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from logitgen.reader import LogitsFile
-from logitgen.schema import Array, row_crc32
+from logitgen.schema import FLOAT16_ERROR, FLOAT16_MAX, Array, row_crc32
 
-_FLOAT16_ERROR = 2.0**-11
-"""Largest relative error of rounding to float16."""
-
-_FLOAT16_MAX = 65504
 _CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3
 """What float32 sums over a vocabulary may be off, with room to spare."""
@@ -73,15 +69,15 @@ def _kept_problems(data: Row, vocab_size: int) -> Iterator[str]:
         yield "has kept_logprobs that are not finite, above 0 or not descending"
         return
     probs_PK = np.exp(logprobs_PK)
-    rounding_P = -(probs_PK * logprobs_PK).sum(1) * _FLOAT16_ERROR
+    rounding_P = -(probs_PK * logprobs_PK).sum(1) * FLOAT16_ERROR
     if (probs_PK.sum(1) > 1 + rounding_P + _NATS_ERROR).any():
         yield "has more probability than 1 at a position"
     target_P = data["input_ids"][data["positions"] + 1]
     where = np.nonzero(ids_PK == target_P[:, None])
     kept, target = logprobs_PK[where], data["target_logprob"][where[0]]
-    if (np.abs(kept - target) > np.abs(target) * _FLOAT16_ERROR + _NATS_ERROR).any():
+    if (np.abs(kept - target) > np.abs(target) * FLOAT16_ERROR + _NATS_ERROR).any():
         yield "has a target_logprob that is not the one in kept_logprobs"
-    least_P = logprobs_PK[:, -1] * (1 - _FLOAT16_ERROR) + _NATS_ERROR
+    least_P = logprobs_PK[:, -1] * (1 - FLOAT16_ERROR) + _NATS_ERROR
     if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
         yield "has a target that is not kept, but likelier than tokens that are"
 
@@ -97,16 +93,16 @@ def _logits_problems(data: Row) -> Iterator[str]:
             yield "has logits that are not finite"
             return
         # Logits beyond what float16 holds were stored as its largest: nothing can be said of their positions.
-        usual_C = logits_CV.max(1) < _FLOAT16_MAX
+        usual_C = logits_CV.max(1) < FLOAT16_MAX
         logits_CV, logsumexp_C = logits_CV[usual_C], data["logsumexp"][span][usual_C]
         largest_C = logits_CV.max(1, initial=-np.inf)
         sum_C = np.exp(logits_CV - largest_C[:, None]).sum(1)
-        rounding_C = np.abs(largest_C) * _FLOAT16_ERROR + _NATS_ERROR
+        rounding_C = np.abs(largest_C) * FLOAT16_ERROR + _NATS_ERROR
         if (np.abs(largest_C + np.log(sum_C) - logsumexp_C) > 2 * rounding_C).any():
             yield "has a logsumexp that is not the one of its logits"
             return
         logit_C = np.take_along_axis(logits_CV, target_P[span][usual_C][:, None], axis=1)[:, 0]
         off_C = np.abs(logit_C - logsumexp_C - data["target_logprob"][span][usual_C])
-        if (off_C > np.abs(logit_C) * _FLOAT16_ERROR + _NATS_ERROR)[logit_C > -_FLOAT16_MAX].any():
+        if (off_C > np.abs(logit_C) * FLOAT16_ERROR + _NATS_ERROR)[logit_C > -FLOAT16_MAX].any():
             yield "has a target_logprob that is not the one of its logits"
             return
