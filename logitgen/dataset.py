@@ -1,9 +1,11 @@
-"""The file as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
+"""A file, or several, as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
 
 Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +13,47 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from logitgen.errors import FormatError
 from logitgen.reader import LogitsFile
 
 IGNORED_LABEL = -100
 """What torch's cross-entropy and transformers leave out."""
 
+_EQUAL = ("capture", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
+"""Attributes in which files that are read as one must not differ."""
+
 Row = dict[str, Tensor]
 
 
 class LogitsDataset(Dataset[Row]):
-    """The rows of a file, in split order, with random access.
+    """The rows of a file in split order, or of several files one after another, with random access.
 
     Nothing but torch and h5py is needed. DataLoader workers may be forked or spawned.
 
     Attributes:
-        attributes: What the file says about itself: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
+        attributes: What the first file says about itself: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
         settings: The options of the run that made it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open a file.
+    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+        """Open a file, or several that one teacher's logits were captured into in the same way.
 
         Raises:
-            FormatError: It is missing, foreign, of a newer version, or not complete.
+            FormatError: One is missing, foreign, of a newer version, not complete, or does not fit the first.
         """
-        self._path = Path(path).absolute()  # a worker may be started in another folder
-        self._file = LogitsFile(self._path)
-        self.attributes: dict[str, Any] = self._file.attributes
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise FormatError("A dataset needs at least one file, got none. Name it.")
+        self._paths = [Path(name).absolute() for name in paths]  # a worker may be started in another folder
+        self._files = [LogitsFile(name) for name in self._paths]
+        for file in self._files[1:]:
+            _check_fits(file, self._files[0])
+        self._ends = list(accumulate(map(len, self._files)))
+        self.attributes: dict[str, Any] = self._files[0].attributes
         self.settings: dict[str, Any] = self.attributes["settings"]
 
     def __len__(self) -> int:
-        return len(self._file)
+        return self._ends[-1]
 
     def __getitem__(self, row: int) -> Row:
         """Read one row.
@@ -54,13 +66,27 @@ class LogitsDataset(Dataset[Row]):
         Raises:
             IndexError: There is no such row.
         """
-        return {name: _tensor(array) for name, array in self._file.row(row).items()}
+        number = row + len(self) if row < 0 else row
+        if not 0 <= number < len(self):
+            raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {row}.")
+        index = bisect_right(self._ends, number)
+        found = self._files[index].row(number - self._ends[index] + len(self._files[index]))
+        return {name: _tensor(array) for name, array in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._path}
+        return {"path": self._paths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+
+def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
+    for name in _EQUAL:
+        if file.attributes[name] != first.attributes[name]:
+            raise FormatError(
+                f"{file.path} has another {name} than {first.path}: {file.attributes[name]}, not "
+                f"{first.attributes[name]}. Files are read as one only if they were captured in the same way."
+            )
 
 
 def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:

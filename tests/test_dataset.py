@@ -181,6 +181,44 @@ def test_a_pickled_dataset_opens_in_another_folder(path: Path, monkeypatch: pyte
     assert len(pickle.loads(pickle.dumps(dataset))) == 3
 
 
+def test_several_files_are_read_as_one(capture: Capture, teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 8}
+    whole = LogitsDataset(capture(**options, output=tmp_path / "whole.h5"))
+    parts = [
+        capture(**options, split=f"train[{start}:{end}]", output=tmp_path / f"{start}.h5")
+        for start, end in ((0, 20), (20, 21), (21, 53))
+    ]
+    joined = LogitsDataset(parts)
+    assert len(joined) == len(whole)
+    for number in (*range(len(whole)), -1, -len(whole)):
+        for name, values in whole[number].items():
+            tolerance = 0 if name in ("input_ids", "positions", "kept_ids") else 1e-2
+            torch.testing.assert_close(joined[number][name], values, rtol=0, atol=tolerance)
+    copy = pickle.loads(pickle.dumps(joined))
+    assert [row["input_ids"].tolist() for row in copy] == [row["input_ids"].tolist() for row in whole]
+    for outside in (len(whole), -len(whole) - 1):
+        with pytest.raises(IndexError, match=f"between 0 and {len(whole) - 1}, got {outside}"):
+            joined[outside]
+
+
+@pytest.mark.parametrize("name", ["teacher_fingerprint", "tokenizer_fingerprint"])
+def test_files_of_another_teacher_are_not_joined(path: Path, tmp_path: Path, name: str) -> None:
+    other = write_file(tmp_path / "other.h5", **{name: "f" * 64})
+    with pytest.raises(FormatError, match=rf"other\.h5 has another {name} than .*out\.h5: f{{64}}, not"):
+        LogitsDataset([path, other])
+
+
+def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Path) -> None:
+    other = write_file(tmp_path / "other.h5", FULL, capture="full", top_k=0)
+    with pytest.raises(FormatError, match=r"has another capture than .*out\.h5: full, not topk"):
+        LogitsDataset([path, other])
+
+
+def test_no_file_at_all_is_refused() -> None:
+    with pytest.raises(FormatError, match="at least one file, got none"):
+        LogitsDataset([])
+
+
 def imported_by(code: str, *arguments: object) -> set[str]:
     """Run code in a fresh interpreter; return the top-level modules it has imported."""
     report = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
