@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen import CaptureError, LogitsFile
+from logitgen import capture as capture_module
 from logitgen import teacher as teacher_module
-from logitgen.capture import capture_batch, full, seal, top_k
+from logitgen.capture import _largest, capture_batch, full, seal, top_k
 from logitgen.rows import Batch
 from logitgen.schema import Layout
 from logitgen.teacher import Teacher
@@ -52,16 +53,131 @@ def test_no_logprob_is_above_0(seed: int, scale: float, vocab_size: int) -> None
     assert (full(logits_CV, likeliest_C)["target_logprob"] <= 0).all()
 
 
-def test_a_certain_token_has_logprob_0_even_if_the_logsumexp_was_rounded_down() -> None:
-    def rounded_down(logits_CV: torch.Tensor, dim: int) -> torch.Tensor:
-        return logits_CV.amax(dim) * (1 - 2**-20)
-
+def test_a_certain_token_has_logprob_0_even_if_the_logsumexp_was_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded_down = torch.tensor([90.0 * (1 - 2**-20)])
+    monkeypatch.setattr(capture_module, "_logsumexp", lambda *arguments: rounded_down)
     logits_CV = torch.tensor([[90.0, 1.0, 2.0]])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.Tensor, "logsumexp", rounded_down)
-        kept = top_k(logits_CV, torch.tensor([0]), 2)
+    kept = top_k(logits_CV, torch.tensor([0]), 2)
+    assert kept["logsumexp"].item() < 90
     assert kept["kept_logprobs"][0, 0].item() == 0
     assert kept["target_logprob"].item() == 0
+    assert full(logits_CV, torch.tensor([0]))["target_logprob"].item() == 0
+
+
+# The largest logits, and the log-sum-exp, against torch and float64.
+
+GROUPED = 8 * 4
+"""Logits per kept one from which on the largest are looked for in groups."""
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    """Logits of any shape that matters, with ties and masked tokens, and how many to keep."""
+    k = draw(st.one_of(st.integers(1, 6), st.sampled_from([1, 2, 64])))
+    vocab_size = draw(
+        st.one_of(
+            st.integers(k, k + 20),  # few
+            st.integers(GROUPED * k - 9, GROUPED * k + 9),  # about as many as are taken in groups
+            st.integers(8 * GROUPED * k - 70, 8 * GROUPED * k + 70),  # and about as many as in groups of groups
+            st.just(k),
+        )
+    )
+    num_positions = draw(st.integers(1, 5))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    logits = generator.normal(scale=draw(st.sampled_from([0.1, 3.0, 30.0])), size=(num_positions, vocab_size))
+    if draw(st.booleans()):
+        logits -= draw(st.sampled_from([-1e4, 1e4]))  # an offset changes no probability
+    logits_CV = torch.from_numpy(logits.astype(np.float32))
+    if draw(st.booleans()):
+        logits_CV = logits_CV.to(torch.bfloat16).float()
+    if draw(st.booleans()):
+        logits_CV = (logits_CV / 4).round()  # a handful of values
+    if draw(st.booleans()):
+        masked = torch.from_numpy(generator.random(logits.shape) < draw(st.sampled_from([0.1, 0.9, 0.999])))
+        masked[:, generator.integers(vocab_size)] = False
+        logits_CV = logits_CV.masked_fill(masked, -torch.inf)
+    return logits_CV, k
+
+
+def assert_kept_are_the_largest(logits_CV: torch.Tensor, k: int, values_CK: torch.Tensor, ids_CK: torch.Tensor) -> None:
+    assert values_CK.shape == ids_CK.shape == (len(logits_CV), k)
+    expected_CK = np.sort(logits_CV.numpy(), axis=1)[:, ::-1][:, :k]
+    np.testing.assert_array_equal(values_CK.numpy(), expected_CK)
+    np.testing.assert_array_equal(np.take_along_axis(logits_CV.numpy(), ids_CK.numpy(), 1), expected_CK)
+    assert all(len(set(ids)) == k for ids in ids_CK.tolist())
+
+
+@settings(max_examples=300, deadline=None)
+@given(heads())
+def test_the_largest_logits_are_those_of_torch_whatever_the_shape(head: tuple[torch.Tensor, int]) -> None:
+    logits_CV, k = head
+    before = logits_CV.clone()
+    values_CK, ids_CK = _largest(logits_CV, k)
+    assert_kept_are_the_largest(logits_CV, k, values_CK, ids_CK)
+    torch_values_CK, torch_ids_CK = torch.topk(logits_CV, k)
+    assert torch.equal(values_CK, torch_values_CK)
+    # Where no other logit has the value of one that is kept, there is but one right answer.
+    once_CK = (logits_CV[:, None, :] == values_CK[:, :, None]).sum(-1) == 1
+    assert torch.equal(ids_CK[once_CK], torch_ids_CK[once_CK])
+    assert torch.equal(logits_CV, before)
+
+
+@settings(max_examples=200, deadline=None)
+@given(heads(), st.sampled_from([1, 100, 1000, 2**19]))
+def test_the_logsumexp_is_that_of_float64_however_many_positions_are_taken_at_a_time(
+    head: tuple[torch.Tensor, int], cached_logits: int
+) -> None:
+    logits_CV, k = head
+    before = logits_CV.clone()
+    exact = logits_CV.double().numpy()
+    largest = exact.max(1)
+    expected = np.log(np.exp(exact - largest[:, None]).sum(1)) + largest
+    targets_C = torch.arange(len(logits_CV)) % logits_CV.shape[1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(capture_module, "_CACHED_LOGITS", cached_logits)
+        kept, everything = top_k(logits_CV, targets_C, k), full(logits_CV, targets_C)
+    for scalars in (kept, everything):
+        np.testing.assert_allclose(scalars["logsumexp"], expected, rtol=2e-7, atol=2e-6)
+        target_logprob = np.maximum(exact[np.arange(len(exact)), targets_C] - expected, -65504)
+        np.testing.assert_allclose(scalars["target_logprob"], target_logprob, rtol=1e-6, atol=2e-3)
+    logprobs = np.take_along_axis(exact, kept["kept_ids"].numpy(), 1) - expected[:, None]
+    np.testing.assert_allclose(kept["kept_logprobs"], logprobs, rtol=1e-6, atol=2e-3)
+    assert torch.equal(logits_CV, before)
+
+
+@pytest.mark.parametrize("vocab_size", [49_152, 50_257, 151_936, 128_256 + 7])
+@pytest.mark.parametrize("k", [1, 64, 1000])
+def test_the_vocabularies_that_teachers_have_are_searched_as_torch_does(vocab_size: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size + k)
+    logits_CV = torch.randn((3, vocab_size), generator=generator) * 4
+    logits_CV[0, -5:] = 100 + torch.arange(5)  # the last ids are in no group where 8 does not divide the vocabulary
+    logits_CV[1] = logits_CV[1].to(torch.bfloat16).float()
+    logits_CV[2] = -torch.arange(vocab_size) / 64  # all the largest are neighbours
+    kept = top_k(logits_CV, torch.tensor([7, 8, vocab_size - 1]), k)
+    assert_kept_are_the_largest(logits_CV, k, *_largest(logits_CV, k))
+    expected_CK = torch.log_softmax(logits_CV.double(), -1).topk(k)
+    np.testing.assert_allclose(kept["kept_logprobs"], expected_CK.values, atol=1e-5)
+    for position in (0, 2):
+        assert torch.equal(kept["kept_ids"][position], expected_CK.indices[position])
+    np.testing.assert_allclose(kept["logsumexp"], logits_CV.double().logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 7, 1000, 2055, 2056, 2058])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_logit_that_is_not_finite_makes_its_positions_logsumexp_not_finite(place: int, value: float) -> None:
+    logits_CV = torch.randn((3, 2059), generator=torch.Generator().manual_seed(0))
+    logits_CV[1, place] = value
+    for kept in (top_k(logits_CV, torch.tensor([5, 5, 5]), 4), full(logits_CV, torch.tensor([5, 5, 5]))):
+        assert kept["logsumexp"].isfinite().tolist() == [True, False, True]
+
+
+def test_a_position_of_which_every_token_is_masked_is_not_finite() -> None:
+    logits_CV = torch.full((2, 2059), -torch.inf)
+    logits_CV[1, 3] = 5.0
+    for kept in (top_k(logits_CV, torch.tensor([5, 3]), 4), full(logits_CV, torch.tensor([5, 3]))):
+        assert kept["logsumexp"].isfinite().tolist() == [False, True]
+        assert kept["logsumexp"][1].item() == 5.0
+        assert kept["target_logprob"][1].item() == 0
 
 
 def test_full_keeps_the_logits_themselves() -> None:
@@ -193,10 +309,12 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
 def test_a_run_short_of_memory_gives_the_same_file(
     capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=5))
-    tried = limit_memory(monkeypatch, most_rows=13)
-    halved = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=5, output=tmp_path / "halved.h5"))
-    assert tried == [50, 25, 12, 13, 25, 12, 13]
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5, "packing": True, "max_length": 24, "limit": 42}
+    whole = LogitsFile(capture(**options))
+    tried = limit_memory(monkeypatch, most_rows=15)
+    halved = LogitsFile(capture(**options, output=tmp_path / "halved.h5"))
+    assert len(whole) == 60
+    assert tried == [60, 30, 15, 15, 30, 15, 15]
     for name, values in whole.arrays.items():
         if name != "crc32":
             np.testing.assert_allclose(halved.arrays[name], values, rtol=2**-10, atol=1e-5)
