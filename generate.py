@@ -21,7 +21,7 @@ from logitgen.capture import capture_batch, seal
 from logitgen.config import parse_config
 from logitgen.console import Progress, print_result, silence_stdout, start_logging
 from logitgen.data import load_split
-from logitgen.estimate import estimate, run_pilot
+from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
 from logitgen.header import file_bytes
 from logitgen.output import Output
 from logitgen.plan import Plan
@@ -32,7 +32,7 @@ from logitgen.rows import Rows
 from logitgen.schema import Layout
 from logitgen.teacher import describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenize
-from logitgen.transport import UNLIMITED, Ranks, launched, share
+from logitgen.transport import UNLIMITED, Ranks, launched
 from logitgen.writer import Writer, write_known
 
 logger = logging.getLogger("logitgen.generate")
@@ -54,6 +54,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     output = Output(Path(config.output), config.overwrite, config.dry_run)
     ranks.on_leader(output.claim)
+    if config.batch_tokens.is_auto and (found := ranks.from_leader(output.batch_tokens)):
+        config = config.with_batch_tokens(found)
     ranks.on_leader(lambda: output.check(settings_attributes(config)))
     info = ranks.together(lambda: describe_teacher(config))
     set_seed(config.seed)
@@ -69,8 +71,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     if rows.num_dropped_tokens:
         logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
 
-    # The plan and the layout fix every byte's place in the file; a file that has them all is left as it is.
-    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
+    # The layout fixes every byte's place in the file; a file that has them all is left as it is.
     layout = Layout(
         capture=config.capture,
         num_rows=len(rows),
@@ -91,8 +92,15 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
-    about |= teacher_attributes(teacher)
+    if config.batch_tokens.is_auto:
+        fitting = ranks.together(
+            lambda: fitting_batch_tokens(teacher, rows, layout, info.length_switch, ranks.ranks_of_machine)
+        )
+        config = config.with_batch_tokens(min(ranks.gathered(fitting)))
+        logger.info(f"As many tokens as fit into memory: --batch_tokens {config.batch_tokens:,}.")
+    about = attributes(config, info, rows, layout, tokenizer) | teacher_attributes(teacher)
     ranks.on_leader(lambda: output.check(about))
+    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     if config.dry_run:
         pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout))
         if ranks.is_leader:
@@ -104,6 +112,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     header = ranks.on_leader(lambda: output.create(layout, about, known), patience_seconds=UNLIMITED)
     done = ranks.from_leader(output.done)
     batches = plan.pending(done)
+    shares = plan.shares(batches, ranks.num_ranks)
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
     tokens_of_batch = plan.sums(rows.forward_lengths)
     logger.info(
@@ -111,14 +120,14 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         f"{len(batches):,} batches. Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU "
         "threads each."
     )
-    progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, batches, ranks.num_ranks)
+    progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, shares)
     writer = Writer(output.partial, header, rows, plan, done, progress.written) if header else None
     with writer or nullcontext():
         with (
             progress if writer else nullcontext(),
-            ranks.deliver(batches, payload_bytes, writer.submit if writer else None) as outbox,
+            ranks.deliver(shares, payload_bytes, writer.submit if writer else None, progress.waited) as outbox,
         ):
-            for number in share(batches, ranks.rank, ranks.num_ranks):
+            for number in shares[ranks.rank]:
                 batch = rows.batch(plan.rows(number))
                 payload = capture_batch(teacher, batch, layout)
                 outbox.put(number, payload, partial(seal, batch=batch, layout=layout, dtype=teacher.dtype))
@@ -126,9 +135,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.on_leader(output.complete)
     if writer:
         num_tokens = int(tokens_of_batch[batches].sum())
-        print_result(
-            summary(LogitsFile(output.path), writer.num_twice, num_tokens, plan.padding_share, progress.seconds)
-        )
+        file, waited = LogitsFile(output.path), progress.waited_share
+        print_result(summary(file, writer.num_twice, num_tokens, plan.padding_share, progress.seconds, waited))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,26 @@ _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
 # In characters.
 _LONGEST_VALUE = 4096
 _LARGEST_OPTIONS_FILE = 2**16
+
+
+class TokenBudget(int):
+    """A number of tokens; the word `auto` is the largest there is, which stands for as many as fit."""
+
+    def __new__(cls, text: str) -> "TokenBudget":
+        """Read what was typed.
+
+        Raises:
+            ArgumentTypeError: It is neither a whole number nor `auto`.
+        """
+        try:
+            return super().__new__(cls, sys.maxsize if text == "auto" else text)
+        except ValueError as error:
+            raise ArgumentTypeError(f"expected a whole number or auto, got '{text}'") from error
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number is still to be found."""
+        return self == sys.maxsize
 
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -52,7 +74,9 @@ class Config:
     limit: int | None = _option("Take only the first rows of the split.", None)
     capture: CaptureKind = _option("What to keep per position: the top k log-probs, or all logits.", "topk")
     top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
-    batch_tokens: int = _option("Tokens per forward pass, padding included.", 8192)
+    batch_tokens: TokenBudget = _option(
+        "Tokens per forward pass, padding included; auto takes as many as fit into free memory.", TokenBudget("8192")
+    )
     overwrite: bool = _option("Replace a complete output by a new one, and what another run left of one.", False)
     dry_run: bool = _option("Write no output; say what the run would take in disk, memory and time.", False)
     trust_remote_code: bool = _option("Run code that comes with the teacher.", False)
@@ -96,6 +120,10 @@ class Config:
     def settings(self) -> dict[str, Any]:
         """The options that decide what is in the file, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_SETTINGS}
+
+    def with_batch_tokens(self, batch_tokens: int) -> "Config":
+        """Return the same options with this token budget."""
+        return dataclasses.replace(self, batch_tokens=TokenBudget(str(batch_tokens)))
 
     def settings_json(self) -> str:
         """The settings as text that is equal for equal settings."""

@@ -5,11 +5,13 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partialmethod
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -23,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0
 """Time between two progress lines where there is no terminal to draw in."""
+
+WAITED_SHARE = 0.05
+"""Share of the ranks' time spent waiting below which the forward passes are what a run takes its time for."""
+
+BUSY_SHARE = 0.5
+"""Share of the writer's time above which it is the disk that the ranks wait for."""
 
 _messages = Console(stderr=True)
 
@@ -114,29 +122,35 @@ class Progress:
     Without a terminal it is one plain line now and then.
     """
 
-    def __init__(self, rows: Array, tokens: Array, written_bytes: Array, batches: Array, num_sources: int) -> None:
+    def __init__(self, rows: Array, tokens: Array, written_bytes: Array, shares: Sequence[Array]) -> None:
         """Prepare the display.
 
         Args:
             rows: Rows of every batch of the plan, [num_batches].
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
-            batches: Numbers of the batches that are computed; the others are in the file already.
-            num_sources: Ranks that send, in turns.
+            shares: Numbers of the batches that each rank computes, by rank; the others are in the file already.
         """
         self._batches = rows, tokens, written_bytes
-        self._sources = {int(batch): index % num_sources for index, batch in enumerate(batches)}
+        self._source_of = np.zeros(len(rows), dtype=np.int32)
+        for source, share in enumerate(shares):
+            self._source_of[share] = source
+        pending = np.concatenate(shares)
         self._num_rows = int(rows.sum())
-        self._tokens_before = int(tokens.sum() - tokens[batches].sum())
-        self._source_totals = [int(tokens[batches[source::num_sources]].sum()) for source in range(num_sources)]
-        self._source_tokens = [0] * num_sources
-        self._rows = self._num_rows - int(rows[batches].sum())
-        self._written_bytes = int(written_bytes.sum() - written_bytes[batches].sum())
+        self._tokens_before = int(tokens.sum() - tokens[pending].sum())
+        self._source_totals = [int(tokens[share].sum()) for share in shares]
+        self._source_tokens = [0] * len(shares)
+        self._rows = self._num_rows - int(rows[pending].sum())
+        self._written_bytes = int(written_bytes.sum() - written_bytes[pending].sum())
+        self._waited_seconds = [0.0] * len(shares)
+        self._writer_seconds = 0.0
         self._start = self._last_line = time.monotonic()
+        self._marks = [(self._start, 0.0, 0.0)] * 2
         self._live = Live(get_renderable=self._render, console=_messages, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = time.monotonic()
+        self._marks = [(self._start, 0.0, 0.0)] * 2
         if _messages.is_terminal:
             self._live.start()
         return self
@@ -146,16 +160,45 @@ class Progress:
     ) -> None:
         self._live.stop()
 
-    def written(self, batch: int) -> None:
-        """Count a batch that is in the file."""
+    def written(self, batch: int, writer_seconds: float) -> None:
+        """Count a batch that is in the file.
+
+        Args:
+            batch: Its number in the plan.
+            writer_seconds: How long the writer has been busy so far.
+        """
+        if not any(self._source_tokens):
+            logger.debug("First rows are in the file.")
         rows, tokens, written_bytes = (int(values[batch]) for values in self._batches)
         self._rows += rows
-        self._source_tokens[self._sources[batch]] += tokens
+        self._source_tokens[self._source_of[batch]] += tokens
         self._written_bytes += written_bytes
+        self._writer_seconds = writer_seconds
         now = time.monotonic()
+        if now - self._marks[1][0] > PLAIN_SECONDS:
+            self._marks = [self._marks[1], (now, sum(self._waited_seconds), writer_seconds)]
         if not _messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             logger.info("%s", self._plain())
+
+    def waited(self, source: int, seconds: float) -> None:
+        """Note how long a source has waited so far for a place to put what it had computed."""
+        self._waited_seconds[source] = seconds
+
+    @property
+    def waited_share(self) -> float:
+        """Share of their time for which the sources have waited so far, 0 to 1."""
+        return sum(self._waited_seconds) / (self.seconds * len(self._waited_seconds))
+
+    @property
+    def bottleneck(self) -> str:
+        """What the run takes its time for, of late: forward, transport or disk."""
+        since, waited_before, writer_before = self._marks[0]
+        seconds = max(time.monotonic() - since, 1e-9)
+        waited = (sum(self._waited_seconds) - waited_before) / (seconds * len(self._waited_seconds))
+        if waited < WAITED_SHARE:
+            return "forward"
+        return "disk" if self._writer_seconds - writer_before > BUSY_SHARE * seconds else "transport"
 
     @property
     def seconds(self) -> float:
@@ -172,13 +215,16 @@ class Progress:
     def _plain(self) -> str:
         tokens, total, rate, eta = self._totals()
         slowest = min(range(len(self._source_totals)), key=self._share)
-        line = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {eta}, {format_bytes(self._written_bytes)} written"
+        line = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {eta}, {self._last_words()}"
         if len(self._source_totals) > 1:
             line += f", slowest rank {slowest} at {self._share(slowest):.0%}"
         return line
 
     def _counts(self, tokens: int, total: int) -> str:
         return f"{self._rows:,}/{self._num_rows:,} rows, {tokens:,}/{total:,} tokens"
+
+    def _last_words(self) -> str:
+        return f"{format_bytes(self._written_bytes)} written, bottleneck {self.bottleneck}"
 
     def _share(self, source: int) -> float:
         return self._source_tokens[source] / self._source_totals[source] if self._source_totals[source] else 1.0
@@ -198,7 +244,7 @@ class Progress:
                 f"{self._share(source):4.0%}",
                 source_rate,
             )
-        numbers = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {format_bytes(self._written_bytes)} written"
+        numbers = f"{self._counts(tokens, total)}, {rate:,.0f} tok/s, {self._last_words()}"
         hidden = len(self._source_totals) - len(self._visible_sources())
         more = [Text(f"and {hidden} faster ranks", style="dim")] if hidden else []
         return Group(Text(numbers), bars, *more)

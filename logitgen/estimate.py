@@ -3,8 +3,11 @@
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +25,14 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+PROBE_TOKENS = 2048
+MOST_BATCH_TOKENS = 4096
+"""On a CPU a larger batch only takes more memory."""
+MOST_BATCH_TOKENS_GPU = 32768
+
+SAFE_SHARE = 0.7
+"""Of the free memory that a batch may take: what it takes is measured on one batch, and memory gets fragmented."""
+
 PILOT_SECONDS = 20.0
 NUM_PILOTS = 8
 OTHER_KEPT = (8, 16, 32, 64, 128, 256)
@@ -33,14 +44,71 @@ class Pilot:
     """What a rank measured on a few batches.
 
     Attributes:
-        seconds_per_batch: Mean time of a batch, from its rows to a checksummed payload in host memory.
+        seconds_per_token: Time of a token, padding or not, from its row to a checksummed payload in host memory.
         host_bytes: Largest resident memory of the process; 0 where the system does not tell.
         device_bytes: Largest memory reserved on the GPU; 0 on CPU.
     """
 
-    seconds_per_batch: float
+    seconds_per_token: float
     host_bytes: int
     device_bytes: int
+
+
+def fitting_batch_tokens(
+    teacher: Teacher, rows: Rows, layout: Layout, length_switch: int | None, ranks_of_machine: int
+) -> int:
+    """Find how many tokens a batch may have, from the memory that is free and what a small batch takes of it.
+
+    The result is a power of two, so that a little more or less free memory does not change it.
+
+    Args:
+        teacher: The loaded teacher.
+        rows: The tokenised split; the probe takes its longest rows.
+        layout: What is kept.
+        length_switch: See `Plan`.
+        ranks_of_machine: How many ranks share the memory of a CPU.
+    """
+    plan = Plan(rows.forward_lengths, PROBE_TOKENS, length_switch)
+    batch = rows.batch(plan.rows(0))
+    on_cpu = teacher.device.type == "cpu"
+    most = MOST_BATCH_TOKENS if on_cpu else MOST_BATCH_TOKENS_GPU
+    free_bytes = _free_bytes(teacher.device) / (ranks_of_machine if on_cpu else 1)
+    capture_batch(teacher, batch, layout)  # the first one also sets up what stays
+    taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))
+    if not (free_bytes and taken_bytes):
+        return most
+    fitting = int(SAFE_SHARE * free_bytes * int(plan.padded_tokens[0]) / taken_bytes)
+    return min(most, 1 << max(0, fitting.bit_length() - 1))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def _taken_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """Return by how much memory grows at most during some work; 0 where the system does not tell."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _proc_bytes("/proc/self/status", "VmRSS")
+    work()
+    return _proc_bytes("/proc/self/status", "VmHWM") - before
+
+
+def _proc_bytes(path: str, name: str) -> int:
+    """Read a size that Linux tells; 0 elsewhere."""
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout) -> Pilot:
@@ -61,12 +129,14 @@ def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout) -> Pilot
         return time.perf_counter() - start
 
     first = seconds(0)
-    timed, spent = [], first
+    timed, spent = {}, first
     for number in np.unique(np.linspace(0, plan.num_batches - 1, NUM_PILOTS).astype(int)):
         if spent < PILOT_SECONDS:
-            timed.append(seconds(number))
-            spent += timed[-1]
-    return Pilot(float(np.mean(timed or [first])), *_peak_memory(teacher.device))
+            timed[number] = seconds(number)
+            spent += timed[number]
+    timed = timed or {0: first}
+    num_tokens = int(plan.padded_tokens[list(timed)].sum())
+    return Pilot(sum(timed.values()) / num_tokens, *_peak_memory(teacher.device))
 
 
 def _peak_memory(device: torch.device) -> tuple[int, int]:
@@ -113,7 +183,7 @@ class Estimate:
 
 def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pilots: list[Pilot]) -> Estimate:
     """Work out what a run would take from what every rank measured in its pilot."""
-    seconds_per_batch = float(np.mean([pilot.seconds_per_batch for pilot in pilots]))
+    seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
     largest_payload = int(layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions)).max())
     others = [replace(layout, capture="topk", top_k=k) for k in OTHER_KEPT if k <= layout.vocab_size]
     others.append(replace(layout, capture="full", top_k=0))
@@ -125,13 +195,18 @@ def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pil
         num_dropped_tokens=rows.num_dropped_tokens,
         num_batches=plan.num_batches,
         padding_share=plan.padding_share,
-        tokens_per_second=plan.num_tokens / plan.num_batches / seconds_per_batch,
-        seconds={ranks: -(-plan.num_batches // ranks) * seconds_per_batch for ranks in NUM_RANKS},
+        tokens_per_second=(1 - plan.padding_share) / seconds_per_token,
+        seconds={num_ranks: _most_tokens(plan, num_ranks) * seconds_per_token for num_ranks in NUM_RANKS},
         pilots=pilots,
         size_bytes=file_bytes(layout, attributes),
         other_sizes={other.kept: file_bytes(other, _attributes_of(other, attributes)) for other in others},
         buffer_bytes=NUM_BUFFERS * len(pilots) * largest_payload,
     )
+
+
+def _most_tokens(plan: Plan, num_ranks: int) -> int:
+    """Tokens, padding included, of the rank that has most of them."""
+    return max(int(plan.padded_tokens[share].sum()) for share in plan.shares(np.arange(plan.num_batches), num_ranks))
 
 
 def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:

@@ -116,6 +116,11 @@ class Output:
         logger.warning("%s %s", why, hint)
         self.found = None
 
+    def batch_tokens(self) -> int | None:
+        """The token budget of the file that was found; None where there is none."""
+        value = self.found.attributes["settings"].get("batch_tokens") if self.found else None
+        return value if isinstance(value, int) and value > 0 else None
+
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Compare what is there with what this run would write, as far as that is known.
 

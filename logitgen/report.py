@@ -133,7 +133,12 @@ def overview(known: dict[str, Any]) -> RenderableType:
 
 
 def summary(
-    file: LogitsFile, num_twice: int, num_forward_tokens: int, padding_share: float, seconds: float
+    file: LogitsFile,
+    num_twice: int,
+    num_forward_tokens: int,
+    padding_share: float,
+    seconds: float,
+    waited_share: float,
 ) -> RenderableType:
     """Draw the end of a run.
 
@@ -143,6 +148,7 @@ def summary(
         num_forward_tokens: Tokens that went through the teacher, without padding.
         padding_share: Share of padding among all that went through the teacher.
         seconds: Time from the first forward pass to the last row written.
+        waited_share: Share of the ranks' time in which they waited for transport or disk.
     """
     known = facts(file)
     present = int(np.count_nonzero(file.arrays["done"]))
@@ -151,7 +157,7 @@ def summary(
         f"{num_twice:,} written twice",
         "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
         "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, "
-        f"{padding_share:.1%} padding",
+        f"{padding_share:.1%} padding, {waited_share:.1%} waiting",
         "size": f"{format_bytes(known['size_bytes'])}, {known['bytes_per_token']:,.1f} bytes per token",
         "teacher perplexity": f"{known['perplexity']:,.3f}",
         "file": known["path"],

@@ -19,6 +19,8 @@ from logitgen.errors import UsageError
 
 Array = npt.NDArray[Any]
 
+_BLOCK_TOKENS = 2**20
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -113,10 +115,7 @@ class Rows:
             self.num_positions = np.maximum(self.lengths - 1, 0)
             self.forward_lengths = self.num_positions
         else:
-            counted = [
-                (len(found), found[-1] + 1 if len(found) else 0) for found in map(self.positions, range(len(self)))
-            ]
-            self.num_positions, self.forward_lengths = np.array(counted, dtype=np.int32).T
+            self.num_positions, self.forward_lengths = self._counted()
         if length_switch is not None:
             whole = (self.lengths > length_switch) & (self.num_positions > 0)
             self.forward_lengths = np.where(whole, self.lengths, self.forward_lengths)
@@ -146,6 +145,46 @@ class Rows:
             return np.arange(self.lengths[row] - 1, dtype=np.int32)
         mask = self._mask[self._starts[row], self._starts[row] + self.lengths[row]]
         return np.flatnonzero(mask[1:]).astype(np.int32)
+
+    def blocks(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the tokens of all rows, int32, and their captured positions, int32, many rows at a time."""
+        for first, end in self._spans():
+            yield self._joined(self._input_ids, first, end), self._captured(first, end)[1].astype(np.int32)
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Cut the rows where about `_BLOCK_TOKENS` tokens of the stream have gone by."""
+        ends, first = self._starts + self.lengths, 0
+        while first < len(self):
+            end = int(np.searchsorted(ends, self._starts[first] + _BLOCK_TOKENS, side="right"))
+            yield first, max(first + 1, end)
+            first = max(first + 1, end)
+
+    def _joined(self, stream: "_Stream", first: int, end: int) -> Array:
+        """Join what a stream holds of the rows from one to before another."""
+        starts, lengths = self._starts[first:end], self.lengths[first:end]
+        found = stream[starts[0], starts[-1] + lengths[-1]]
+        if len(found) == lengths.sum(dtype=np.int64):
+            return found
+        return np.asarray(found[np.repeat(starts - starts[0], lengths) + _within(lengths)])
+
+    def _captured(self, first: int, end: int) -> tuple[Array, Array]:
+        """Find the captured positions of the rows from one to before another: their rows, counted from it, and them."""
+        lengths = self.lengths[first:end]
+        if self._mask is None:
+            lengths = np.maximum(lengths - 1, 0)
+            return np.repeat(np.arange(end - first), lengths), _within(lengths)
+        token = _within(lengths)
+        predicted = (self._joined(self._mask, first, end) != 0) & (token > 0)
+        return np.repeat(np.arange(end - first), lengths)[predicted], token[predicted] - 1
+
+    def _counted(self) -> tuple[Array, Array]:
+        """Count every row's captured positions, and the tokens up to the last of them, int32[N] each."""
+        num_positions, forward_lengths = np.zeros((2, len(self)), dtype=np.int32)
+        for first, end in self._spans():
+            row, position = self._captured(first, end)
+            num_positions[first:end] = np.bincount(row, minlength=end - first)
+            forward_lengths[first + row] = position + 1  # of several, the last one stays
+        return num_positions, forward_lengths
 
     def batch(self, rows: Array) -> Batch:
         """Collect the rows of one forward pass."""
@@ -214,6 +253,12 @@ class _Stream:
     def chunks(self) -> Iterator[tuple[int, Array]]:
         """Each chunk with the index of its first element."""
         return zip(map(int, self._starts), self._chunks, strict=False)
+
+
+def _within(lengths: Array) -> Array:
+    """Count 0, 1, ... for every length anew, int64[sum of the lengths]."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 
 
 def _list_lengths(column: pa.ChunkedArray) -> Array:

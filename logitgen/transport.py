@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -40,9 +41,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Wait = Callable[[], object]
 Submit = Callable[[int, Array], Future[None]]
+OnWaited = Callable[[int, float], None]
 
 NUM_BUFFERS = 2
 """Payloads a rank may have on their way, and the leader per rank: one travels while the next one is filled."""
+
+_WAITED_BYTES = 8
+"""After every payload travels, as a float64, how many seconds its rank has waited for a free buffer so far."""
 
 _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
@@ -90,6 +95,7 @@ class Ranks:
         num_ranks: How many there are.
         is_leader: Whether this is rank 0, the one that writes the file.
         device: Where this rank computes.
+        ranks_of_machine: How many ranks share this rank's machine.
         patience_seconds: How long this rank waits for others of which none moves.
     """
 
@@ -113,6 +119,7 @@ class Ranks:
         self.num_ranks = accelerator.num_processes
         self.is_leader = accelerator.is_main_process
         self.device = accelerator.device
+        self.ranks_of_machine = _ranks_of_machine()
         self._first_of_machine = accelerator.is_local_main_process
         self._failures = thread_failures
         self._group = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT) if self.num_ranks > 1 else None
@@ -245,13 +252,16 @@ class Ranks:
         future.result()
 
     @contextmanager
-    def deliver(self, batches: Array, payload_bytes: Array, submit: Submit | None) -> Iterator["Outbox"]:
+    def deliver(
+        self, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: OnWaited
+    ) -> Iterator["Outbox"]:
         """Open the way of payloads into the file, for as long as the block runs.
 
         Args:
-            batches: Numbers of the batches to compute, in order; every rank computes its `share` of them.
+            shares: Numbers of the batches that each rank computes, in order, by rank.
             payload_bytes: Size of the payload of every batch of the plan, [num_batches].
             submit: Has the writer write a batch's payload, on the leader; None elsewhere.
+            on_waited: Called on the leader with a rank and how many seconds it has waited for a free buffer so far.
 
         Yields:
             Where this rank puts its payloads. When the block ends, all of them have been written or, on a rank other
@@ -260,28 +270,23 @@ class Ranks:
         Raises:
             CaptureError: The writer failed, or a rank was lost.
         """
-        largest = int(payload_bytes[batches].max(initial=0))
+        largest = int(payload_bytes[shares[self.rank]].max(initial=0))
         if submit is None:
             outbox = Outbox(largest, self._send, self.device)
             yield outbox
             outbox.flush()
             return
-        inbox = _Inbox(self._group, submit, payload_bytes, self.patience_seconds, self._failures)
-        outbox = Outbox(largest, lambda batch, payload: inbox.submit(batch, payload.numpy()).result, self.device)
-        inbox.start({peer: share(batches, peer, self.num_ranks) for peer in range(1, self.num_ranks)})
+        inbox = _Inbox(self._group, submit, on_waited, payload_bytes, self.patience_seconds, self._failures)
+        outbox = Outbox(largest, lambda batch, message: inbox.take(0, batch, message), self.device)
+        inbox.start(dict(enumerate(shares[1:], start=1)))
         yield outbox
         outbox.flush()
         inbox.join()
 
-    def _send(self, batch: int, payload: Tensor) -> Wait:
+    def _send(self, batch: int, message: Tensor) -> Wait:
         with _lost_connection_means("The leader"):
-            work = cast(dist.Work, dist.isend(payload, dst=0, group=self._group))
+            work = cast(dist.Work, dist.isend(message, dst=0, group=self._group))
         return lambda: self._wait(work.wait, "The leader", lambda: "Rank 0")
-
-
-def share(batches: Array, rank: int, num_ranks: int) -> Array:
-    """Return the batches a rank computes, in the order in which it computes them."""
-    return batches[rank::num_ranks]
 
 
 @contextmanager
@@ -320,7 +325,7 @@ def _end_with(launcher: int) -> None:
 
 
 def _check_gpus() -> None:
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = _ranks_of_machine()
     if torch.cuda.is_available() and local_ranks > torch.cuda.device_count():
         raise UsageError(
             f"The launcher started {local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs. "
@@ -355,29 +360,40 @@ def _launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _ranks_of_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Outbox:
-    """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones."""
+    """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
+
+    Attributes:
+        waited_seconds: How long `put` has waited for a free buffer, or for a copy, so far.
+    """
 
     def __init__(self, size_bytes: int, hand_over: Callable[[int, Tensor], Wait], device: torch.device) -> None:
         """Allocate the ring.
 
         Args:
             size_bytes: Largest payload.
-            hand_over: Starts to move a batch's payload on; returns how to wait until its buffer is free again.
+            hand_over: Starts to move a batch's message on, the payload and what follows it; returns how to wait until
+                its buffer is free again.
             device: Where payloads come from.
         """
         self._hand_over = hand_over
         self._on_gpu = device.type == "cuda"
         self._buffers = [
-            torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(NUM_BUFFERS)
+            torch.empty(size_bytes + _WAITED_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu)
+            for _ in range(NUM_BUFFERS)
         ]
         self._waits: list[Wait] = [lambda: None] * NUM_BUFFERS
         self._num_put = 0
         self._copied: list[_Copied] = []
+        self.waited_seconds = 0.0
 
     def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
         """Send a payload on its way.
@@ -389,13 +405,13 @@ class Outbox:
         """
         slot = self._num_put % NUM_BUFFERS
         self._num_put += 1
-        self._waits[slot]()
-        buffer = self._buffers[slot][: len(payload)]
-        buffer.copy_(payload, non_blocking=self._on_gpu)
+        self._wait(self._waits[slot])
+        message = self._buffers[slot][: len(payload) + _WAITED_BYTES]
+        message[:-_WAITED_BYTES].copy_(payload, non_blocking=self._on_gpu)
         arrived = torch.cuda.Event() if self._on_gpu else None
         if arrived is not None:
             arrived.record()
-        self._copied.append(_Copied(batch, slot, buffer, finish, arrived))
+        self._copied.append(_Copied(batch, slot, message, finish, arrived))
         # On a GPU the newest copy has only been asked for: it leaves at the next call, so that nothing waits for it.
         self._leave(keep=1 if self._on_gpu else 0)
 
@@ -409,16 +425,23 @@ class Outbox:
         while len(self._copied) > keep:
             copied = self._copied.pop(0)
             if copied.arrived is not None:
-                copied.arrived.synchronize()
-            copied.finish(copied.buffer.numpy())
-            self._waits[copied.slot] = self._hand_over(copied.batch, copied.buffer)
+                self._wait(copied.arrived.synchronize)
+            message = copied.message.numpy()
+            copied.finish(message[:-_WAITED_BYTES])
+            message[-_WAITED_BYTES:] = np.array([self.waited_seconds], "<f8").view(np.uint8)
+            self._waits[copied.slot] = self._hand_over(copied.batch, copied.message)
+
+    def _wait(self, ready: Wait) -> None:
+        start = time.monotonic()
+        ready()
+        self.waited_seconds += time.monotonic() - start
 
 
 @dataclass(frozen=True)
 class _Copied:
     batch: int
     slot: int
-    buffer: Tensor
+    message: Tensor
     finish: Callable[[Array], None]
     arrived: torch.cuda.Event | None
 
@@ -433,12 +456,14 @@ class _Inbox:
         self,
         group: dist.ProcessGroup | None,
         submit: Submit,
+        on_waited: OnWaited,
         sizes: Array,
         patience_seconds: float,
         failures: list[BaseException],
     ) -> None:
         self._group = group
         self._submit = submit
+        self._on_waited = on_waited
         self._sizes = sizes
         self._patience_seconds = patience_seconds
         self._failures = failures
@@ -448,11 +473,13 @@ class _Inbox:
         self._num_written = 0
         self._received = threading.Event()
 
-    def submit(self, batch: int, payload: Array) -> Future[None]:
-        """Have a batch's payload written, and count it once it is."""
+    def take(self, rank: int, batch: int, message: Tensor) -> Wait:
+        """Have a rank's payload written, and count it once it is; return how to wait for that."""
+        payload, waited = message.numpy()[:-_WAITED_BYTES], message.numpy()[-_WAITED_BYTES:]
+        self._on_waited(rank, float(waited.copy().view("<f8")[0]))
         future = self._submit(batch, payload)
         future.add_done_callback(self._count_written)
-        return future
+        return future.result
 
     def _count_written(self, future: Future[None]) -> None:
         self._num_written += 1
@@ -497,17 +524,18 @@ class _Inbox:
                     return
 
     def _receive(self, peer: int, share: Array) -> None:
-        buffers = [torch.empty(int(self._sizes[share].max(initial=0)), dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
+        largest = int(self._sizes[share].max(initial=0)) + _WAITED_BYTES
+        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
         waits: list[Wait] = [lambda: None] * NUM_BUFFERS
         for number, batch in enumerate(share):
             slot = number % NUM_BUFFERS
             waits[slot]()
-            payload = buffers[slot][: self._sizes[batch]]
+            message = buffers[slot][: int(self._sizes[batch]) + _WAITED_BYTES]
             self._waiting_since[peer] = self._num_looks
             with _lost_connection_means(f"Rank {peer}"):
-                dist.recv(payload, src=peer, group=self._group)
+                dist.recv(message, src=peer, group=self._group)
             self._waiting_since[peer] = None
-            waits[slot] = self.submit(batch, payload.numpy()).result
+            waits[slot] = self.take(peer, int(batch), message)
         for freed in waits:
             freed()
 

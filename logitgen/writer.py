@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -34,9 +34,7 @@ logger = logging.getLogger(__name__)
 COMMIT_SECONDS = 5.0
 """How much work a kill or a power cut may cost."""
 
-_BLOCK_ITEMS = 2**20
-
-OnWritten = Callable[[int], None]
+OnWritten = Callable[[int, float], None]
 Work = Callable[[], None]
 
 
@@ -47,7 +45,13 @@ class Writer:
     """
 
     def __init__(
-        self, partial: Path, header: Header, rows: Rows, plan: Plan, done: Array, on_written: OnWritten = lambda _: None
+        self,
+        partial: Path,
+        header: Header,
+        rows: Rows,
+        plan: Plan,
+        done: Array,
+        on_written: OnWritten = lambda *_: None,
     ) -> None:
         """Start the thread.
 
@@ -57,7 +61,8 @@ class Writer:
             rows: The tokenised split.
             plan: Which rows a batch has.
             done: Which rows are in the file already, bool[N].
-            on_written: Called with the number of every batch that has been written, in the writer's thread.
+            on_written: Called with the number of every batch that has been written, and how many seconds writing and
+                syncing have taken so far, in the writer's thread.
         """
         self._partial = partial
         self._plan = plan
@@ -71,6 +76,7 @@ class Writer:
         self._done = done
         self._uncommitted: list[Array] = []
         self._last_commit = time.monotonic()
+        self._busy_seconds = 0.0
         self._error: CaptureError | None = None
         self._work: queue.SimpleQueue[tuple[Work, Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -142,27 +148,30 @@ class Writer:
         return self._work.get()
 
     def _write_batch(self, batch: int, payload: Array) -> None:
+        start = time.monotonic()
         all_rows = self._plan.rows(batch)
-        starts = _offsets(self._num_positions[all_rows])
-        slices = self._layout.payload_slices(len(all_rows), int(starts[-1]))
-        checksums = payload[slices["crc32"]].view("<u4")
+        ends = np.cumsum(self._num_positions[all_rows], dtype=np.int64)
+        slices = self._layout.payload_slices(len(all_rows), int(ends[-1]))
         missing = np.flatnonzero(~self._done[all_rows])
         rows = all_rows[missing]
+        starts = (ends - self._num_positions[all_rows])[missing]
+        of_rows = list(zip(missing.tolist(), (missing + 1).tolist(), rows.tolist(), strict=True))
+        places = self._position_offsets[rows].tolist()
+        of_positions = list(zip(starts.tolist(), ends[missing].tolist(), places, strict=True))
         try:
-            for index, row in zip(missing, rows, strict=True):
-                self._datasets.put("crc32", row, checksums[index : index + 1])
-            for name, (entry, dtype) in self._layout.captured.items():
-                values = payload[slices[name]].view(dtype).reshape(-1, *entry)
-                for index, row in zip(missing, rows, strict=True):
-                    self._datasets.put(name, self._position_offsets[row], values[starts[index] : starts[index + 1]])
+            self._datasets.put_parts("crc32", payload[slices["crc32"]], of_rows)
+            for name in self._layout.captured:
+                self._datasets.put_parts(name, payload[slices[name]], of_positions)
         except OSError as error:
             raise self._failure(error) from error
         self._times_written[rows] += 1
         self._uncommitted.append(rows)
-        self._on_written(batch)
+        self._busy_seconds += time.monotonic() - start
+        self._on_written(batch, self._busy_seconds)
 
     def _commit(self) -> None:
         """Say of rows that they are done, once their data is on the disk."""
+        start = time.monotonic()
         try:
             os.fsync(self._file.fileno())
             for rows in self._uncommitted:
@@ -173,6 +182,7 @@ class Writer:
             raise self._failure(error) from error
         self._uncommitted.clear()
         self._last_commit = time.monotonic()
+        self._busy_seconds += self._last_commit - start
 
     def _keep(self) -> None:
         """Commit, and have even the `done` flags on the disk."""
@@ -198,11 +208,29 @@ class _Datasets:
 
     def put(self, name: str, start: int, values: Array) -> None:
         """Overwrite entries of a dataset, from one of them on."""
+        data = values.astype(self._fields[name][1], copy=False).reshape(-1).view(np.uint8)
+        num_entries = len(data) // self._entry_bytes(name)
+        self.put_parts(name, data, [(0, num_entries, int(start))])
+
+    def put_parts(self, name: str, data: Array, parts: Iterable[tuple[int, int, int]]) -> None:
+        """Overwrite entries of a dataset with parts of an array.
+
+        Args:
+            name: The dataset.
+            data: The array as it is stored, uint8.
+            parts: First entry of a part in the array, the one after its last, and where in the dataset it goes.
+        """
+        place, size = self._places[name], self._entry_bytes(name)
+        view = memoryview(data)  # type: ignore[arg-type]
+        for start, end, at in parts:
+            part = view[start * size : end * size]
+            self._file.seek(place + at * size)
+            while len(part):
+                part = part[self._file.write(part) :]
+
+    def _entry_bytes(self, name: str) -> int:
         (_, *entry), dtype = self._fields[name]
-        data = memoryview(values.astype(dtype, copy=False).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        self._file.seek(self._places[name] + int(start) * nbytes((tuple(entry), dtype)))
-        while len(data):
-            data = data[self._file.write(data) :]
+        return nbytes((tuple(entry), dtype))
 
 
 def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> None:
@@ -218,11 +246,11 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> N
     datasets.put("source_row", 0, rows.source_row)
     datasets.put("offsets", 0, _offsets(rows.lengths))
     datasets.put("position_offsets", 0, _offsets(rows.num_positions))
-    for name, of_row in (("input_ids", rows.input_ids), ("positions", rows.positions)):
-        start = 0
-        for block in _blocks(map(of_row, range(len(rows)))):
-            datasets.put(name, start, block)
-            start += len(block)
+    num_tokens = num_positions = 0
+    for input_ids, positions in rows.blocks():
+        datasets.put("input_ids", num_tokens, input_ids)
+        datasets.put("positions", num_positions, positions)
+        num_tokens, num_positions = num_tokens + len(input_ids), num_positions + len(positions)
     nothing = [np.empty((0, *entry), dtype) for entry, dtype in layout.captured.values()]
     ids_dtype = layout.datasets["input_ids"][1]
     for row in np.flatnonzero(rows.num_positions == 0).tolist():
@@ -233,17 +261,3 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> N
 
 def _offsets(counts: Array) -> Array:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _blocks(arrays: Iterator[Array]) -> Iterator[Array]:
-    """Join small arrays into blocks worth a write of their own."""
-    block: list[Array] = []
-    size = 0
-    for array in arrays:
-        block.append(array)
-        size += len(array)
-        if size >= _BLOCK_ITEMS:
-            yield np.concatenate(block)
-            block, size = [], 0
-    if block:
-        yield np.concatenate(block)

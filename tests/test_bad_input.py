@@ -41,7 +41,7 @@ from logitgen.__main__ import main
 from logitgen.console import print_error
 from logitgen.errors import LogitgenError
 from logitgen.plan import Plan
-from logitgen.transport import Ranks, share
+from logitgen.transport import Ranks
 
 DEADLINE_SECONDS = 20
 MOST_CHARACTERS = 700
@@ -180,6 +180,7 @@ def test_the_good_command_is_good(work: Path) -> None:
 
 SEE_HELP = r"See --help for the options\.$"
 INVALID_INT = rf"invalid int value: .*{SEE_HELP}"
+INVALID_BUDGET = rf"^Argument --batch_tokens/--batch-tokens: expected a whole number or auto, got '.*'\. {SEE_HELP}"
 
 
 @table(
@@ -193,7 +194,7 @@ INVALID_INT = rf"invalid int value: .*{SEE_HELP}"
     Bad("without its value", "--limit", rf"Argument --limit: expected one argument\. {SEE_HELP}"),
     Bad("text for a number", "--limit=many", INVALID_INT),
     Bad("a fraction", "--top_k=3.5", INVALID_INT),
-    Bad("an exponent", "--batch_tokens=1e3", INVALID_INT),
+    Bad("an exponent", "--top_k=1e3", INVALID_INT),
     Bad("not a number", "--max_length=nan", INVALID_INT),
     Bad("infinite", "--rank_timeout=inf", INVALID_INT),
     Bad("hexadecimal", "--seed=0x10", INVALID_INT),
@@ -202,7 +203,12 @@ INVALID_INT = rf"invalid int value: .*{SEE_HELP}"
     Bad("no limit", "--limit=0", r"^--limit must be at least 1, got 0\.$"),
     Bad("a negative limit", "--limit=-5", r"^--limit must be at least 1, got -5\.$"),
     Bad("nothing kept", "--top_k=0", r"^--top_k must be at least 1, got 0\.$"),
+    Bad("a token budget in words", "--batch_tokens=many", INVALID_BUDGET),
+    Bad("an empty token budget", "--batch_tokens=", INVALID_BUDGET),
+    Bad("a fraction of tokens", "--batch_tokens=3.5", INVALID_BUDGET),
+    Bad("a token budget of 10,000 digits", ["--batch_tokens=" + "9" * 10_000], INVALID_BUDGET.split(", got")[0]),
     Bad("no tokens in a batch", "--batch_tokens=0", r"^--batch_tokens must be at least 1, got 0\.$"),
+    Bad("fewer tokens than none in a batch", "--batch_tokens=-5", r"^--batch_tokens must be at least 1, got -5\.$"),
     Bad("rows of one token", "--max_length=1", r"^--max_length must be at least 2, got 1\.$"),
     Bad("no time", "--rank_timeout=0", r"^--rank_timeout must be at least 1, got 0\.$"),
     Bad("a negative seed", "--seed=-1", r"^--seed must be at least 0, got -1\.$"),
@@ -288,6 +294,7 @@ def in_file(name: str, content: str | bytes | Callable[[], str | bytes], message
     in_file("a name with a newline", '"a\\nb": 2\n', rf"there is no option .*\. {SEE_HELP}"),
     in_file("an options file in itself", "config: options.yaml\n", r"there is no option 'config'"),
     in_file("a fraction", "top_k: 3.5\n", INVALID_INT),
+    in_file("a token budget in words", "batch_tokens: many\n", INVALID_BUDGET),
     in_file("a switch for a number", "limit: true\n", INVALID_INT),
     in_file("out of range", "limit: 0\n", r"^--limit must be at least 1, got 0\.$"),
     in_file("an empty text", 'split: ""\n', r"^--split must not be empty\.$"),
@@ -1223,9 +1230,14 @@ def test_any_plan_covers_what_is_not_done_once_and_within_the_budget(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 10**6), unique=True, max_size=80).map(sorted), st.integers(1, 100))
-def test_the_shares_of_any_number_of_ranks_partition_the_batches(batches: list[int], num_ranks: int) -> None:
-    shares = [share(np.array(batches, dtype=np.int64), rank, num_ranks).tolist() for rank in range(num_ranks)]
-    assert sorted(chain.from_iterable(shares)) == batches
+@given(row_lengths, budgets, st.integers(1, 100))
+def test_the_shares_of_any_number_of_ranks_partition_the_batches(
+    lengths: list[int], batch_tokens: int, num_ranks: int
+) -> None:
+    plan = Plan(np.array(lengths, dtype=np.int32), batch_tokens)
+    shares = [share.tolist() for share in plan.shares(np.arange(plan.num_batches), num_ranks)]
+    assert len(shares) == num_ranks
+    assert sorted(chain.from_iterable(shares)) == list(range(plan.num_batches))
     assert all(part == sorted(part) for part in shares)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    loads = [sum(int(plan.padded_tokens[batch]) for batch in part) for part in shares]
+    assert max(loads) - min(loads) <= plan.padded_tokens.max()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +200,64 @@ def test_options_that_are_in_the_file_are_not_missing(tmp_path: Path) -> None:
         parse_config([options_file(tmp_path, "teacher: m\ndataset: d\n")])
 
 
-@pytest.mark.parametrize("name", ["max_length", "limit", "top_k", "batch_tokens", "rank_timeout", "seed"])
-@pytest.mark.parametrize("value", ["many", "3.5", "1e3", ""])
+NOT_WHOLE = ["many", "3.5", "1e3", ""]
+
+
+@pytest.mark.parametrize("name", ["max_length", "limit", "top_k", "rank_timeout", "seed"])
+@pytest.mark.parametrize("value", NOT_WHOLE)
 def test_a_number_must_be_a_whole_number(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}.*: invalid int value: '{value}'. See --help"):
         parse_config([*REQUIRED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("value", [*NOT_WHOLE, "AUTO", " auto", "automatic", "nan", "inf"])
+def test_a_token_budget_that_is_no_number_is_told_both_things_it_may_be(value: str) -> None:
+    message = (
+        rf"^Argument --batch_tokens/--batch-tokens: expected a whole number or auto, got '{re.escape(value)}'\. "
+        r"See --help for the options\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, f"--batch_tokens={value}"])
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "x" * 5000, "two\nlines"])
+def test_a_token_budget_that_was_mistyped_gets_a_short_message(value: str) -> None:
+    with pytest.raises(UsageError, match=r"--batch_tokens.*: expected a whole number or auto, got '") as raised:
+        parse_config([*REQUIRED, f"--batch_tokens={value}"])
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("value", [0, -5, -sys.maxsize])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_token_budget_below_1_is_refused(tmp_path: Path, value: int, in_a_file: bool) -> None:
+    word = options_file(tmp_path, f"batch_tokens: {value}\n") if in_a_file else f"--batch_tokens={value}"
+    with pytest.raises(UsageError, match=rf"^--batch_tokens must be at least 1, got {value}\.$"):
+        parse_config([*REQUIRED, word])
+
+
+@pytest.mark.parametrize("value", [1, 2048, 10**12])
+def test_a_token_budget_that_is_a_number_is_that_number(value: int) -> None:
+    config = parse_config([*REQUIRED, f"--batch-tokens={value}"])
+    assert config.batch_tokens == value
+    assert not config.batch_tokens.is_auto
+    assert json.loads(config.settings_json())["batch_tokens"] == value
+
+
+@pytest.mark.parametrize("written", ["batch_tokens: auto\n", 'batch-tokens: "auto"\n', "--batch_tokens=auto"])
+def test_a_token_budget_may_be_left_to_the_memory_there_is(tmp_path: Path, written: str) -> None:
+    word = written if written.startswith("--") else options_file(tmp_path, written)
+    assert parse_config([*REQUIRED, word]).batch_tokens.is_auto
+    assert not parse_config([*REQUIRED, word, "--batch_tokens=300"]).batch_tokens.is_auto
+
+
+def test_a_budget_that_was_found_gives_the_settings_of_one_that_was_typed() -> None:
+    words = [*REQUIRED, "--top_k=5"]
+    auto, typed = (parse_config([*words, f"--batch_tokens={value}"]) for value in ("auto", "512"))
+    found = auto.with_batch_tokens(512)
+    assert found == typed
+    assert found.settings_json() == typed.settings_json()
+    assert not found.batch_tokens.is_auto
+    assert auto.batch_tokens.is_auto  # as it was
 
 
 def test_a_number_in_a_file_must_be_a_whole_number_too(tmp_path: Path) -> None:

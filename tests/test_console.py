@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from rich.text import Text
 
 from logitgen import UsageError, console
 from logitgen.console import (
+    BUSY_SHARE,
     PLAIN_SECONDS,
+    WAITED_SHARE,
     Progress,
     format_bytes,
     format_seconds,
@@ -79,12 +82,16 @@ def frames(screen: io.StringIO) -> list[list[str]]:
     return [picture.rstrip("\n").split("\n") for picture in drawn if picture.strip()]
 
 
+def in_turns(batches: Sequence[int], num_sources: int) -> list[np.ndarray]:
+    return [np.array(batches[source::num_sources], dtype=np.int64) for source in range(num_sources)]
+
+
 def make_progress(
     num_batches: int, rows: int, tokens: int, written_bytes: int, num_sources: int, batches: Sequence[int] | None = None
 ) -> Progress:
-    """Make the display of a run of equal batches, of which all are to be computed, or some."""
+    """Make the display of a run of equal batches, of which all are to be computed, or some, by the ranks in turns."""
     numbers = (np.full(num_batches, value) for value in (rows, tokens, written_bytes))
-    return Progress(*numbers, np.arange(num_batches) if batches is None else np.array(batches), num_sources)
+    return Progress(*numbers, in_turns(range(num_batches) if batches is None else batches, num_sources))
 
 
 def run_progress(clock: Clock, num_sources: int, seconds: float = 10.0) -> None:
@@ -94,7 +101,7 @@ def run_progress(clock: Clock, num_sources: int, seconds: float = 10.0) -> None:
         clock.now += seconds
         for source in range(num_sources):
             for batch in range(source, 128, num_sources)[:source]:
-                progress.written(batch)
+                progress.written(batch, 0.0)
 
 
 @pytest.mark.parametrize("width", [80, 40])
@@ -105,7 +112,14 @@ def test_the_display_shows_everything_at_any_width(terminal: Terminal, clock: Cl
     assert pictures
     assert all(len(line) <= width for picture in pictures for line in picture)
     shown = " ".join(" ".join(pictures[-1]).split())
-    for words in ("18/384 rows", "3,000/64,000 tokens", "300 tok/s", "ETA 3:23", "6.0 MB written"):
+    for words in (
+        "18/384 rows",
+        "3,000/64,000 tokens",
+        "300 tok/s",
+        "ETA 3:23",
+        "6.0 MB written",
+        "bottleneck forward",
+    ):
         assert words in shown
     assert [line[:6] for line in pictures[-1] if line.startswith("rank")] == [f"rank {source}" for source in range(4)]
     rates = [line.split()[-2:] for line in pictures[-1] if line.startswith("rank")]
@@ -120,7 +134,7 @@ def test_large_numbers_are_shown_whole(terminal: Terminal, clock: Clock) -> None
     with progress:
         clock.now += 10_000
         for batch in range(7):
-            progress.written(batch)
+            progress.written(batch, 0.0)
     pictures = frames(screen)
     assert all(len(line) <= 80 for picture in pictures for line in picture)
     shown = " ".join(" ".join(pictures[-1]).split())
@@ -141,7 +155,7 @@ def test_many_ranks_fit_the_screen_and_the_slowest_are_shown(
         clock.now += 1
         for batch in range(128):
             if batch not in (40, 104, 41):
-                progress.written(batch)
+                progress.written(batch, 0.0)
     pictures = frames(screen)
     assert pictures
     assert all(len(picture) <= height and all(len(line) <= width for line in picture) for picture in pictures)
@@ -165,7 +179,7 @@ def test_the_display_can_be_drawn_in_the_instant_it_starts(terminal: Terminal, c
     clock.tick = 0.0  # where the clock is coarse, no time has passed yet
     progress = make_progress(1, 3, 500, 1000, 1)
     with progress:
-        progress.written(0)
+        progress.written(0, 0.0)
     assert "3/3 rows" in frames(screen)[-1][0]
 
 
@@ -194,7 +208,7 @@ def test_without_a_terminal_a_plain_line_comes_now_and_then(
         for batch in range(50):
             clock.now += PLAIN_SECONDS / 4
             before = len(caplog.messages)
-            progress.written(batch)
+            progress.written(batch, 0.0)
             if len(caplog.messages) > before:
                 written_at.append(clock.now)
     assert len(written_at) == len(caplog.messages) == 12
@@ -211,11 +225,12 @@ def test_the_plain_line_says_how_far_the_run_is(
     progress = make_progress(100, 30, 5000, 1_000_000, 2)
     with progress:
         for batch in (0, 2, 1, 4):
-            progress.written(batch)
+            progress.written(batch, 0.0)
         clock.now += 20
-        progress.written(6)
+        progress.written(6, 0.0)
     assert caplog.messages == [
-        "150/3,000 rows, 25,000/500,000 tokens, 1,250 tok/s, ETA 6:20, 5.0 MB written, slowest rank 1 at 2%"
+        "150/3,000 rows, 25,000/500,000 tokens, 1,250 tok/s, ETA 6:20, 5.0 MB written, bottleneck forward, "
+        "slowest rank 1 at 2%"
     ]
 
 
@@ -226,8 +241,10 @@ def test_the_plain_line_of_one_rank_names_no_slowest(
     progress = make_progress(2, 1500, 1_000_000, 250, 1)
     with progress:
         clock.now += 3700
-        progress.written(1)
-    assert caplog.messages == ["1,500/3,000 rows, 1,000,000/2,000,000 tokens, 270 tok/s, ETA 1:01:40, 250 B written"]
+        progress.written(1, 0.0)
+    assert caplog.messages == [
+        "1,500/3,000 rows, 1,000,000/2,000,000 tokens, 270 tok/s, ETA 1:01:40, 250 B written, bottleneck forward"
+    ]
 
 
 def test_a_run_that_goes_on_counts_what_is_in_the_file_but_not_for_its_speed(
@@ -237,14 +254,14 @@ def test_a_run_that_goes_on_counts_what_is_in_the_file_but_not_for_its_speed(
     progress = make_progress(100, 30, 5000, 1_000_000, 2, batches=[10, 20, 30, 41, 51, 99])
     with progress:
         clock.now += 10
-        progress.written(99)
+        progress.written(99, 0.0)
         clock.now += 10
-        progress.written(20)
+        progress.written(20, 0.0)
     # 94 batches were there; the shares are 10, 30, 51 and 20, 41, 99, and nothing of the first is done.
     counts = [(2850, 475_000, 500, "0:50", 95), (2880, 480_000, 500, "0:40", 96)]
     assert caplog.messages == [
         f"{rows:,}/3,000 rows, {tokens:,}/500,000 tokens, {rate} tok/s, ETA {eta}, {size}.0 MB written, "
-        "slowest rank 0 at 0%"
+        "bottleneck forward, slowest rank 0 at 0%"
         for rows, tokens, rate, eta, size in counts
     ]
 
@@ -253,7 +270,7 @@ def test_the_display_of_a_run_that_goes_on_starts_where_the_last_one_ended(termi
     screen = terminal(80, 24)
     with make_progress(10, 3, 500, 1_000_000, 2, batches=[7, 9, 4]) as progress:
         clock.now += 10
-        progress.written(9)
+        progress.written(9, 0.0)
     shown = " ".join(" ".join(frames(screen)[-1]).split())
     for words in ("24/30 rows", "4,000/5,000 tokens", "50 tok/s", "8.0 MB written", "80%", "ETA 0:20"):
         assert words in shown
@@ -264,10 +281,10 @@ def test_rows_that_need_no_forward_pass_are_no_part_of_the_speed(
     messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "logitgen")
-    with Progress(np.array([1, 2]), np.array([7, 13]), np.array([100, 200]), np.array([1]), 1) as progress:
+    with Progress(np.array([1, 2]), np.array([7, 13]), np.array([100, 200]), [np.array([1])]) as progress:
         clock.now += 13
-        progress.written(1)
-    assert caplog.messages == ["3/3 rows, 20/20 tokens, 1 tok/s, ETA 0:00, 300 B written"]
+        progress.written(1, 0.0)
+    assert caplog.messages == ["3/3 rows, 20/20 tokens, 1 tok/s, ETA 0:00, 300 B written, bottleneck forward"]
 
 
 def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -275,6 +292,140 @@ def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog
     caplog.set_level(logging.INFO, "logitgen")
     run_progress(clock, num_sources=2, seconds=5 * PLAIN_SECONDS)
     assert caplog.messages == []
+
+
+def test_a_ranks_bar_is_as_long_as_its_share(terminal: Terminal, clock: Clock) -> None:
+    screen = terminal(80, 24)
+    tokens = np.array([400, 300, 200, 100, 50])
+    shares = [np.array([0]), np.array([4, 1, 3]), np.array([], dtype=np.int64)]  # batch 2 is in the file already
+    with Progress(np.ones(5, int), tokens, np.full(5, 1000), shares) as progress:
+        clock.now += 10
+        for batch in (3, 4):
+            progress.written(batch, 0.0)
+    shown = " ".join(" ".join(frames(screen)[-1]).split())
+    assert "3/5 rows, 350/1,050 tokens, 15 tok/s" in shown
+    assert re.findall(r"rank \d.*? (\d+%)", shown) == ["0%", "33%", "100%"]
+    assert re.findall(r"(\d+) tok/s", shown)[1:] == ["0", "15", "0"]
+
+
+def test_the_first_rows_are_announced_once_in_the_log_file(
+    messages: io.StringIO, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "logitgen")
+    with make_progress(10, 30, 5000, 1_000_000, 2, batches=[3, 5, 8]) as progress:
+        assert caplog.record_tuples == []
+        for batch in (5, 3, 8):
+            progress.written(batch, 0.0)
+    assert caplog.record_tuples == [("logitgen.console", logging.DEBUG, "First rows are in the file.")]
+
+
+# What a run takes its time for.
+
+
+def waiting(clock: Clock, waited: Sequence[float], writer_seconds: float, seconds: float = 8.0) -> Progress:
+    """A run of so many seconds, in which ranks have waited and the writer has been busy."""
+    progress = make_progress(100, 3, 500, 1000, len(waited))
+    clock.now += 500  # nothing has begun yet
+    with progress:
+        clock.now += seconds
+        for source, wait in enumerate(waited):
+            progress.waited(source, wait / 2)
+            progress.waited(source, wait)  # so far, not since then
+        progress.written(0, writer_seconds)
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("waited", "writer_seconds", "bottleneck"),
+    [
+        # Of two ranks' 16 s 5 % are 0.8 s; of the writer's 8 s half are 4.
+        ([0.0, 0.0], 0.0, "forward"),
+        ([0.0, 0.0], 8.0, "forward"),  # a busy disk that nobody waits for
+        ([0.3, 0.4], 8.0, "forward"),
+        ([0.5, 0.4], 3.9, "transport"),
+        ([0.5, 0.4], 4.1, "disk"),
+        ([0.0, 0.9], 4.1, "disk"),
+        ([0.9, 0.0], 3.9, "transport"),
+        ([8.0, 8.0], 0.0, "transport"),
+        ([8.0, 8.0], 8.0, "disk"),
+        # Of one rank's 8 s.
+        ([0.3], 8.0, "forward"),
+        ([0.5], 1.0, "transport"),
+        ([0.5], 5.0, "disk"),
+    ],
+)
+def test_what_a_run_takes_its_time_for_worked_by_hand(
+    messages: io.StringIO, clock: Clock, waited: list[float], writer_seconds: float, bottleneck: str
+) -> None:
+    assert (WAITED_SHARE, BUSY_SHARE) == (0.05, 0.5)
+    progress = waiting(clock, waited, writer_seconds)
+    assert progress.bottleneck == bottleneck
+    assert progress.waited_share == pytest.approx(sum(waited) / len(waited) / 8, abs=1e-4)
+
+
+def test_in_the_instant_it_starts_a_run_takes_its_time_for_forward_passes(messages: io.StringIO, clock: Clock) -> None:
+    clock.tick = 0.0
+    with make_progress(2, 3, 500, 1000, 2) as progress:
+        assert progress.bottleneck == "forward"
+        assert progress.waited_share == 0
+
+
+@pytest.mark.parametrize(("writer_seconds", "bottleneck"), [(3.0, "transport"), (7.0, "disk")])
+def test_both_displays_name_what_the_run_waits_for(
+    terminal: Terminal,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    writer_seconds: float,
+    bottleneck: str,
+) -> None:
+    caplog.set_level(logging.INFO, "logitgen")
+    screen = terminal(80, 24)
+    waiting(clock, [4.0, 4.0], writer_seconds)
+    assert f"1.0 kB written, bottleneck {bottleneck}" in " ".join(" ".join(frames(screen)[-1]).split())
+    monkeypatch.setattr(console, "_messages", Console(file=io.StringIO(), force_terminal=False, width=80))
+    waiting(clock, [4.0, 4.0], 2 * writer_seconds, seconds=2 * PLAIN_SECONDS)
+    (line,) = caplog.messages
+    assert f"1.0 kB written, bottleneck {bottleneck}, slowest" in line
+
+
+def bottlenecks(clock: Clock, phases: Sequence[tuple[int, float, float]]) -> list[str]:
+    """What the run takes its time for at every second: phases of seconds, of waiting and of writing in each."""
+    found, waited, written = [], 0.0, 0.0
+    total = sum(seconds for seconds, _, _ in phases)
+    with make_progress(total, 3, 500, 1000, 2) as progress:
+        for seconds, waiting_share, writing_share in phases:
+            for _ in range(seconds):
+                clock.now += 1
+                waited += waiting_share
+                written += writing_share
+                for source in range(2):
+                    progress.waited(source, waited)
+                progress.written(len(found), written)
+                found.append(progress.bottleneck)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("disk", 0.5, 0.9), ("forward", 0.0, 0.1)),
+        (("forward", 0.0, 0.1), ("disk", 0.5, 0.9)),
+        (("transport", 0.5, 0.1), ("disk", 0.5, 0.9)),
+        (("disk", 0.5, 0.9), ("transport", 0.5, 0.1)),
+        (("transport", 0.5, 0.1), ("forward", 0.0, 0.1)),
+    ],
+    ids=lambda phase: phase[0],
+)
+def test_what_a_run_takes_its_time_for_is_what_it_was_of_late(
+    messages: io.StringIO, clock: Clock, before: tuple[str, float, float], after: tuple[str, float, float]
+) -> None:
+    found = bottlenecks(clock, [(1000, *before[1:]), (60, *after[1:])])
+    assert set(found[:1000]) == {before[0]}
+    assert set(found[1020:]) == {after[0]}  # what is looked at are the last 20 s at most
+    changes = [second for second, pair in enumerate(pairwise(found), start=1) if pair[0] != pair[1]]
+    assert 1000 < changes[0] <= changes[-1] <= 1020
+    assert len(changes) == 1 or {before[0], after[0]} == {"forward", "disk"}  # between those two it may be transport
 
 
 LOGGING_OF = ("", "logitgen", "py.warnings", "transformers", "datasets", "huggingface_hub", "accelerate")

@@ -1,27 +1,36 @@
 """What a dry run says, against the run itself and against cases worked by hand; and that it leaves no trace."""
 
 import json
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import make_llama, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 import generate
 from logitgen import CaptureError, UsageError
 from logitgen import estimate as estimate_module
 from logitgen import output as output_module
+from logitgen.capture import capture_batch
 from logitgen.config import Config
-from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate
+from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate, fitting_batch_tokens
 from logitgen.plan import Plan
 from logitgen.provenance import package_versions
 from logitgen.rows import Rows
 from logitgen.schema import Layout
+from logitgen.teacher import Teacher
 
 Capture = Callable[..., Path]
 
@@ -54,13 +63,13 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> list[Estimate]:
 
 
 @pytest.fixture
-def forward_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows every batch had that a pilot computed."""
-    computed: list[int] = []
+def forward_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many rows every batch had that was computed, and how many tokens the longest."""
+    computed: list[tuple[int, int]] = []
     compute = estimate_module.capture_batch
 
     def watched(teacher: Any, batch: Any, layout: Layout) -> torch.Tensor:
-        computed.append(len(batch.rows))
+        computed.append(batch.input_ids.shape)
         return compute(teacher, batch, layout)
 
     monkeypatch.setattr(estimate_module, "capture_batch", watched)
@@ -134,34 +143,48 @@ def test_the_sizes_with_other_things_kept_are_exact(
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "lengths", "expected"),
     [
-        # Read are 4, 2 and 5 tokens, and none of the last two rows. 5 goes alone, 4 and 2 together: 5 + 2 * 4.
-        ({"max_length": 6}, {"rows": 5, "tokens": 15, "positions": 11, "cut": 1, "dropped": 3, "padding": 2 / 13}),
-        # Row 2 becomes two of 6 and 3 tokens. 5 goes alone, 4 and 2 together, 2 alone.
+        # Read are 4, 2 and 5 tokens, and none of the last two rows. 5 goes alone, and so do 4 and 2: 2 * 4 tokens would
+        # be within the budget, but 2 of 13 padding.
+        (
+            {"max_length": 6},
+            LENGTHS,
+            {"rows": 5, "tokens": 15, "positions": 11, "cut": 1, "dropped": 3, "batches": 3, "padding": 0},
+        ),
+        # Row 2 becomes two of 6 and 3 tokens. 5 and 4 go alone, 2 and 2 together.
         (
             {"max_length": 6, "overflow": "split"},
-            {"rows": 6, "tokens": 18, "positions": 13, "cut": 1, "dropped": 0, "padding": 2 / 15},
+            LENGTHS,
+            {"rows": 6, "tokens": 18, "positions": 13, "cut": 1, "dropped": 0, "batches": 3, "padding": 0},
         ),
         # 18 tokens are four blocks of 4, of which 3 each are read, two at a time.
         (
             {"max_length": 4, "packing": True},
-            {"rows": 4, "tokens": 16, "positions": 12, "cut": 0, "dropped": 2, "padding": 0},
+            LENGTHS,
+            {"rows": 4, "tokens": 16, "positions": 12, "cut": 0, "dropped": 2, "batches": 2, "padding": 0},
         ),
-        ({}, {"rows": 5, "tokens": 18, "positions": 14, "cut": 0, "dropped": 0, "padding": 2 / 16}),
+        # 51 and 50 go together, 1 of 102 tokens is padding; with 40 it were 12 of 153.
+        (
+            {"batch_tokens": 160},
+            [41, 52, 51],
+            {"rows": 3, "tokens": 144, "positions": 141, "cut": 0, "dropped": 0, "batches": 2, "padding": 1 / 142},
+        ),
     ],
     ids=["truncated", "split", "packed", "as they are"],
 )
 def test_rows_tokens_and_padding_worked_by_hand(
     options: dict[str, Any],
+    lengths: list[int],
     expected: dict[str, float],
     capture: Capture,
     teacher: Path,
-    data: Path,
+    tmp_path: Path,
     estimates: list[Estimate],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    capture(teacher=teacher, dataset=data, batch_tokens=8, dry_run=True, **options)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in lengths])
+    capture(teacher=teacher, dataset=data, dry_run=True, **{"batch_tokens": 8} | options)
     (found,) = estimates
     assert {
         "rows": found.num_rows,
@@ -169,72 +192,110 @@ def test_rows_tokens_and_padding_worked_by_hand(
         "positions": found.num_positions,
         "cut": found.num_cut,
         "dropped": found.num_dropped_tokens,
+        "batches": found.num_batches,
         "padding": pytest.approx(found.padding_share),
     } == expected
     out = printed(capsys)
     assert f"rows {expected['rows']}, {expected['cut']} of the split were too long" in out
     assert f"{expected['tokens']}, {expected['positions']} positions captured, {expected['dropped']} tokens" in out
-    assert f"batches {found.num_batches}, {expected['padding']:.1%} padding" in out
+    assert f"batches {expected['batches']}, {expected['padding']:.1%} padding" in out
+
+
+def rows_of(lengths: list[int]) -> Rows:
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    ids = [list(range(length)) for length in lengths]
+    split = datasets.Dataset.from_dict({"input_ids": ids}, features=features)
+    return Rows(split, Config(teacher="t", dataset="d", output="o"), max_length=None)
 
 
 def hand_worked(pilots: list[Pilot], capture: str = "topk", attributes: dict[str, Any] | None = None) -> Estimate:
-    """The first case above, two tokens kept: batches of 5 positions, and of two rows with 4 and 2."""
-    ids = [list(range(length)) for length in LENGTHS]
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    rows = Rows(
-        datasets.Dataset.from_dict({"input_ids": ids}, features=features),
-        Config(teacher="t", dataset="d", output="o"),
-        max_length=6,
-    )
+    """Batches of 51 and 50 positions, of 40 and of 30, of which two tokens are kept."""
+    rows = rows_of([41, 52, 0, 51, 31])
     layout = Layout(
         capture=capture,
         num_rows=5,
-        num_tokens=15,
-        num_positions=11,
+        num_tokens=175,
+        num_positions=171,
         vocab_size=40,
         top_k=2 if capture == "topk" else 0,
     )
-    return estimate(rows, Plan(rows.forward_lengths, batch_tokens=8), layout, attributes or {"settings": "{}"}, pilots)
+    plan = Plan(rows.forward_lengths, batch_tokens=110)
+    return estimate(rows, plan, layout, attributes or {"settings": "{}"}, pilots)
 
 
 def test_times_and_buffers_worked_by_hand() -> None:
     found = hand_worked([Pilot(2.0, 100, 0), Pilot(4.0, 300, 7)])
-    assert found.num_batches == 2
-    assert found.tokens_per_second == pytest.approx(11 / 2 / 3)
-    assert found.seconds == {1: 6, 2: 3, 4: 3, 8: 3, 16: 3, 32: 3, 64: 3}
+    assert found.num_batches == 3
+    # 3 s a token. Through the teacher go 102, 40 and 30, of which 1 is padding. Two ranks compute 102 and 40 + 30.
+    assert found.tokens_per_second == pytest.approx(171 / 172 / 3)
+    assert found.seconds == {1: 3 * 172, 2: 3 * 102, 4: 3 * 102, 8: 3 * 102, 16: 3 * 102, 32: 3 * 102, 64: 3 * 102}
     # A payload has 4 bytes a row, and a position two float32, two ids and two float16: 16 bytes.
-    assert found.buffer_bytes == 2 * 2 * max(1 * 4 + 5 * 16, 2 * 4 + 6 * 16)
+    assert found.buffer_bytes == 2 * 2 * (2 * 4 + 101 * 16)
     assert list(found.other_sizes) == ["top 8", "top 16", "top 32", "all logits"]
-    assert found.other_sizes["top 16"] - found.other_sizes["top 8"] == 11 * 8 * 4
-    assert found.other_sizes["all logits"] - found.other_sizes["top 8"] == 11 * (40 * 2 - 8 * 4)
-    assert found.other_sizes["top 8"] - found.size_bytes == 11 * 6 * 4
+    assert found.other_sizes["top 16"] - found.other_sizes["top 8"] == 171 * 8 * 4
+    assert found.other_sizes["all logits"] - found.other_sizes["top 8"] == 171 * (40 * 2 - 8 * 4)
+    assert found.other_sizes["top 8"] - found.size_bytes == 171 * 6 * 4
 
 
-def test_more_than_64_ranks_are_not_needed_for_two_batches() -> None:
+def test_more_than_64_ranks_are_not_needed_for_three_batches() -> None:
     found = hand_worked([Pilot(1.5, 1, 0)], capture="full")
-    assert max(found.seconds) == 64
-    assert found.buffer_bytes == 2 * max(1 * 4 + 5 * 88, 2 * 4 + 6 * 88)
+    assert list(found.seconds) == [1, 2, 4, 8, 16, 32, 64]
+    assert found.buffer_bytes == 2 * (2 * 4 + 101 * 88)
+
+
+def test_the_time_is_that_of_the_rank_with_the_most_tokens() -> None:
+    rows = rows_of([11, 10, 9, 8, 7, 6, 5, 4])
+    layout = Layout(capture="topk", num_rows=8, num_tokens=60, num_positions=52, vocab_size=40, top_k=2)
+    found = estimate(rows, Plan(rows.forward_lengths, 1), layout, {"settings": "{}"}, [Pilot(0.5, 1, 0)])
+    # 10 9 8 7 6 5 4 3, each to who has least. Two ranks: 10 7 6 3 and 9 8 5 4. Four: 10 3, 9 4, 8 5, 7 6.
+    assert found.seconds == {1: 26, 2: 13, 4: 6.5, 8: 5, 16: 5, 32: 5, 64: 5}
 
 
 def test_a_pilot_is_a_few_batches_and_the_largest_one_first(
-    capture: Capture, teacher: Path, ragged: Path, forward_batches: list[int], estimates: list[Estimate]
+    capture: Capture, teacher: Path, ragged: Path, forward_batches: list[tuple[int, int]], estimates: list[Estimate]
 ) -> None:
     capture(teacher=teacher, dataset=ragged, batch_tokens=60, top_k=4, dry_run=True)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    texts = [json.loads(line)["text"] for line in ragged.read_text().splitlines()]
+    read = [len(tokenizer(text)["input_ids"]) - 1 for text in texts]
     assert estimates[0].num_batches > 2 * NUM_PILOTS
     assert len(forward_batches) == NUM_PILOTS + 1
-    assert forward_batches[:2] == [1, 1]  # the longest row is a batch of its own, once to warm up
-    assert forward_batches[-1] > 1
+    assert forward_batches[0] == forward_batches[1]  # once to warm up
+    longest = [length for _, length in forward_batches[1:]]
+    assert longest == sorted(set(longest), reverse=True)
+    assert (longest[0], longest[-1]) == (max(read), min(length for length in read if length > 0))
     (pilot,) = estimates[0].pilots
-    assert pilot.seconds_per_batch > 0
+    assert pilot.seconds_per_token > 0
     assert pilot.host_bytes > 10**7  # Python and torch alone take more
     assert (pilot.device_bytes > 0) == torch.cuda.is_available()
+
+
+def test_a_token_takes_the_time_of_the_pilot_divided_by_its_tokens_with_padding(
+    capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock on which the first batch takes 7 s more, and every batch 1 s and a fourth of a second per token."""
+    seconds, compute = [0.0], estimate_module.capture_batch
+
+    def watched(teacher: Any, batch: Any, layout: Layout) -> torch.Tensor:
+        seconds[0] += (7 if seconds[0] == 0 else 0) + 1 + batch.input_ids.size / 4
+        return compute(teacher, batch, layout)
+
+    monkeypatch.setattr(estimate_module, "capture_batch", watched)
+    monkeypatch.setattr(estimate_module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(estimate_module, "PILOT_SECONDS", 1e9)
+    lengths = [41, 52, 51]  # batches of 2 * 51 and 40 tokens
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in lengths])
+    capture(teacher=teacher, dataset=data, batch_tokens=110, top_k=4, dry_run=True)
+    (pilot,) = estimates[0].pilots
+    assert pilot.seconds_per_token == pytest.approx((2 + 142 / 4) / 142)
+    assert seconds[0] == pytest.approx(7 + 1 + 102 / 4 + 2 + 142 / 4)
 
 
 def test_a_slow_pilot_ends_after_the_first_batch(
     capture: Capture,
     teacher: Path,
     ragged: Path,
-    forward_batches: list[int],
+    forward_batches: list[tuple[int, int]],
     estimates: list[Estimate],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -245,11 +306,12 @@ def test_a_slow_pilot_ends_after_the_first_batch(
 
 
 def test_a_single_batch_is_enough(
-    capture: Capture, teacher: Path, data: Path, forward_batches: list[int], estimates: list[Estimate]
+    capture: Capture, teacher: Path, tmp_path: Path, forward_batches: list[tuple[int, int]], estimates: list[Estimate]
 ) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in (9, 9, 0, 9)])
     capture(teacher=teacher, dataset=data, dry_run=True)
     assert estimates[0].num_batches == 1
-    assert forward_batches == [3, 3]
+    assert forward_batches == [(3, 8), (3, 8)]
     assert len(set(estimates[0].seconds.values())) == 1
 
 
@@ -330,7 +392,7 @@ def test_a_complete_output_stays_as_it_is(
 
 
 def test_an_output_that_cannot_be_written_is_refused_in_a_dry_run_too(
-    capture: Capture, teacher: Path, data: Path, folder: Path, forward_batches: list[int]
+    capture: Capture, teacher: Path, data: Path, folder: Path, forward_batches: list[tuple[int, int]]
 ) -> None:
     with pytest.raises(UsageError, match=r"--output .*: the folder .*nowhere does not exist. Create it."):
         capture(teacher=teacher, dataset=data, output=folder / "nowhere" / "out.h5", dry_run=True)
@@ -354,3 +416,171 @@ def test_the_head_of_long_settings_is_counted() -> None:
     )
     assert np.sign(longer.size_bytes - short.size_bytes) == 1
     assert longer.other_sizes["top 8"] - longer.size_bytes == short.other_sizes["top 8"] - short.size_bytes
+
+
+# As many tokens as fit.
+
+
+def layout_of(lengths: list[int]) -> Layout:
+    num_tokens, num_positions = sum(lengths), sum(lengths) - len(lengths)
+    sizes = {"num_rows": len(lengths), "num_tokens": num_tokens, "num_positions": num_positions}
+    return Layout(capture="topk", vocab_size=50, top_k=2, **sizes)
+
+
+class Memory:
+    """What is free, and what a batch takes of it, as the test says; and the batches that were computed to find out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = self.taken = 1
+        self.order: list[Any] = []
+        monkeypatch.setattr(estimate_module, "_free_bytes", lambda device: self.free)
+        monkeypatch.setattr(estimate_module, "_taken_bytes", self._measure)
+        monkeypatch.setattr(
+            estimate_module, "capture_batch", lambda teacher, batch, layout: self.order.append(batch.rows.tolist())
+        )
+
+    def _measure(self, device: torch.device, work: Callable[[], object]) -> int:
+        self.order.append("measure")
+        work()
+        self.order.append("measured")
+        return self.taken
+
+    def fitting(
+        self,
+        lengths: list[int],
+        free: int,
+        taken: int,
+        device: str = "cpu",
+        num_ranks: int = 1,
+        switch: int | None = None,
+    ) -> int:
+        self.free, self.taken, self.order = free, taken, []
+        teacher: Any = SimpleNamespace(device=torch.device(device))
+        return fitting_batch_tokens(teacher, rows_of(lengths), layout_of(lengths), switch, num_ranks)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    return Memory(monkeypatch)
+
+
+PROBE = [33] * 100
+"""Rows of 32 tokens to read; the probe takes 64 of them, which are 2,048 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("free", "taken", "device", "num_ranks", "fitting"),
+    [
+        # Of 1,000 free bytes 700 may be taken, and a token takes one: 700 tokens, of which 512 are a power of two.
+        (1_000, 2_048, "cpu", 1, 512),
+        (1_000, 2_048, "cuda", 1, 512),
+        (1_000, 4_096, "cpu", 1, 256),
+        (1_000, 1_024, "cpu", 1, 1_024),
+        (2_000, 2_048, "cpu", 1, 1_024),
+        # 70 % of 732 bytes are 512.4, and of 730 just 511.
+        (732, 2_048, "cpu", 1, 512),
+        (730, 2_048, "cpu", 1, 256),
+        # Ranks of one machine share its memory, and each has a GPU to itself.
+        (1_000, 2_048, "cpu", 2, 256),
+        (1_000, 2_048, "cpu", 8, 64),
+        (1_000, 2_048, "cuda", 8, 512),
+        # More than this takes more memory and no less time.
+        (5_852, 2_048, "cpu", 1, 4_096),
+        (5_850, 2_048, "cpu", 1, 2_048),
+        (10**12, 2_048, "cpu", 1, 4_096),
+        (10**12, 2_048, "cuda", 1, 32_768),
+        (23_410, 2_048, "cuda", 1, 16_384),
+        # Where not even one token seems to fit, that is tried.
+        (1, 2_048, "cpu", 1, 1),
+        (1, 10**12, "cuda", 1, 1),
+        # Where the system does not tell.
+        (0, 2_048, "cpu", 1, 4_096),
+        (0, 2_048, "cuda", 1, 32_768),
+        (1_000, 0, "cpu", 1, 4_096),
+        (1_000, 0, "cuda", 4, 32_768),
+        (0, 0, "cpu", 3, 4_096),
+    ],
+)
+def test_fitting_tokens_worked_by_hand(
+    memory: Memory, free: int, taken: int, device: str, num_ranks: int, fitting: int
+) -> None:
+    assert memory.fitting(PROBE, free, taken, device, num_ranks) == fitting
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(2, 2**45), st.integers(1, 2**45), st.sampled_from(["cpu", "cuda"]), st.integers(1, 64))
+def test_as_many_tokens_as_fit_take_between_a_third_and_two_thirds_of_what_is_free(
+    memory: Memory, free: int, taken: int, device: str, num_ranks: int
+) -> None:
+    fitting = memory.fitting(PROBE, free, taken, device, num_ranks)
+    assert fitting.bit_count() == 1
+    assert fitting <= (4_096 if device == "cpu" else 32_768)
+    share = fitting * (taken / 2_048) / (free / (num_ranks if device == "cpu" else 1))
+    assert share <= 0.7000001 or fitting == 1
+    assert share > 0.3499999 or fitting == (4_096 if device == "cpu" else 32_768)
+    assert memory.fitting(PROBE, free // 2, taken, device, num_ranks) <= fitting
+    assert memory.fitting(PROBE, free, 2 * taken, device, num_ranks) <= fitting
+
+
+def test_what_a_batch_takes_is_measured_once_the_longest_rows_have_been_computed(memory: Memory) -> None:
+    memory.fitting([33] * 10 + [65] * 40, 1_000, 2_048)
+    longest = list(range(10, 42))  # 32 rows of 64 tokens
+    assert memory.order == [longest, "measure", longest, "measured"]
+
+
+def test_a_single_row_longer_than_the_probe_is_counted_as_long_as_it_is(memory: Memory) -> None:
+    # 70 % of 4,096 bytes, of which one row of 5,000 tokens takes 10,000: 1,433 tokens.
+    assert memory.fitting([11, 5_001, 11], 4_096, 10_000) == 1_024
+    assert memory.order[0] == [1]
+
+
+def test_the_probe_holds_to_the_length_switch(memory: Memory) -> None:
+    memory.fitting([101, 100], 1_000, 2_048)
+    assert memory.order[0] == [0, 1]
+    memory.fitting([101, 100], 1_000, 2_048, switch=99)
+    assert memory.order[0] == [0]
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory there is and was")
+
+
+@linux_only
+def test_as_many_tokens_as_fit_on_this_machine_are_a_power_of_two_and_leave_the_teacher_as_it_was() -> None:
+    teacher = Teacher(make_llama(50), 50)
+    rows, layout = rows_of(PROBE), layout_of(PROBE)
+    batch = rows.batch(np.arange(5))
+    before = capture_batch(teacher, batch, layout)
+    fitting = fitting_batch_tokens(teacher, rows, layout, None, ranks_of_machine=1)
+    assert fitting in [2**power for power in range(13)]
+    assert fitting >= 256  # the tests need far more memory than that takes
+    assert torch.equal(capture_batch(teacher, batch, layout), before)
+
+
+@linux_only
+def test_the_free_memory_is_what_psutil_says() -> None:
+    free = estimate_module._free_bytes(torch.device("cpu"))
+    assert free == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def touch(size_bytes: int) -> None:
+    """Take so much memory, and give it back to the system."""
+    with mmap.mmap(-1, size_bytes) as taken:
+        for page in range(0, size_bytes, mmap.PAGESIZE):
+            taken[page] = 1
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system forgets no peak")
+def test_what_some_work_takes_is_its_own_peak_and_not_that_of_earlier_work() -> None:
+    device = torch.device("cpu")
+    assert estimate_module._taken_bytes(device, lambda: touch(300_000_000)) == pytest.approx(300e6, abs=30e6)
+    assert estimate_module._taken_bytes(device, lambda: touch(80_000_000)) == pytest.approx(80e6, abs=20e6)
+    assert estimate_module._taken_bytes(device, lambda: None) == pytest.approx(0, abs=20e6)
+
+
+def test_a_size_that_the_system_does_not_tell_is_0(tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:       2000 kB\nMemAvailable:    512 kB\nHugePages_Total:       7\n")
+    assert estimate_module._proc_bytes(str(told), "MemAvailable") == 512 * 1024
+    assert estimate_module._proc_bytes(str(told), "MemTotal") == 2000 * 1024
+    assert estimate_module._proc_bytes(str(told), "Mem") == 0
+    assert estimate_module._proc_bytes(str(tmp_path / "nowhere"), "MemTotal") == 0

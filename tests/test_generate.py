@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -481,6 +482,150 @@ def test_a_file_that_is_not_ours_is_never_touched(
     with pytest.raises(UsageError, match=r"out\.h5 exists and is no file of logitgen, so it is not touched\. Choose"):
         capture(teacher=teacher, dataset=ragged, overwrite=overwrite)
     assert output.read_text() == "precious"
+
+
+# A token budget that the memory decides.
+
+Fitting = Callable[[int], list[int]]
+
+
+@pytest.fixture
+def fitting(monkeypatch: pytest.MonkeyPatch) -> Fitting:
+    """Say how many tokens fit; returns how often that was asked for."""
+
+    def set_to(num_tokens: int) -> list[int]:
+        asked: list[int] = []
+
+        def fitting_batch_tokens(*arguments: Any) -> int:
+            asked.append(num_tokens)
+            return num_tokens
+
+        monkeypatch.setattr(generate, "fitting_batch_tokens", fitting_batch_tokens)
+        return asked
+
+    return set_to
+
+
+def test_a_budget_that_auto_chose_gives_the_file_of_one_that_was_typed(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, fitting: Fitting
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5}
+    typed = capture(output=tmp_path / "typed.h5", batch_tokens=256, **options).read_bytes()
+    asked = fitting(256)
+    assert capture(batch_tokens="auto", **options).read_bytes() == typed
+    assert asked == [256]
+    assert "As many tokens as fit into memory: --batch_tokens 256." in (tmp_path / "logs" / "rank_0.log").read_text()
+
+
+def test_auto_finds_a_budget_on_this_machine(capture: Capture, teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5}
+    path = capture(batch_tokens="auto", **options)
+    found = LogitsFile(path).attributes["settings"]["batch_tokens"]
+    assert found in [2**power for power in range(16)]
+    assert capture(output=tmp_path / "typed.h5", batch_tokens=found, **options).read_bytes() == path.read_bytes()
+
+
+def test_the_rank_with_the_least_memory_decides(
+    capture: Capture, teacher: Path, ragged: Path, fitting: Fitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = Ranks.gathered
+
+    def of_three_ranks(self: Ranks, value: Any, *patience: Any) -> list[Any]:
+        return [value, 64, 128] if value == 256 else gathered(self, value, *patience)
+
+    fitting(256)
+    monkeypatch.setattr(Ranks, "gathered", of_three_ranks)
+    file = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=5, batch_tokens="auto"))
+    assert file.attributes["settings"]["batch_tokens"] == 64
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_run_that_goes_on_keeps_the_budget_that_auto_chose(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop, fitting: Fitting, after: int
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5}
+    whole = capture(output=tmp_path / "whole.h5", batch_tokens=256, **options).read_bytes()
+    batches = stop.batches
+    fitting(256)
+    stop.run(capture, after, batch_tokens="auto", **options)
+    assert (tmp_path / "out.h5.partial").exists()
+    asked = fitting(64)  # something else needs the memory now
+    assert capture(batch_tokens="auto", **options).read_bytes() == whole
+    assert stop.batches == batches[after:]
+    assert asked == []
+
+
+def test_a_finished_output_keeps_the_budget_that_auto_chose(
+    capture: Capture,
+    teacher: Path,
+    ragged: Path,
+    tmp_path: Path,
+    fitting: Fitting,
+    request: pytest.FixtureRequest,
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5}
+    fitting(256)
+    path = capture(batch_tokens="auto", **options)
+    before = folder_content(tmp_path)
+    request.getfixturevalue("no_teacher")
+    fitting(64)
+    for batch_tokens in ("auto", 256):
+        gc.collect()
+        capture(batch_tokens=batch_tokens, **options)
+        log = (tmp_path / "logs" / "rank_0.log").read_text().splitlines()[-1]
+        assert log.endswith(f"{path} is complete: all 53 rows are there. Nothing is left to do.")
+    assert folder_content(tmp_path) == before
+    gc.collect()
+    with pytest.raises(UsageError, match=r"There and here differ: --batch_tokens 256 and 64\. Choose another"):
+        capture(batch_tokens=64, **options)
+    assert folder_content(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_auto_takes_the_budget_of_a_file_for_which_it_was_typed(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, fitting: Fitting, finished: bool
+) -> None:
+    folder, options = half_captured
+    shutil.copy(folder / ("out.h5" if finished else "out.h5.partial"), tmp_path)
+    asked = fitting(64)
+    assert capture(**options | {"batch_tokens": "auto"}).read_bytes() == (folder / "out.h5").read_bytes()
+    assert asked == []
+
+
+@pytest.mark.usefixtures("no_teacher")
+def test_auto_does_not_hide_that_a_file_is_of_other_settings(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, fitting: Fitting
+) -> None:
+    folder, options = half_captured
+    shutil.copy(folder / "out.h5.partial", tmp_path)
+    fitting(64)
+    with pytest.raises(UsageError, match=r"There and here differ: --top_k 5 and 6\. Choose another"):
+        capture(**options | {"batch_tokens": "auto", "top_k": 6})
+
+
+def test_overwrite_has_auto_choose_anew(
+    capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, fitting: Fitting
+) -> None:
+    folder, options = half_captured
+    shutil.copy(folder / "out.h5", tmp_path)
+    fitting(64)
+    file = LogitsFile(capture(**options | {"batch_tokens": "auto", "overwrite": True}))
+    assert file.attributes["settings"]["batch_tokens"] == 64
+
+
+def test_a_dry_run_with_auto_plans_with_what_fits(
+    capture: Capture, teacher: Path, ragged: Path, fitting: Fitting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 5, "dry_run": True}
+    capture(batch_tokens=64, **options)
+    typed = re.search(r"batches +(\d+), ", capsys.readouterr().out)
+    fitting(64)
+    capture(batch_tokens="auto", **options)
+    auto = re.search(r"batches +(\d+), ", capsys.readouterr().out)
+    assert typed
+    assert auto
+    assert auto[1] == typed[1]
+    assert int(auto[1]) > 10
 
 
 def test_a_dry_run_writes_nothing_beside_its_log(

@@ -84,6 +84,33 @@ def locked_elsewhere(path: Path, *, create: bool = False) -> Iterator[None]:
         process.communicate()
 
 
+# The token budget of what is there.
+
+
+def settings_with(**changes: Any) -> dict[str, Any]:
+    return {"settings": ATTRIBUTES["settings"] | changes}
+
+
+@pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
+def test_the_token_budget_of_what_is_there_is_known(path: Path, tmp_path: Path, name: str) -> None:
+    write_file(tmp_path / name, **settings_with(batch_tokens=1024))
+    assert claimed(path).batch_tokens() == 1024
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, *({"batch_tokens": value} for value in (None, "1024", "auto", 0, -5, 2.5, []))]
+)
+def test_a_file_without_a_token_budget_that_makes_sense_has_none(path: Path, changes: dict[str, Any]) -> None:
+    write_file(path, **settings_with(**changes))
+    assert claimed(path).batch_tokens() is None
+
+
+def test_where_no_file_is_found_there_is_no_token_budget(path: Path) -> None:
+    assert claimed(path).batch_tokens() is None
+    write_file(path, **settings_with(batch_tokens=1024))
+    assert claimed(path, overwrite=True).batch_tokens() is None  # the complete file is made anew, and so is its budget
+
+
 # A new output.
 
 

@@ -228,11 +228,11 @@ def test_the_view_of_a_row_can_be_cut_short(path: Path) -> None:
 
 
 def test_the_end_of_a_run_is_summed_up(path: Path) -> None:
-    shown = summary(LogitsFile(path), 0, num_forward_tokens=1000, padding_share=0.25, seconds=65.2)
+    shown = summary(LogitsFile(path), 0, num_forward_tokens=1000, padding_share=0.25, seconds=65.2, waited_share=0.0731)
     assert definitions(drawn(shown)) == {
         "rows": "3 expected, 3 present, 0 missing, 0 written twice",
         "tokens": "9, 4 positions captured",
-        "speed": "15 tokens/s over 1:05, 25.0% padding",
+        "speed": "15 tokens/s over 1:05, 25.0% padding, 7.3% waiting",
         "size": f"{path.stat().st_size / 1000:.1f} kB, {path.stat().st_size / 9:,.1f} bytes per token",
         "teacher perplexity": "2.718",
         "file": str(path),

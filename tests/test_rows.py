@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logitgen import rows as rows_module
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.rows import Batch, Rows
@@ -155,9 +156,15 @@ def test_a_first_token_of_a_completion_that_opens_a_block_has_nothing_to_predict
     st.sampled_from(["truncate", "split", "packing"]),
     st.booleans(),
     st.sets(st.integers(1, 9), max_size=3),
+    st.sampled_from([1, 5, 1000]),
 )
 def test_rows_are_cut_as_plain_lists_would_be(
-    split: list[list[tuple[int, bool]]], max_length: int, cut: str, completion_only: bool, chunk_starts: set[int]
+    split: list[list[tuple[int, bool]]],
+    max_length: int,
+    cut: str,
+    completion_only: bool,
+    chunk_starts: set[int],
+    block_tokens: int,
 ) -> None:
     ids = [[token for token, _ in row] for row in split]
     masks = [[int(marked) for _, marked in row] for row in split] if completion_only else None
@@ -169,7 +176,14 @@ def test_rows_are_cut_as_plain_lists_would_be(
         with pytest.raises(UsageError, match=r"no position to capture|--packing with --max_length"):
             make_rows(ids, masks, max_length, starts, **options)
         return
-    rows = make_rows(ids, masks, max_length, starts, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "_BLOCK_TOKENS", block_tokens)
+        rows = make_rows(ids, masks, max_length, starts, **options)
+        blocks = list(rows.blocks())
+    assert [token for tokens, _ in blocks for token in tokens] == [token for _, row in expected for token, _ in row]
+    assert [at for _, found in blocks for at in found] == [at for found in positions for at in found]
+    assert rows.num_positions.tolist() == [len(found) for found in positions]
+    assert rows.forward_lengths.tolist() == [found[-1] + 1 if found else 0 for found in positions]
     assert len(rows) == len(expected)
     assert tokens_of(rows) == [[token for token, _ in row] for _, row in expected]
     assert rows.source_row.tolist() == [source for source, _ in expected]

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reader import plain_attributes
 
-from logitgen import CaptureError, header, writer
+from logitgen import CaptureError, header, rows, writer
 from logitgen.config import Config
 from logitgen.header import Header
 from logitgen.plan import Plan
@@ -203,11 +204,11 @@ def test_all_that_is_known_is_written_before_the_first_forward_pass(job: Job) ->
                 np.testing.assert_array_equal(file[name][()], job.expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("block_items", [1, 3, 4, 1000])
+@pytest.mark.parametrize("block_tokens", [1, 3, 4, 1000])
 def test_tokens_are_written_in_blocks_of_any_size(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_items: int
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_tokens: int
 ) -> None:
-    monkeypatch.setattr(writer, "_BLOCK_ITEMS", block_items)
+    monkeypatch.setattr(rows, "_BLOCK_TOKENS", block_tokens)
     assert_file_holds(job.write(tmp_path / "out.h5"), job.expected)
 
 
@@ -308,7 +309,7 @@ def test_a_writer_leaves_a_file_alone_in_which_all_is_done(job: Job, tmp_path: P
 def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) -> None:
     reported = []
 
-    def report(batch: int) -> None:
+    def report(batch: int, busy_seconds: float) -> None:
         row = job.plan.rows(batch)[0]
         with h5py.File(tmp_path / "out.h5", "r", locking=False) as file:
             at = job.expected["position_offsets"][row]
@@ -319,6 +320,41 @@ def test_every_batch_is_reported_once_it_is_written(job: Job, tmp_path: Path) ->
         made.submit(batch, job.payloads[batch])
     made.finish()
     assert reported == [(2, True), (0, True), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("commit_seconds", "expected"),
+    [
+        # A row's checksum and four values are five writes of 2 s, so batches of one, one and two rows take 10, 10, 20.
+        (1e9, [10, 20, 40]),
+        # After each the sync, and a write for every row that is done: 102 s after the first and the second.
+        (-1.0, [10, 122, 244]),
+    ],
+    ids=["synced at the end", "synced after every batch"],
+)
+def test_the_writer_says_how_long_writing_and_syncing_have_taken(
+    job: Job,
+    tmp_path: Path,
+    disk: "Disk",
+    monkeypatch: pytest.MonkeyPatch,
+    commit_seconds: float,
+    expected: list[int],
+) -> None:
+    job.create(tmp_path / "out.h5")
+    disk.events.clear()
+    reported: list[float] = []
+
+    def now() -> float:
+        """Time that passes only while the disk works, and 1,000 s after every report."""
+        return sum({"write": 2.0, "fsync": 100.0}[kind] for kind, _, _ in disk.events) + 1000.0 * len(reported)
+
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", commit_seconds)
+    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=now))
+    made = job.writer(tmp_path / "out.h5", on_written=lambda batch, seconds: reported.append(seconds))
+    for batch in (2, 0, 1):
+        made.submit(batch, job.payloads[batch])
+    made.finish()
+    assert reported == expected
 
 
 def test_a_missing_batch_is_reported_and_the_rest_is_kept(job: Job, tmp_path: Path) -> None:
