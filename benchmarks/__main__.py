@@ -1,0 +1,40 @@
+"""Measure everything the README has figures of, or what is named.
+
+    python -m benchmarks [NAME ...] --teacher FOLDER --dataset ROWS.jsonl
+
+One after another, each with its table on the terminal and its report (JSON, Markdown, PNG) in `.bench`.
+"""
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks.harness import ROOT
+
+ON_A_TEACHER = ("comparison", "overlap", "startup")
+ON_ITS_OWN = ("leader", "head", "growth")
+
+
+def main() -> int:
+    """Run the benchmarks that are named, or all; return how many failed."""
+    names = (*ON_A_TEACHER, *ON_ITS_OWN)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--teacher", required=True, help="Folder of a causal language model and its tokenizer.")
+    parser.add_argument("--dataset", required=True, help="A .jsonl file with a column `text`.")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(names):
+        parser.error(f"there is no benchmark {sorted(unknown)[0]}; choose of {', '.join(names)}")
+    num_failed = 0
+    for name in options.names or names:
+        print(f"{name}:", flush=True)
+        teacher = ["--teacher", options.teacher, "--dataset", options.dataset] if name in ON_A_TEACHER else []
+        num_failed += (
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *teacher], cwd=ROOT, check=False).returncode
+            != 0
+        )
+    return num_failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

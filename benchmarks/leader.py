@@ -1,0 +1,280 @@
+"""The leader's ceiling: how fast payloads come from the ranks into the file, against wire and disk alone.
+
+    python -m benchmarks.leader
+
+No teacher: each rank has one payload of random bytes, which stands for all of its batches. They go through the real
+transport and the real writer into a real file, and to the disk. In turns with it, over the same blocks:
+
+- `sealed`: the ranks also collect and checksum their batches, as a run does; on GPU machines, on cores of their own;
+- `wire`: plain send and recv to rank 0, which throws them away;
+- `disk`: rank 0 writes them one after the other into one file, and syncs it;
+- `both`: rank 0 receives them and writes them one after the other, which is all that these cores can do at once.
+
+A rank is not starved if all of them are near 50 % of their batches when half of all are in the file.
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.harness import Spread, measure, median_and_spread, write_report
+from benchmarks.synthetic import Job, forget_peak, make_job, peak_bytes, prepare_memory, random_payload
+from logitgen.transport import Ranks, launched
+from logitgen.writer import Writer
+
+VOCAB_SIZE = 151_936
+GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)
+
+_BATCHES_TO_SEE_PROGRESS = 20
+"""Per rank: each has up to four on their way, two in its own buffers and two in the leader's."""
+
+
+class Kind(NamedTuple):
+    """What is kept of a position, in the bytes of so many log-probs; tokens per batch, and per row on average."""
+
+    name: str
+    top_k: int
+    batch_tokens: int = 8192
+    row_tokens: int = 500
+
+
+KINDS = (
+    Kind("k=64", 64),
+    Kind("k=64, short rows", 64, row_tokens=60),
+    Kind("k=128", 128),
+    Kind("12 sampled ids (as k=9)", 9),
+    Kind("hidden 4096 x 2 B (as k=1364)", 1364, batch_tokens=1024, row_tokens=250),
+)
+
+
+def main() -> None:
+    """Start the ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--kinds", type=int, nargs="+", default=[*range(len(KINDS))], help="Which, counted from 0.")
+    parser.add_argument("--megabytes", type=float, default=200.0, help="What a run puts into the file.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(".bench"), help="Also the disk that is measured.")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:
+        be_rank(options)
+        return
+    found = [line for num_ranks in options.ranks for line in start_ranks(num_ranks, options)]
+    write_report(options.out, "leader", found, [summary(line) for line in found])
+    kinds = dict.fromkeys(line["kind"] for line in found)
+    write_report(options.out, "leader_gpus", found, [gpus_fed(kind, found) for kind in kinds])
+
+
+def start_ranks(num_ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Launch so many ranks, and read what the leader measured of every kind."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(num_ranks)]
+    launch += ["--config_file", "accelerate_configs/cpu.yaml", "--main_process_port", "0"]
+    words = ["--kinds", *map(str, options.kinds), "--megabytes", str(options.megabytes)]
+    words += ["--rounds", str(options.rounds), "--out", str(options.out.resolve())]
+    measured = measure([*launch, "--module", "benchmarks.leader", *words], {"OMP_NUM_THREADS": "1"})
+    return [json.loads(line) for _, line in measured.lines if line.startswith("{")]
+
+
+def be_rank(options: argparse.Namespace) -> None:
+    """Go through all kinds; the leader prints a line of JSON for each."""
+    with launched() as ranks:
+        wire = dist.new_group(backend="gloo")
+        for kind in (KINDS[number] for number in options.kinds):
+            measured = measure_kind(ranks, wire, kind, options)
+            if ranks.is_leader:
+                print(json.dumps(measured), flush=True)
+
+
+def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: argparse.Namespace) -> dict[str, Any]:
+    """Run all ways in turns, and ours once more over twice the rows; what the leader returns is for all ranks."""
+    path = options.out / "leader.h5"
+    size_bytes = int(options.megabytes * 1e6)
+    job, long_job = (
+        make_job(size, kind.top_k, VOCAB_SIZE, kind.batch_tokens, kind.row_tokens)
+        for size in (size_bytes, 2 * size_bytes)
+    )
+    payload = torch.from_numpy(random_payload(int(long_job.payload_bytes.max())))
+    seconds: dict[str, list[float]] = {"ours": [], "sealed": [], "wire": [], "disk": [], "both": []}
+    runs = []
+    for _ in range(options.rounds):
+        runs.append(deliver(ranks, job, payload, path))
+        seconds["ours"].append(runs[-1]["seconds"])
+        seconds["sealed"].append(deliver(ranks, job, payload, path, sealed=True)["seconds"])
+        for name, group, file in (("wire", wire, None), ("disk", None, path), ("both", wire, path)):
+            seconds[name].append(move(ranks, job, payload, group, file))
+    return {
+        "kind": kind.name,
+        "position_bytes": job.layout.bytes_per_position,
+        "num_ranks": ranks.num_ranks,
+        "num_batches": job.plan.num_batches,
+        "num_rows": len(job.rows),
+        "num_positions": job.layout.num_positions,
+        "payload_bytes": int(job.payload_bytes.sum()),
+        "seconds": seconds,
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "peak_bytes_of_twice_the_rows": deliver(ranks, long_job, payload, path)["peak_bytes"],
+        "shares_at_half": [run["shares_at_half"] for run in runs],
+        "finish_seconds": [run["finish_seconds"] for run in runs],
+    }
+
+
+def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Send every batch through transport and writer into a new file; timed from the first one until all are on disk."""
+    sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
+    written: list[int] = []
+
+    def on_written(batch: int, busy_seconds: float) -> None:
+        written.append(batch)
+
+    head = ranks.on_leader(lambda: job.create_file(path))
+    with timed(ranks) as seconds:
+        writer = Writer(path, head, job.rows, job.plan, np.zeros(len(job.rows), bool), on_written) if head else None
+        with writer or nullcontext():
+            with ranks.deliver(shares, sizes, writer.submit if writer else None, lambda *_: None) as outbox:
+                for number in shares[ranks.rank]:
+                    outbox.put(number, payload[: sizes[number]], job.sealing(number) if sealed else lambda _: None)
+            finished = seconds()
+            ranks.on_leader(lambda: writer.finish() if writer else None)
+    most_bytes = peak_bytes()
+    finish_seconds = ranks.gathered(finished)
+    if ranks.is_leader:
+        path.unlink()
+    at_half = set(written[: len(written) // 2])
+    return {
+        "seconds": seconds(),
+        "peak_bytes": most_bytes,
+        "shares_at_half": [len(at_half & set(own.tolist())) / max(1, len(own)) for own in shares],
+        "finish_seconds": finish_seconds,
+    }
+
+
+def move(ranks: Ranks, job: Job, payload: Tensor, wire: dist.ProcessGroup | None, path: Path | None) -> float:
+    """Move the same blocks with nothing around them, and return the seconds it took.
+
+    Args:
+        ranks: The ranks.
+        job: Which blocks there are.
+        payload: What is in them.
+        wire: How they come to rank 0; None if it has them all.
+        path: Where rank 0 writes them one after the other; None if it throws them away.
+    """
+    sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
+    one_by_one = threading.Lock()
+    file = create_plain(path, int(sizes.sum())) if path and ranks.is_leader else None
+
+    def write(block: Tensor) -> None:
+        if file:
+            with one_by_one:
+                write_all(file, block)
+
+    def receive(peer: int) -> None:
+        block = torch.empty_like(payload)
+        for number in shares[peer]:
+            dist.recv(block[: sizes[number]], src=peer, group=wire)
+            write(block[: sizes[number]])
+
+    with timed(ranks) as seconds:
+        if not ranks.is_leader:
+            for number in shares[ranks.rank] if wire else ():
+                dist.send(payload[: sizes[number]], dst=0, group=wire)
+        elif wire:
+            with ThreadPoolExecutor(ranks.num_ranks) as pool:
+                received = [pool.submit(receive, peer) for peer in range(1, ranks.num_ranks)]
+                for number in shares[0]:
+                    write(payload[: sizes[number]])
+            for future in received:
+                future.result()
+        else:
+            for size in sizes:
+                write(payload[:size])
+        if file and path:
+            os.fsync(file.fileno())
+            file.close()
+            path.unlink()
+        ranks.gathered(None)
+    return seconds()
+
+
+def create_plain(path: Path, size_bytes: int) -> BinaryIO:
+    """Make a file, its space reserved."""
+    file = open(path, "wb", buffering=0)
+    os.posix_fallocate(file.fileno(), 0, size_bytes)
+    prepare_memory(path)
+    return file
+
+
+def write_all(file: BinaryIO, block: Tensor) -> None:
+    """Write a block to its last byte."""
+    left = memoryview(block.numpy())
+    while len(left):
+        left = left[file.write(left) :]
+
+
+@contextmanager
+def timed(ranks: Ranks) -> Iterator[Callable[[], float]]:
+    """Start all ranks at once; yield how many seconds ago that was, which stands still once the block has ended."""
+    ranks.gathered(None)
+    forget_peak()
+    start = time.perf_counter()
+    end: list[float] = []
+    yield lambda: (end[0] if end else time.perf_counter()) - start
+    end.append(time.perf_counter())
+
+
+def rates(line: dict[str, Any]) -> dict[str, Spread]:
+    """Bytes per second of every way, of the whole file: the leader's own batches do not travel, but count."""
+    return {
+        name: median_and_spread([line["payload_bytes"] / found for found in line["seconds"][name]])
+        for name in line["seconds"]
+    }
+
+
+def summary(line: dict[str, Any]) -> dict[str, str]:
+    """Turn what was measured of a kind on so many ranks into a row of the table."""
+    found = {name: Spread(*(value / 1e6 for value in spread)) for name, spread in rates(line).items()}
+    ours, limit = found["ours"].median, min(found["wire"].median, found["disk"].median)
+    # Progress of the ranks says nothing where the buffers hold much of what each of them has.
+    fair = line["num_batches"] >= _BATCHES_TO_SEE_PROGRESS * line["num_ranks"]
+    at_half = [pick(map(pick, line["shares_at_half"])) for pick in (min, max)]
+    finish = min(min(seconds) / max(seconds) for seconds in line["finish_seconds"])
+    return {
+        "kind": line["kind"],
+        "B/position": f"{line['position_bytes']:,}",
+        "ranks": str(line["num_ranks"]),
+        "MB/s into the file": f"{ours:,.0f} ({found['ours'].least:,.0f}-{found['ours'].most:,.0f})",
+        "positions/s": f"{ours * 1e6 / line['position_bytes']:,.0f}",
+        **{name: f"{found[name].median:,.0f}" for name in ("sealed", "wire", "disk", "both")},
+        "of lower limit": f"{ours / limit:.0%}",
+        "of both": f"{ours / found['both'].median:.0%}",
+        "leader's peak MB": f"{line['peak_bytes'] / 1e6:,.0f}",
+        "twice the rows": f"{line['peak_bytes_of_twice_the_rows'] / 1e6:,.0f}",
+        "least, most at half": f"{at_half[0]:.0%}, {at_half[1]:.0%}" if fair else "",
+        "first/last finish": f"{finish:.2f}" if fair else "",
+    }
+
+
+def gpus_fed(kind: str, found: list[dict[str, Any]]) -> dict[str, str]:
+    """Compute how many GPUs the slowest median of a kind is enough for, if every token is captured."""
+    lines = [line for line in found if line["kind"] == kind]
+    rate = min(rates(line)["ours"].median for line in lines)
+    positions = rate / lines[0]["position_bytes"]
+    speeds = {f"GPUs of {speed:,} tokens/s": f"{positions / speed:,.0f}" for speed in GPU_TOKENS_PER_SECOND}
+    return {"kind (computed from the slowest MB/s)": kind, "MB/s": f"{rate / 1e6:,.0f}"} | speeds
+
+
+if __name__ == "__main__":
+    main()

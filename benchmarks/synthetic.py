@@ -1,0 +1,114 @@
+"""Rows and payloads made up for the benchmarks, of any number in little memory; and how much memory that was."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from logitgen import header
+from logitgen.capture import seal
+from logitgen.config import Config
+from logitgen.header import Header
+from logitgen.plan import Plan
+from logitgen.rows import Rows
+from logitgen.schema import ATTRIBUTES, Array, Layout
+from logitgen.writer import write_known
+
+_REPEATED_ROWS = 64
+_SPREAD = 0.7
+_DRAWN_AT_ONCE = 2**20
+
+
+def ragged_lengths(num_rows: int, mean: float, longest: int, seed: int = 0) -> Array:
+    """Draw row lengths as those of real prose: log-normal, most of them short, some very long; int32[N]."""
+    generator = np.random.default_rng(seed)
+    lengths = np.empty(num_rows, dtype=np.int32)
+    for start in range(0, num_rows, _DRAWN_AT_ONCE):
+        part = lengths[start : start + _DRAWN_AT_ONCE]
+        part[:] = generator.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, len(part)).clip(2, longest)
+    return lengths
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run has before its first forward pass, the teacher left out."""
+
+    rows: Rows
+    plan: Plan
+    layout: Layout
+
+    @property
+    def payload_bytes(self) -> Array:
+        """Size of the payload of every batch, [num_batches]."""
+        return self.layout.payload_bytes(self.plan.num_rows, self.plan.sums(self.rows.num_positions))
+
+    def shares(self, num_ranks: int) -> list[Array]:
+        """Batches of each rank, in order."""
+        return self.plan.shares(np.arange(self.plan.num_batches), num_ranks)
+
+    def create_file(self, path: Path) -> Header:
+        """Make the file as a run does, its space reserved, with all that is known beforehand."""
+        attributes: header.Attributes = {name: kind() for name, kind in ATTRIBUTES.items()}
+        places = header.create(path, self.layout, attributes)
+        with path.open("r+b", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            write_known(file, places, self.layout, self.rows)
+        prepare_memory(path)
+        return Header(attributes, self.layout, places)
+
+    def sealing(self, batch: int) -> Callable[[Array], None]:
+        """Collect a batch, as a run does before its forward pass, and return what checksums its payload."""
+        return partial(seal, batch=self.rows.batch(self.plan.rows(batch)), layout=self.layout, dtype=torch.float32)
+
+
+def make_job(size_bytes: int, top_k: int, vocab_size: int, batch_tokens: int, row_tokens: int) -> Job:
+    """Make up as many ragged rows as fill a file of that size.
+
+    Every 64 rows are the same: their tokens are in memory once, however large the file is to be.
+    """
+    lengths = ragged_lengths(_REPEATED_ROWS, row_tokens, min(4 * row_tokens, batch_tokens))
+    ends = np.cumsum(lengths, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=int(ends[-1]), dtype=np.int32)
+    repeated = pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), tokens)
+    sizes = {"capture": "topk", "vocab_size": vocab_size, "top_k": top_k}
+    position_bytes = Layout(num_rows=1, num_tokens=1, num_positions=1, **sizes).bytes_per_position
+    repeats = max(1, round(size_bytes / position_bytes / int((lengths - 1).sum())))
+    split = datasets.Dataset(pa.table({"input_ids": pa.chunked_array([repeated] * repeats)}))
+    rows = Rows(split, Config(teacher="none", dataset="none", output="none"), max_length=None)
+    layout = Layout(num_rows=len(rows), num_tokens=rows.num_tokens, num_positions=rows.num_captured, **sizes)
+    return Job(rows, Plan(rows.forward_lengths, batch_tokens), layout)
+
+
+def random_payload(size_bytes: int) -> Array:
+    """Make up a payload: random bytes, uint8, of which none is so large that a float in them could be infinite."""
+    return np.random.default_rng(0).integers(64, size=size_bytes, dtype=np.uint8)
+
+
+def prepare_memory(path: Path) -> None:
+    """Use and free as much memory as a file will take in the page cache, and let the disk come to rest.
+
+    A virtual machine's host takes back memory that is free for seconds; to get it again costs more than the writing.
+    """
+    beside = path.with_suffix(".memory")
+    with beside.open("wb", buffering=0) as file:
+        while file.tell() < path.stat().st_size:
+            file.write(bytes(2**22))
+    beside.unlink()
+    os.sync()
+
+
+def forget_peak() -> None:
+    """Have this process's peak of memory start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most resident memory this process has had since then."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

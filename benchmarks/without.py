@@ -1,0 +1,175 @@
+r"""Run `generate.py` with one of its pieces replaced by what it is there to avoid.
+
+accelerate launch ... -m benchmarks.without NAME OPTIONS_OF_GENERATE...
+
+plan       batches of 8 rows in split order, padded to their longest
+chunks     the head over whole padded batches, in a plain forward
+transport  payloads padded and gathered on all ranks, every step, with everybody waiting
+leader     a file per rank, then a merge
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from accelerate.utils import gather, pad_across_processes
+from torch import Tensor
+
+import generate
+from logitgen.config import parse_config
+from logitgen.header import create
+from logitgen.plan import Plan
+from logitgen.reader import LogitsFile
+from logitgen.schema import Array
+from logitgen.teacher import Teacher
+from logitgen.transport import Ranks, Submit
+
+_BATCH_ROWS = 8
+_OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class SplitOrder(Plan):
+    """Rows as they come, so many to a batch however long they are."""
+
+    def __init__(self, lengths: Array, batch_tokens: int, length_switch: int | None = None) -> None:
+        """Plan one forward pass over every row that needs one."""
+        self._rows = np.flatnonzero(lengths)
+        self._starts = np.append(np.arange(0, len(self._rows), _BATCH_ROWS), len(self._rows))
+        longest = np.maximum.reduceat(lengths[self._rows], self._starts[:-1]).astype(np.int64)
+        self.padded_tokens = longest * np.diff(self._starts)
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+
+
+def without_plan() -> None:
+    """Let the run plan batches in split order."""
+    generate.Plan = SplitOrder
+
+
+def without_chunks() -> None:
+    """Let the teacher run whole, as it does where its head cannot be run apart."""
+    load_teacher = generate.load_teacher
+
+    def load_whole(*arguments: Any) -> Teacher:
+        teacher = load_teacher(*arguments)
+        teacher._decoder = None
+        return teacher
+
+    generate.load_teacher = load_whole
+
+
+class _Gathering:
+    """What stands in for the outbox: a payload leaves when all ranks have one."""
+
+    def __init__(self, shares: Sequence[Array], sizes: Array, submit: Submit | None, device: torch.device) -> None:
+        self._shares, self._sizes, self._submit, self._device = shares, sizes, submit, device
+        self._num_steps = 0
+        self._written: list[Future[None]] = []
+
+    def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
+        on_host = payload.cpu()
+        finish(on_host.numpy())
+        self._exchange(on_host)
+
+    def finish(self) -> None:
+        while self._num_steps < max(map(len, self._shares)):  # others still have batches
+            self._exchange(torch.zeros(0, dtype=torch.uint8))
+        self._wait()
+
+    def _exchange(self, payload: Tensor) -> None:
+        all_payloads = gather(pad_across_processes(payload[None].to(self._device), dim=1))
+        step, self._num_steps = self._num_steps, self._num_steps + 1
+        self._wait()
+        if self._submit is None:
+            return
+        for theirs, received in zip(self._shares, all_payloads.cpu(), strict=True):
+            if step < len(theirs):
+                number = theirs[step]
+                self._written.append(self._submit(number, received[: self._sizes[number]].numpy()))
+
+    def _wait(self) -> None:
+        for future in self._written:
+            future.result()
+        self._written.clear()
+
+
+def without_transport() -> None:
+    """Let every step end in an all-gather."""
+
+    @contextmanager
+    def deliver(
+        ranks: Ranks, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: object
+    ) -> Iterator[_Gathering]:
+        gathering = _Gathering(shares, payload_bytes, submit, ranks.device)
+        yield gathering
+        gathering.finish()
+
+    Ranks.deliver = deliver
+
+
+def run_without_leader(arguments: list[str]) -> None:
+    """Let every rank believe to be alone with its part of the split, then merge what they wrote."""
+    config = parse_config(arguments)
+    output = Path(config.output)
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for name in [name for name in os.environ if name in _OF_A_LAUNCH or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
+    with open(config.dataset, "rb") as lines:
+        num_rows = sum(1 for _ in lines)
+    start, end = (num_rows * part // num_ranks for part in (rank, rank + 1))
+    parts = [output.with_name(f"rank_{number}.h5") for number in range(num_ranks)]
+    own = [f"--split=train[{start}:{end}]", f"--output={parts[rank]}", f"--log_dir={config.log_dir}/part_{rank}"]
+    sys.argv[1:] = [*arguments, *own]
+    generate.main()
+    if rank == 0:
+        while not all(part.exists() for part in parts):  # each appears when it is complete
+            time.sleep(0.05)
+        merge(parts, output)
+
+
+def merge(parts: list[Path], output: Path) -> None:
+    """Join files of consecutive parts of a split; what they say of their source rows is left as it is."""
+    files = [LogitsFile(part) for part in parts]
+    counted = ("num_rows", "num_tokens", "num_positions")
+    sums = {name: sum(getattr(file.layout, name) for file in files) for name in counted}
+    layout = replace(files[0].layout, **sums)
+    with h5py.File(parts[0]) as first:
+        plain = {name: first.attrs[name] for name in first.attrs}
+    places = create(output, layout, {name: v.decode() if isinstance(v, bytes) else int(v) for name, v in plain.items()})
+    for name, (shape, dtype) in layout.datasets.items():
+        merged = np.memmap(output, dtype, "r+", places[name], shape)
+        start, base = 0, 0
+        for file in files:
+            values = file.arrays[name]
+            is_offsets = name.endswith("offsets")
+            merged[start : start + len(values)] = values + base if is_offsets else values
+            start += len(values) - is_offsets
+            base += values[-1] if is_offsets else 0
+        merged.flush()
+    for part in parts:
+        part.unlink()
+
+
+def main() -> None:
+    """Replace a piece, and run."""
+    name, *arguments = sys.argv[1:]
+    sys.argv[1:] = arguments
+    if name == "leader":
+        run_without_leader(arguments)
+        return
+    {"plan": without_plan, "chunks": without_chunks, "transport": without_transport}[name]()
+    generate.main()
+
+
+if __name__ == "__main__":
+    main()

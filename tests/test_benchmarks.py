@@ -1,0 +1,168 @@
+"""The benchmarks: what they compare really is the same work, and a difference is noticed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import generate
+from benchmarks import without
+from benchmarks.check import MismatchError, check, read_flat, read_ours
+from benchmarks.contenders import COMPETITORS, code_lines
+from benchmarks.harness import measure, median_and_spread
+from logitgen import transport
+from logitgen.reader import LogitsFile
+
+OTHERS = [
+    "bash, file per process",
+    "bash + merge",
+    "Accelerate, gather",
+    "torch.distributed, gather",
+    "one HDF5 file, lock",
+    "Zarr, parallel writers",
+    "HDF5 group per row, gzip",
+]
+
+
+def test_all_ways_to_capture_yield_the_same_rows_and_are_in_the_table(teacher: Path, ragged: Path, tmp_path: Path):
+    options = {"teacher": teacher, "dataset": ragged, "rows": 12, "rounds": 1, "ranks": 2, "top_k": 8}
+    options |= {"batch_tokens": 256, "output": tmp_path / "bench"}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "benchmarks.comparison", "--no_ablation", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "bench" / "comparison.json").read_text())["data"]
+    (runs,) = data["rounds"]
+    assert list(runs) == ["logitgen", "forward passes alone", *OTHERS]
+    assert all(runs[name]["rows_verified"] == 12 for name in ["logitgen", *OTHERS])
+    assert runs["forward passes alone"]["read_tokens"] > 0
+    assert all(0 < runs[name]["first_row_seconds"] < runs[name]["wall_seconds"] for name in ["logitgen", *OTHERS])
+    assert all(runs[name]["peak_rank_bytes"] > 50e6 for name in runs)
+    assert runs["bash, file per process"]["files"] == 2
+    assert runs["bash + merge"]["files"] == 1
+    table = (tmp_path / "bench" / "comparison.md").read_text()
+    assert all(f"| {name} |" in table for name in runs)
+    assert (tmp_path / "bench" / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def ours(capture: Callable[..., Path], teacher: Path, ragged: Path) -> LogitsFile:
+    return LogitsFile(capture(teacher=teacher, dataset=ragged, limit=12, top_k=8, batch_tokens=256))
+
+
+@pytest.fixture
+def flat(ours: LogitsFile, tmp_path: Path) -> Path:
+    """The same rows in a file of flat datasets, the last row first."""
+    rows = [(number, ours.row(number)) for number in reversed(range(len(ours)))]
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        file["row"] = [number for number, _ in rows]
+        file["num_tokens"] = [len(row["input_ids"]) for _, row in rows]
+        for name in ("input_ids", "kept_ids", "kept_logprobs", "logsumexp", "target_logprob"):
+            file[name] = np.concatenate([row[name] for _, row in rows])
+    return tmp_path / "flat.h5"
+
+
+def test_the_same_rows_in_another_order_pass(flat: Path, ours: LogitsFile):
+    assert check(read_flat([flat]), ours) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("kept_logprobs", (7, 3), lambda before: before - 0.1, "has kept_logprobs"),
+        ("kept_ids", (7, 0), lambda before: (before + 1) % 384, "keeps token"),
+        ("kept_ids", (7, slice(None)), lambda before: before[0], "keeps a token twice"),
+        ("logsumexp", 7, lambda before: before + 0.01, "has logsumexp"),
+        ("target_logprob", 7, lambda before: np.nan, "has target_logprob nan"),
+        ("input_ids", 7, lambda before: (before + 1) % 384, "has other tokens"),
+        ("row", 3, lambda before: before + 1, "there twice"),
+        ("row", 3, lambda before: 99, "no such row among 12"),
+    ],
+)
+def test_a_wrong_value_is_noticed(flat: Path, ours: LogitsFile, name, index, value, message):
+    with h5py.File(flat, "r+") as file:
+        file[name][index] = value(file[name][index])
+    with pytest.raises(MismatchError, match=message):
+        check(read_flat([flat]), ours)
+
+
+def test_a_missing_row_is_noticed(flat: Path, ours: LogitsFile):
+    rows = [(number, row) for number, row in read_flat([flat]) if number != 5]
+    with pytest.raises(MismatchError, match="1 of 12 rows are missing, row 5 the first"):
+        check(rows, ours)
+
+
+def test_a_missing_position_is_noticed(ours: LogitsFile):
+    rows = {number: ours.row(number) for number in range(len(ours))}
+    rows[9] = {name: values if name == "input_ids" else values[:-1] for name, values in rows[9].items()}
+    with pytest.raises(MismatchError, match="Row 9 has other positions"):
+        check(rows.items(), ours)
+
+
+def test_nearly_equal_log_probs_may_come_in_another_order(ours: LogitsFile):
+    rows = {number: {name: values.copy() for name, values in ours.row(number).items()} for number in range(len(ours))}
+    logprobs, ids = rows[9]["kept_logprobs"], rows[9]["kept_ids"]
+    position, first = np.unravel_index(np.argmin(-np.diff(logprobs.astype(np.float32))), (len(ids), 7))
+    assert logprobs[position, first] - logprobs[position, first + 1] < 1e-3
+    ids[position, [first, first + 1]] = ids[position, [first + 1, first]]
+    assert check(rows.items(), ours) == 12
+
+
+@pytest.mark.parametrize("piece", ["plan", "chunks", "transport"])
+def test_our_capture_with_a_piece_replaced_yields_the_same_rows(
+    ours: LogitsFile, capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch, piece: str
+):
+    for place, name in ((generate, "Plan"), (generate, "load_teacher"), (transport.Ranks, "deliver")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
+    getattr(without, f"without_{piece}")()
+    path = capture(
+        teacher=teacher, dataset=ragged, limit=12, top_k=8, batch_tokens=256, output=tmp_path / f"{piece}.h5"
+    )
+    assert check(read_ours([path]), ours) == 12
+
+
+def test_a_file_per_rank_and_a_merge_yields_the_same_rows(capture, teacher: Path, ragged: Path, tmp_path: Path):
+    ours = LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=8))
+    middle = len(ours) // 2
+    parts = [
+        capture(teacher=teacher, dataset=ragged, top_k=8, split=f"train[{span}]", output=tmp_path / f"{span}.h5")
+        for span in (f":{middle}", f"{middle}:")
+    ]
+    without.merge(parts, tmp_path / "merged.h5")
+    assert check(read_ours([tmp_path / "merged.h5"]), ours) == len(ours)
+    assert not any(part.exists() for part in parts)
+
+
+def test_lines_of_code_are_those_that_do_something(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("benchmarks.contenders.COMPETITORS", tmp_path)
+    (tmp_path / "some.py").write_text(
+        '"""Doc\n\nstring."""\n\n# Why.\nx = """two\nlines"""  # why\n\n'
+        'def f():\n    """Doc."""\n    return (\n        x\n    )\n'
+    )
+    (tmp_path / "some.sh").write_text("#!/bin/bash\n# Why.\n\nwait\n")
+    assert code_lines(["some.py"]) == 6
+    assert code_lines(["some.sh"]) == 1
+    assert COMPETITORS.is_dir()
+
+
+def test_a_command_is_measured_with_its_lines_and_memory():
+    program = "import sys, time; held = bytearray(200_000_000); print('now', flush=True); time.sleep(0.5)"
+    measured = measure([sys.executable, "-c", program])
+    assert 0 < measured.seconds_of("now") < measured.wall_seconds - 0.4
+    assert measured.peak_rank_bytes > 200_000_000
+    assert measured.seconds_of("never") is None
+
+
+def test_a_command_that_fails_says_what_it_printed():
+    with pytest.raises(RuntimeError, match="status 3:\nlast words"):
+        measure([sys.executable, "-c", "print('last words'); raise SystemExit(3)"])
+
+
+def test_the_spread_of_rounds_is_their_least_and_most():
+    assert median_and_spread([3.0, 1.0, 5.0]) == (3.0, 1.0, 5.0)
