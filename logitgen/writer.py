@@ -175,8 +175,7 @@ class Writer:
         try:
             os.fsync(self._file.fileno())
             for rows in self._uncommitted:
-                for row in rows:
-                    self._datasets.put("done", row, np.array([1]))
+                self._datasets.put_parts("done", np.ones(1, np.uint8), ((0, 1, row) for row in rows.tolist()))
                 self._done[rows] = True
         except OSError as error:
             raise self._failure(error) from error

@@ -11,7 +11,6 @@ from logitgen.plan import Plan
 
 row_lengths = st.lists(st.integers(0, 60), max_size=60)
 budgets = st.integers(1, 250)
-switches = st.none() | st.integers(1, 120)
 
 
 @st.composite
@@ -23,6 +22,15 @@ def near_lengths(draw: st.DrawFn) -> list[int]:
 
 
 lengths_of_any_kind = row_lengths | near_lengths()
+
+
+@st.composite
+def lengths_and_switches(draw: st.DrawFn) -> tuple[list[int], int | None]:
+    """Lengths, and most often a length switch between two of them."""
+    lengths = draw(lengths_of_any_kind)
+    return lengths, draw(st.none() | st.sampled_from([*filter(None, lengths), 1]) | st.integers(1, 400))
+
+
 wide_budgets = st.integers(1, 250) | st.integers(250, 10_000)
 
 
@@ -90,19 +98,21 @@ def test_a_batch_stays_within_the_budget_unless_it_is_a_single_row(lengths: list
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths_of_any_kind, wide_budgets, switches)
+@given(lengths_and_switches(), wide_budgets)
 def test_at_no_point_of_a_run_was_more_than_a_50th_of_the_tokens_padding(
-    lengths: list[int], batch_tokens: int, switch: int | None
+    given_lengths: tuple[list[int], int | None], batch_tokens: int
 ) -> None:
+    lengths, switch = given_lengths
     planned = batches(make_plan(lengths, batch_tokens, switch))
     assert not any(too_much_padding(lengths, planned[:end]) for end in range(1, len(planned) + 1))
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths_of_any_kind, wide_budgets, switches)
+@given(lengths_and_switches(), wide_budgets)
 def test_a_batch_ends_only_where_one_more_row_would_break_a_rule(
-    lengths: list[int], batch_tokens: int, switch: int | None
+    given_lengths: tuple[list[int], int | None], batch_tokens: int
 ) -> None:
+    lengths, switch = given_lengths
     planned = batches(make_plan(lengths, batch_tokens, switch))
     for index, (batch, following) in enumerate(pairwise(planned)):
         longer = [*batch, following[0]]
@@ -114,8 +124,10 @@ def test_a_batch_ends_only_where_one_more_row_would_break_a_rule(
         )
 
 
-@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 500), switches)
-def test_batches_of_equally_long_rows_are_full(length: int, num_rows: int, batch_tokens: int, switch: int) -> None:
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 500), st.none() | st.integers(1, 80))
+def test_batches_of_equally_long_rows_are_full(
+    length: int, num_rows: int, batch_tokens: int, switch: int | None
+) -> None:
     plan = make_plan([length] * num_rows, batch_tokens, switch)
     most = batch_tokens // length or 1
     assert plan.num_rows.tolist() == [most] * (num_rows // most) + [num_rows % most] * (num_rows % most > 0)
@@ -202,13 +214,25 @@ def test_the_plan_leaves_the_lengths_as_they_are() -> None:
     assert lengths.tolist() == [2, 9, 4]
 
 
-@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 200), st.integers(1, 40))
-def test_no_batch_mixes_rows_on_both_sides_of_a_length_switch(lengths: list[int], budget: int, switch: int) -> None:
-    plan = Plan(np.array(lengths, dtype=np.int32), budget, switch)
-    batches = [[lengths[row] for row in plan.rows(batch)] for batch in range(plan.num_batches)]
-    assert sorted(length for batch in batches for length in batch) == sorted(filter(None, lengths))
-    assert all(min(batch) > switch or max(batch) <= switch for batch in batches)
-    assert all(len(batch) == 1 or max(batch) * len(batch) <= budget for batch in batches)
+def test_a_length_switch_worked_by_hand() -> None:
+    lengths = [99, 100, 98, 100, 99]
+    assert batches(make_plan(lengths, 1000)) == [[1, 3, 0, 4, 2]]
+    assert batches(make_plan(lengths, 1000, 99)) == [[1, 3], [0, 4, 2]]
+    assert batches(make_plan(lengths, 1000, 98)) == [[1, 3, 0, 4], [2]]
+    for switch in (1, 97, 100, 101):
+        assert batches(make_plan(lengths, 1000, switch)) == [[1, 3, 0, 4, 2]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths_and_switches(), wide_budgets)
+def test_no_batch_mixes_rows_on_both_sides_of_a_length_switch(
+    given_lengths: tuple[list[int], int | None], budget: int
+) -> None:
+    lengths, switch = given_lengths
+    planned = [[lengths[row] for row in batch] for batch in batches(make_plan(lengths, budget, switch))]
+    assert sorted(length for batch in planned for length in batch) == sorted(filter(None, lengths))
+    assert all(switch is None or min(batch) > switch or max(batch) <= switch for batch in planned)
+    assert all(len(batch) == 1 or max(batch) * len(batch) <= budget for batch in planned)
 
 
 # Who computes what.
