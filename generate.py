@@ -54,7 +54,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     output = Output(Path(config.output), config.overwrite, config.dry_run)
     ranks.on_leader(output.claim)
-    if config.batch_tokens.is_auto and (found := ranks.from_leader(output.batch_tokens)):
+    if config.batch_tokens.is_auto and (found := ranks.from_leader(lambda: output.batch_tokens(config.settings))):
         config = config.with_batch_tokens(found)
     ranks.on_leader(lambda: output.check(settings_attributes(config)))
     info = ranks.together(lambda: describe_teacher(config))

@@ -35,6 +35,21 @@ def phases(measured: Measured, log: Path) -> Iterator[tuple[str, float]]:
     yield "the rest", measured.started + measured.wall_seconds - end
 
 
+def memory_of_loading(teacher: str) -> dict[str, float]:
+    """Load a teacher in a process of its own; return the bytes of its weights and by how much its memory grew."""
+    code = (
+        "import sys, torch; from logitgen.config import Config; from logitgen.estimate import _taken_bytes;"
+        "from logitgen.teacher import describe_teacher, load_teacher;"
+        "config = Config(teacher=sys.argv[1], dataset='none', output='none');"
+        "info, device, found = describe_teacher(config), torch.device('cpu'), [];"
+        "taken = _taken_bytes(device, lambda: found.append(load_teacher(config, info, device)));"
+        "print('taken', sum(p.nbytes for p in found[0]._model.parameters()), taken)"
+    )
+    measured = measure([sys.executable, "-c", code, teacher])
+    weights, taken = next(map(int, line.split()[1:]) for _, line in measured.lines if line.startswith("taken"))
+    return {"weight_bytes": weights, "taken_bytes": taken}
+
+
 def main() -> None:
     """Measure in turns: an empty launch, a run with nothing in the caches, a run with everything, and `inspect`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +97,11 @@ def main() -> None:
                 "the rest": f"{median_and_spread(taken['the rest']).median:.2f}" if "the rest" in taken else "-",
             }
         )
-    write_report(options.output, "startup", seconds, table)
+    memory = memory_of_loading(options.teacher)
+    write_report(options.output, "startup", {"seconds": seconds, "memory": memory}, table)
+    print(
+        f"Loading {memory['weight_bytes'] / 1e6:,.0f} MB of weights took {memory['taken_bytes'] / 1e6:,.0f} MB at most."
+    )
     shutil.rmtree(folder)
 
 

@@ -33,13 +33,24 @@ def traced(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def waits_traced(put: Callable[..., None]) -> Callable[..., None]:
+    """Write down for how long, at its begin, handing over has waited for a free buffer."""
+
+    def run(outbox: Any, *arguments: Any) -> None:
+        start, before = time.time(), outbox.waited_seconds
+        put(outbox, *arguments)
+        events.append(("wait", start, start + outbox.waited_seconds - before))
+
+    return run
+
+
 def slowed(put: Callable[..., None]) -> Callable[..., None]:
     """Let a write take as long as a slow disk would."""
 
-    def run(datasets: Any, name: str, start: int, values: Any) -> None:
-        put(datasets, name, start, values)
+    def run(datasets: Any, name: str, data: Any, parts: Any) -> None:
+        put(datasets, name, data, parts)
         if name == "kept_ids":
-            time.sleep(values.nbytes / SLOW_BYTES_PER_SECOND)
+            time.sleep(data.nbytes / SLOW_BYTES_PER_SECOND)
 
     return run
 
@@ -48,13 +59,12 @@ def main(folder: Path, arguments: list[str]) -> None:
     """Run as `generate.py` does, and leave `rank_N.json` in the folder."""
     generate.capture_batch = traced("forward", generate.capture_batch)
     generate.seal = traced("checksum", generate.seal)
-    transport.Outbox._wait = traced("wait", transport.Outbox._wait)  # type: ignore[method-assign]
-    transport.Outbox.put = traced("hand over", transport.Outbox.put)  # type: ignore[method-assign]
+    transport.Outbox.put = traced("hand over", waits_traced(transport.Outbox.put))  # type: ignore[method-assign]
     writer.Writer._write_batch = traced("write", writer.Writer._write_batch)  # type: ignore[method-assign]
     writer.Writer._commit = traced("commit", writer.Writer._commit)  # type: ignore[method-assign]
     if "--slow_disk" in arguments:
         arguments.remove("--slow_disk")
-        writer._Datasets.put = slowed(writer._Datasets.put)  # type: ignore[method-assign]
+        writer._Datasets.put_parts = slowed(writer._Datasets.put_parts)  # type: ignore[method-assign]
     console.PLAIN_SECONDS = 2.0
     sys.argv = ["generate.py", *arguments]
     generate.main()

@@ -75,7 +75,7 @@ def fitting_batch_tokens(
     free_bytes = _free_bytes(teacher.device) / (ranks_of_machine if on_cpu else 1)
     capture_batch(teacher, batch, layout)  # the first one also sets up what stays
     taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))
-    if not (free_bytes and taken_bytes):
+    if free_bytes <= 0 or taken_bytes <= 0:
         return most
     fitting = int(SAFE_SHARE * free_bytes * int(plan.padded_tokens[0]) / taken_bytes)
     return min(most, 1 << max(0, fitting.bit_length() - 1))

@@ -116,10 +116,16 @@ class Output:
         logger.warning("%s %s", why, hint)
         self.found = None
 
-    def batch_tokens(self) -> int | None:
-        """The token budget of the file that was found; None where there is none."""
-        value = self.found.attributes["settings"].get("batch_tokens") if self.found else None
-        return value if isinstance(value, int) and value > 0 else None
+    def batch_tokens(self, settings: Mapping[str, Any]) -> int | None:
+        """The token budget of the file that was found; None where there is none to go on with.
+
+        Args:
+            settings: This run's, of which only the token budget is still open.
+        """
+        there = self.found.attributes["settings"] if self.found else {}
+        of_another_run = there | {"batch_tokens": None} != {**settings, "batch_tokens": None}
+        value = there.get("batch_tokens")
+        return value if isinstance(value, int) and value > 0 and not (self._overwrite and of_another_run) else None
 
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Compare what is there with what this run would write, as far as that is known.

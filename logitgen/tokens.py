@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from logitgen.config import Config
+from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     Raises:
         UsageError: The columns are none of these, or a row's value has the wrong type.
     """
-    encode = _encoder(split, tokenizer, config)
+    encode = _telling(_encoder(split, tokenizer, config), len(split))
     features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
     settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
     fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
@@ -132,6 +134,20 @@ def _encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
             f"input_ids with completion_mask); '{column}' is plain text."
         )
     return lambda rows, indices: _texts(rows, indices, column, tokenizer, config)
+
+
+def _telling(encode: Encode, num_rows: int) -> Encode:
+    """Say now and then how far it is: a large split takes minutes."""
+    last_told = time.monotonic()
+
+    def run(rows: dict[str, list[Any]], indices: list[int]) -> Tokens:
+        nonlocal last_told
+        if time.monotonic() - last_told > PLAIN_SECONDS:
+            last_told = time.monotonic()
+            logger.info(f"Tokenised {indices[0]:,} of {num_rows:,} rows.")
+        return encode(rows, indices)
+
+    return run
 
 
 def _names(columns: list[str]) -> str:

@@ -372,7 +372,7 @@ class Outbox:
     """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
 
     Attributes:
-        waited_seconds: How long `put` has waited for a free buffer, or for a copy, so far.
+        waited_seconds: How long `put` has waited for a free buffer so far.
     """
 
     def __init__(self, size_bytes: int, hand_over: Callable[[int, Tensor], Wait], device: torch.device) -> None:
@@ -405,7 +405,9 @@ class Outbox:
         """
         slot = self._num_put % NUM_BUFFERS
         self._num_put += 1
-        self._wait(self._waits[slot])
+        start = time.monotonic()
+        self._waits[slot]()
+        self.waited_seconds += time.monotonic() - start
         message = self._buffers[slot][: len(payload) + _WAITED_BYTES]
         message[:-_WAITED_BYTES].copy_(payload, non_blocking=self._on_gpu)
         arrived = torch.cuda.Event() if self._on_gpu else None
@@ -425,16 +427,11 @@ class Outbox:
         while len(self._copied) > keep:
             copied = self._copied.pop(0)
             if copied.arrived is not None:
-                self._wait(copied.arrived.synchronize)
+                copied.arrived.synchronize()  # which waits for the forward pass before the copy
             message = copied.message.numpy()
             copied.finish(message[:-_WAITED_BYTES])
             message[-_WAITED_BYTES:] = np.array([self.waited_seconds], "<f8").view(np.uint8)
             self._waits[copied.slot] = self._hand_over(copied.batch, copied.message)
-
-    def _wait(self, ready: Wait) -> None:
-        start = time.monotonic()
-        ready()
-        self.waited_seconds += time.monotonic() - start
 
 
 @dataclass(frozen=True)

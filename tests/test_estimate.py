@@ -557,9 +557,12 @@ def test_as_many_tokens_as_fit_on_this_machine_are_a_power_of_two_and_leave_the_
 
 
 @linux_only
-def test_the_free_memory_is_what_psutil_says() -> None:
+def test_the_free_memory_is_what_can_be_had_without_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
     free = estimate_module._free_bytes(torch.device("cpu"))
     assert free == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    told = {("/proc/meminfo", "MemTotal"): 9, ("/proc/meminfo", "MemFree"): 2, ("/proc/meminfo", "MemAvailable"): 5}
+    monkeypatch.setattr(estimate_module, "_proc_bytes", lambda path, name: told[path, name])
+    assert estimate_module._free_bytes(torch.device("cpu")) == 5
 
 
 def touch(size_bytes: int) -> None:

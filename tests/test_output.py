@@ -87,6 +87,9 @@ def locked_elsewhere(path: Path, *, create: bool = False) -> Iterator[None]:
 # The token budget of what is there.
 
 
+SETTINGS = ATTRIBUTES["settings"] | {"batch_tokens": sys.maxsize}
+
+
 def settings_with(**changes: Any) -> dict[str, Any]:
     return {"settings": ATTRIBUTES["settings"] | changes}
 
@@ -94,7 +97,7 @@ def settings_with(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
 def test_the_token_budget_of_what_is_there_is_known(path: Path, tmp_path: Path, name: str) -> None:
     write_file(tmp_path / name, **settings_with(batch_tokens=1024))
-    assert claimed(path).batch_tokens() == 1024
+    assert claimed(path).batch_tokens(SETTINGS) == 1024
 
 
 @pytest.mark.parametrize(
@@ -102,13 +105,22 @@ def test_the_token_budget_of_what_is_there_is_known(path: Path, tmp_path: Path, 
 )
 def test_a_file_without_a_token_budget_that_makes_sense_has_none(path: Path, changes: dict[str, Any]) -> None:
     write_file(path, **settings_with(**changes))
-    assert claimed(path).batch_tokens() is None
+    assert claimed(path).batch_tokens(SETTINGS) is None
 
 
 def test_where_no_file_is_found_there_is_no_token_budget(path: Path) -> None:
-    assert claimed(path).batch_tokens() is None
+    assert claimed(path).batch_tokens(SETTINGS) is None
     write_file(path, **settings_with(batch_tokens=1024))
-    assert claimed(path, overwrite=True).batch_tokens() is None  # the complete file is made anew, and so is its budget
+    again = claimed(path, overwrite=True)  # the complete file is made anew, and so is its budget
+    assert again.batch_tokens(SETTINGS) is None
+
+
+def test_what_is_overwritten_hands_its_token_budget_on_only_to_the_same_run(path: Path, tmp_path: Path) -> None:
+    write_file(tmp_path / "out.h5.partial", **settings_with(batch_tokens=1024))
+    other = SETTINGS | {"split": "another"}
+    assert claimed(path, overwrite=True).batch_tokens(SETTINGS) == 1024
+    assert claimed(path, overwrite=True).batch_tokens(other) is None
+    assert claimed(path).batch_tokens(other) == 1024  # it is refused, and the budget is not what differs
 
 
 # A new output.
