@@ -234,6 +234,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_tokens", type=int, default=1024, help="Of ours, and of the forward passes alone.")
     parser.add_argument("--output", type=Path, default=ROOT / ".bench", help="Folder of the report and of all files.")
     parser.add_argument("--no_ablation", action="store_true", help="Leave out ours with one piece taken away.")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="Only these, by their names in the table; ours and the forward passes are always there.",
+    )
     options = parser.parse_args(arguments)
     options.teacher, options.output = Path(options.teacher).resolve(), options.output.resolve()
     return options
@@ -257,7 +263,8 @@ def main() -> None:
     split = options.output / "comparison.jsonl"
     with open(options.dataset, encoding="utf-8") as lines:
         split.write_text("".join(islice(lines, options.rows)), encoding="utf-8")
-    found = contenders(options, split)
+    wanted = (OURS, CEILING, *(options.only or ()))
+    found = [one for one in contenders(options, split) if options.only is None or one.name in wanted]
     folder = options.output / "comparison_files"
     rounds: list[dict[str, Run]] = []
     for turn in range(options.rounds):
