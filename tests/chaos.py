@@ -98,8 +98,8 @@ def be_rank(fault: Fault, written: Path) -> None:
         time.sleep(BATCH_SECONDS)
         return compute(*arguments)
 
-    def noted(self: Progress, batch: int) -> None:
-        note(self, batch)
+    def noted(self: Progress, batch: int, writer_seconds: float) -> None:
+        note(self, batch, writer_seconds)
         with written.open("ab") as file:
             file.write(np.int64(batch).tobytes())
 
@@ -138,7 +138,7 @@ def arm(fault: Fault) -> None:
         case "fsync":
             after(os, "fsync")
         case "done":
-            after(datasets, "put", lambda _, name, *__: name == "done")
+            after(datasets, "put_parts", lambda _, name, *__: name == "done")
         case "first rename":
             after(os, "replace", lambda old, new: str(new).endswith(".partial"))
         case "last rename":
