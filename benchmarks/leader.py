@@ -107,7 +107,7 @@ def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: arg
         make_job(size, kind.top_k, VOCAB_SIZE, kind.batch_tokens, kind.row_tokens)
         for size in (size_bytes, 2 * size_bytes)
     )
-    payload = torch.from_numpy(random_payload(int(long_job.payload_bytes.max())))
+    payload = torch.from_numpy(random_payload(int(max(job.payload_bytes.max(), long_job.payload_bytes.max()))))
     seconds: dict[str, list[float]] = {"ours": [], "sealed": [], "wire": [], "disk": [], "both": []}
     runs = []
     for _ in range(options.rounds):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 MOST_PADDING = 0.02
 """Largest share of padding. Splits of few rows pay for it with smaller batches: 156 rows of prose make 35 instead of 2
 with 8,192 tokens each and 47 % of padding. That is cheap: a batch of 128 tokens computes as fast per token as one of
-2,048, one of 64 tokens 15 % slower (SmolLM2-135M, one CPU thread)."""
+2,048, one of 64 tokens some 17 % slower (SmolLM2-135M, one CPU thread)."""
 
 
 class Plan:
