@@ -98,7 +98,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         )
         config = config.with_batch_tokens(min(ranks.gathered(fitting)))
         logger.info(f"As many tokens as fit into memory: --batch_tokens {config.batch_tokens:,}.")
-    about = attributes(config, info, rows, layout, tokenizer) | teacher_attributes(teacher)
+    about |= settings_attributes(config) | teacher_attributes(teacher)
     ranks.on_leader(lambda: output.check(about))
     plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     if config.dry_run:

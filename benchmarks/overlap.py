@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--split", default="train[:8%]")
+    parser.add_argument("--split", default="train[:6%]")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / ".bench")
     options = parser.parse_args()

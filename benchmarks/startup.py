@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / ".bench")
     options = parser.parse_args()
     folder = options.output.resolve() / "startup_files"
