@@ -9,7 +9,6 @@ leave is compared with ours row by row; a difference ends the benchmark.
 import argparse
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -45,10 +44,7 @@ def measure_contender(contender: Contender, folder: Path, options: argparse.Name
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHON": sys.executable,
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    filled = [word.replace("{folder}", str(folder)).replace("{port}", port) for word in contender.command]
+    filled = [word.replace("{folder}", str(folder)) for word in contender.command]
     return measure(filled, env)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.check import read_flat, read_groups, read_ours, read_zarr
-from benchmarks.harness import ROOT
+from benchmarks.harness import ROOT, launch
 
 COMPETITORS = ROOT / "benchmarks" / "competitors"
 OURS, CEILING, BASH, MERGE = "logitgen", "forward passes alone", "bash, file per process", "bash + merge"
@@ -48,8 +48,7 @@ def contenders(options: argparse.Namespace, split: Path) -> list[Contender]:
     shared = [f"--teacher={options.teacher}", f"--dataset={split}", f"--top_k={options.top_k}", "--output={folder}"]
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     profile = "cpu" if not torch.cuda.is_available() else "multi_gpu" if options.ranks > 1 else "single_gpu"
-    launch = [python, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", ranks]
-    launch += ["--main_process_port", "{port}", "--config_file", f"accelerate_configs/{profile}.yaml"]
+    accelerate = launch(options.ranks, profile)
     ours = [*shared[:3], "--output={folder}/out.h5", "--log_dir={folder}/logs", "--dtype=float32", "--overflow=error"]
     ours += [f"--batch_tokens={options.batch_tokens}"]
     flat = ("recipe.py", "flat.py")
@@ -59,17 +58,17 @@ def contenders(options: argparse.Namespace, split: Path) -> list[Contender]:
         return str(COMPETITORS / name)
 
     merge = [python, script("merge.py"), "{folder}", ranks]
-    ceiling = [*launch, script("ceiling.py"), *shared, f"--batch_tokens={options.batch_tokens}"]
+    ceiling = [*accelerate, script("ceiling.py"), *shared, f"--batch_tokens={options.batch_tokens}"]
     groups = [python, script("group_per_sample.py"), *shared, f"--num_ranks={ranks}"]
     found = [
-        Contender(name=OURS, command=[*launch, "generate.py", *ours], read=read_ours),
+        Contender(name=OURS, command=[*accelerate, "generate.py", *ours], read=read_ours),
         Contender(name=CEILING, command=ceiling, read=None),
         Contender(name=BASH, command=["bash", script("independent.sh"), ranks, *shared], code=bash),
         Contender(name=MERGE, command=merge, code=(*bash, "merge.py"), after=BASH),
         *(
             Contender(name=name, command=[*start, script(code), *shared], code=(code, *flat))
             for name, start, code in (
-                ("Accelerate, gather", launch, "accelerate_gather.py"),
+                ("Accelerate, gather", accelerate, "accelerate_gather.py"),
                 ("torch.distributed, gather", torchrun, "torch_distributed.py"),
                 ("one HDF5 file, lock", torchrun, "file_lock.py"),
             )
@@ -92,7 +91,9 @@ def contenders(options: argparse.Namespace, split: Path) -> list[Contender]:
         "leader": "file per rank, merge",
     }
     found += [
-        Contender(name=f"ours, {words}", command=[*launch, "-m", "benchmarks.without", piece, *ours], read=read_ours)
+        Contender(
+            name=f"ours, {words}", command=[*accelerate, "-m", "benchmarks.without", piece, *ours], read=read_ours
+        )
         for piece, words in pieces.items()
         if not options.no_ablation
     ]

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from benchmarks.harness import measure, plot_style, write_report
-from benchmarks.synthetic import forget_peak, peak_bytes, ragged_lengths
+from benchmarks.harness import launch, measure, plot_style, write_report
+from benchmarks.synthetic import ragged_lengths
+from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.plan import Plan
 
 MEAN_TOKENS, MOST_TOKENS, VOCAB_SIZE, TOP_K = 60, 512, 1000, 8
@@ -79,12 +80,10 @@ def run(folder: Path, num_rows: int, num_ranks: int) -> dict[str, Any]:
     """Capture so many rows on so many ranks; the time until the first forward pass is apart."""
     rows, output = folder / f"{num_rows}.parquet", folder / "out.h5"
     num_tokens = save_rows(rows, num_rows)
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(num_ranks)]
-    launch += ["--config_file", "accelerate_configs/cpu.yaml", "--main_process_port", "0", "generate.py"]
     words = [f"--teacher={folder / 'teacher'}", f"--dataset={rows}", f"--output={output}", f"--top_k={TOP_K}"]
     words += [f"--batch_tokens={BATCH_TOKENS}", f"--log_dir={folder / 'logs'}"]
     env = {"HF_DATASETS_CACHE": str(folder / f"cache_{num_rows}_{num_ranks}"), "HF_HUB_OFFLINE": "1"}
-    measured = measure([*launch, *words], env | {"OMP_NUM_THREADS": "1"})
+    measured = measure([*launch(num_ranks), "generate.py", *words], env | {"OMP_NUM_THREADS": "1"})
     output.unlink()
     return {
         "what": "run",

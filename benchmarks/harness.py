@@ -148,6 +148,12 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: P
     return Measured(wall_seconds, peaks.processes, lines, process.returncode, started)
 
 
+def launch(num_ranks: int, profile: str = "cpu") -> list[str]:
+    """Words of the command that starts so many ranks with a profile; the script's come after them."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(num_ranks)]
+    return [*command, "--main_process_port", "0", "--config_file", f"accelerate_configs/{profile}.yaml"]
+
+
 def median_and_spread(values: Sequence[float]) -> Spread:
     """Sum up the rounds of a number."""
     return Spread(median(values), min(values), max(values))

@@ -16,7 +16,6 @@ A rank is not starved if all of them are near 50 % of their batches when half of
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Spread, measure, median_and_spread, write_report
-from benchmarks.synthetic import Job, forget_peak, make_job, peak_bytes, prepare_memory, random_payload
+from benchmarks.harness import Spread, launch, measure, median_and_spread, write_report
+from benchmarks.synthetic import Job, make_job, prepare_memory, random_payload
+from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.transport import Ranks, launched
 from logitgen.writer import Writer
 
@@ -81,11 +81,9 @@ def main() -> None:
 
 def start_ranks(num_ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Launch so many ranks, and read what the leader measured of every kind."""
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(num_ranks)]
-    launch += ["--config_file", "accelerate_configs/cpu.yaml", "--main_process_port", "0"]
     words = ["--kinds", *map(str, options.kinds), "--megabytes", str(options.megabytes)]
     words += ["--rounds", str(options.rounds), "--out", str(options.out.resolve())]
-    measured = measure([*launch, "--module", "benchmarks.leader", *words], {"OMP_NUM_THREADS": "1"})
+    measured = measure([*launch(num_ranks), "--module", "benchmarks.leader", *words], {"OMP_NUM_THREADS": "1"})
     return [json.loads(line) for _, line in measured.lines if line.startswith("{")]
 
 

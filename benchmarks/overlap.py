@@ -10,15 +10,13 @@ import argparse
 import json
 import re
 import shutil
-import socket
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import ROOT, Measured, measure, plot_style, write_report
+from benchmarks.harness import ROOT, Measured, launch, measure, plot_style, write_report
 
 _COLORS = {"forward": "#1f5fa8", "checksum": "#e0a030", "wait": "#c03030", "write": "#60a060", "commit": "#204020"}
 
@@ -40,12 +38,7 @@ def run(folder: Path, options: argparse.Namespace, *more: str) -> tuple[Trace, M
     """Capture with several ranks, and read what they wrote down."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes"]
-    launch += [str(options.ranks), "--main_process_port", port, "--config_file", "accelerate_configs/cpu.yaml"]
-    command = [*launch, "-m", "benchmarks.traced", str(folder), f"--dataset={options.dataset}", *more]
+    command = [*launch(options.ranks), "-m", "benchmarks.traced", str(folder), f"--dataset={options.dataset}", *more]
     measured = measure([*command, f"--output={folder}/out.h5", f"--log_dir={folder}/logs"], {"HF_HUB_OFFLINE": "1"})
     traces = {int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("rank_*.json")}
     return traces, measured

@@ -5,14 +5,13 @@ python -m benchmarks.startup --teacher FOLDER --dataset ROWS.jsonl
 
 import argparse
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Measured, measure, median_and_spread, write_report
+from benchmarks.harness import ROOT, Measured, launch, measure, median_and_spread, write_report
 
 PHASES = {
     "Reading": "launcher, imports, options",
@@ -65,18 +64,19 @@ def main() -> None:
     nothing = folder / "nothing.py"
     nothing.touch()
     out, logs = folder / "out.h5", folder / "logs"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes"]
-    launch += [str(options.ranks), "--main_process_port", port, "--config_file", "accelerate_configs/cpu.yaml"]
-    run = [*launch, "generate.py", f"--teacher={options.teacher}", f"--dataset={options.dataset}", "--split=train[:1%]"]
+    run = [
+        *launch(options.ranks),
+        "generate.py",
+        f"--teacher={options.teacher}",
+        f"--dataset={options.dataset}",
+        "--split=train[:1%]",
+    ]
     run += [f"--output={out}", f"--log_dir={logs}", "--batch_tokens=512", "--overwrite"]
     seconds: dict[str, dict[str, list[float]]] = {}
     env = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     for _ in range(options.rounds):
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        empty = measure([*launch, str(nothing)], env).wall_seconds
+        empty = measure([*launch(options.ranks), str(nothing)], env).wall_seconds
         seconds.setdefault("empty launch", {}).setdefault("launcher, imports, options", []).append(empty)
         for name in ("first time", "again, tokens cached"):
             shutil.rmtree(logs, ignore_errors=True)

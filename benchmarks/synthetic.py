@@ -101,14 +101,3 @@ def prepare_memory(path: Path) -> None:
             file.write(bytes(2**22))
     beside.unlink()
     os.sync()
-
-
-def forget_peak() -> None:
-    """Have this process's peak of memory start anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The most resident memory this process has had since then."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -95,11 +95,21 @@ def _taken_bytes(device: torch.device, work: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    forget_peak()
     before = _proc_bytes("/proc/self/status", "VmRSS")
     work()
-    return _proc_bytes("/proc/self/status", "VmHWM") - before
+    return peak_bytes() - before
+
+
+def forget_peak() -> None:
+    """Have this process's peak of memory start anew, where Linux can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most resident memory this process has had since its peak was forgotten; 0 where the system does not tell."""
+    return _proc_bytes("/proc/self/status", "VmHWM")
 
 
 def _proc_bytes(path: str, name: str) -> int:
