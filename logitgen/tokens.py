@@ -26,6 +26,7 @@ _FEATURES = datasets.Features(
 _COLUMNS = ("input_ids", "completion_mask", "messages", "prompt", "completion", "text")
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+Chat = list[dict[str, Any]]
 Tokens = dict[str, list[list[int]]]
 """`input_ids` and `completion_mask` (1 where a token belongs to a completion) of several rows."""
 
@@ -164,7 +165,7 @@ def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, co
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if not config.completion_only:
         return {"input_ids": _ended(_encode(tokenizer, texts), tokenizer, config)}
-    _check_fast(tokenizer)
+    _check_fast(tokenizer, "text")
     encoded = tokenizer(texts, verbose=False, return_offsets_mapping=True)
     whole = _ended(encoded["input_ids"], tokenizer, config)
     prompt_tokens = map(_num_tokens_within, encoded["offset_mapping"], map(len, prompts))
@@ -177,21 +178,46 @@ def _num_tokens_within(offsets: list[tuple[int, int]], length: int) -> int:
     return next((index for index, (_, end) in enumerate(offsets) if end > length), len(offsets))
 
 
-def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:
     if not tokenizer.is_fast:
-        raise UsageError("--completion_only over text needs a fast tokenizer: only those know where a token stands.")
+        raise UsageError(f"--completion_only over {over} needs a fast tokenizer: only those know where a token stands.")
 
 
 def _chat(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    """Render the conversations, then tokenise all of them at once, which uses all cores."""
     chats = [_checked_chat(chat, index) for chat, index in zip(rows["messages"], indices, strict=True)]
-    encoded = [_encode_chat(chat, index, tokenizer, config) for chat, index in zip(chats, indices, strict=True)]
-    tokens = {"input_ids": _ended([ids for ids, _ in encoded], tokenizer, config)}
     if config.completion_only:
-        masks = [mask for _, mask in encoded]
-        tokens["completion_mask"] = [
-            mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(tokens["input_ids"], masks, strict=True)
-        ]
-    return tokens
+        _check_fast(tokenizer, "messages")
+        if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
+            return _marked_chats(chats, indices, tokenizer, config)
+    texts = [
+        _render(tokenizer, index, chat, tokenize=False) if chat else ""
+        for chat, index in zip(chats, indices, strict=True)
+    ]
+    offsets = {"return_offsets_mapping": True} if config.completion_only else {}
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **offsets)
+    if not config.completion_only:
+        return {"input_ids": _ended(encoded["input_ids"], tokenizer, config)}
+    masks = []
+    for chat, text, index, places in zip(chats, texts, indices, encoded["offset_mapping"], strict=True):
+        spans = _assistant_spans(chat, text, index, tokenizer)
+        masks.append([int(any(start < last and first < end for first, last in spans)) for start, end in places])
+    return _masked(encoded["input_ids"], masks, tokenizer, config)
+
+
+def _marked_chats(chats: list[Chat], indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    """Tokenise conversations whose template says which tokens are the assistant's."""
+    encoded = [_encode_marked(chat, index, tokenizer) for chat, index in zip(chats, indices, strict=True)]
+    return _masked([ids for ids, _ in encoded], [mask for _, mask in encoded], tokenizer, config)
+
+
+def _masked(
+    rows: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Tokens:
+    """End the rows, and say of what ends them that it is no completion."""
+    ended = _ended(rows, tokenizer, config)
+    longer = [mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(ended, masks, strict=True)]
+    return {"input_ids": ended, "completion_mask": longer}
 
 
 def _ready(rows: Any, indices: list[int], config: Config) -> Tokens:
@@ -238,9 +264,6 @@ def _ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Co
     return [ids if ids and ids[-1] == end else [*ids, end] for ids in rows]
 
 
-Chat = list[dict[str, Any]]
-
-
 def _checked_chat(chat: Any, index: int) -> Chat:
     fits = isinstance(chat, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
@@ -251,31 +274,17 @@ def _checked_chat(chat: Any, index: int) -> Chat:
     return cast(Chat, chat)
 
 
-def _encode_chat(
-    chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase, config: Config
-) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation, and 1 for each token the assistant would have generated."""
+def _encode_marked(chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, and 1 for each token in one of its template's generation blocks."""
     if not chat:
         return [], []
-    if not config.completion_only:
-        return cast(list[int], _render(tokenizer, index, chat, tokenize=True, return_dict=False)), []
-    if not tokenizer.is_fast:
+    encoded = _render(tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    mask = encoded["assistant_masks"]
+    if not any(mask) and any(message["role"] == "assistant" for message in chat):
         raise UsageError(
-            "--completion_only over messages needs a fast tokenizer: only those know where a token stands."
+            f"Row {index}: the chat template's generation block marks no token of the assistant's turns. "
+            "Use a tokenizer that keeps every character, or remove the block from the template."
         )
-    if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
-        encoded = _render(tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        mask = encoded["assistant_masks"]
-        if not any(mask) and any(message["role"] == "assistant" for message in chat):
-            raise UsageError(
-                f"Row {index}: the chat template's generation block marks no token of the assistant's turns. "
-                "Use a tokenizer that keeps every character, or remove the block from the template."
-            )
-        return encoded["input_ids"], mask
-    text = _render(tokenizer, index, chat, tokenize=False)
-    spans = _assistant_spans(chat, text, index, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [int(any(start < last and first < end for first, last in spans)) for start, end in encoded["offset_mapping"]]
     return encoded["input_ids"], mask
 
 

@@ -370,7 +370,10 @@ def test_messages_need_a_chat_template(tokenizer: Tokenizer) -> None:
 
 
 def test_a_slow_tokenizer_cannot_mark_the_assistants_tokens(chat_tokenizer: Tokenizer) -> None:
-    slow = SimpleNamespace(
+    class Slow(SimpleNamespace):
+        __call__ = staticmethod(chat_tokenizer.__call__)
+
+    slow = Slow(
         is_fast=False,
         chat_template=chat_tokenizer.chat_template,
         get_vocab=chat_tokenizer.get_vocab,
