@@ -7,10 +7,12 @@ from logitgen.reader import LogitsFile
 
 if TYPE_CHECKING:
     from logitgen.dataset import LogitsDataset, collate
+    from logitgen.losses import DistillationLoss
 
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
+    "DistillationLoss",
     "FormatError",
     "LogitgenError",
     "LogitsDataset",
@@ -26,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from logitgen import dataset
 
         return getattr(dataset, name)
+    if name == "DistillationLoss":
+        from logitgen.losses import DistillationLoss
+
+        return DistillationLoss
     raise AttributeError(f"module 'logitgen' has no attribute '{name}'")

@@ -1,0 +1,323 @@
+"""How far a student is from what a file holds of its teacher: one loss for every kind of capture.
+
+Whatever was captured becomes the log-probs of the same E events on both sides: all tokens, or the kept ones and one
+more that stands for the tail. A divergence compares the two. Only a sample is weighted instead.
+
+Shape letters: B rows of a batch, T tokens, C captured positions of a chunk, V columns of the student's logits, W rows
+of the teacher's head, K kept per position, E events, D hidden size.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.utils.checkpoint import checkpoint
+
+from logitgen.dataset import IGNORED_LABEL
+from logitgen.errors import UsageError
+from logitgen.schema import FLOAT16_MAX
+
+CHUNK_LOGITS = 2**24
+"""Logits of the student that are in float32 at a time, 64 MiB; some ten such tensors live at the peak."""
+
+MAX_PADDED_ROWS = 1024
+"""Rows by which heads of one tokenizer may differ, as some are padded for speed: phi-2's by 905."""
+
+LEAST_LOGPROB = -FLOAT16_MAX
+"""Stands for the log-prob of what cannot come: finite, so that 0 times it is 0, and as the file stores it."""
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Tail = Literal["ghost", "ignore"]
+
+_KEPT = ("kept_ids", "kept_logprobs")
+_CAPTURED = {"topk": _KEPT, "sample": (*_KEPT, "threshold"), "hidden": ("hidden",), "full": ("logits",)}
+"""What a batch holds at captured positions, by kind of capture."""
+
+
+class TeacherHead(Protocol):
+    """The teacher's output head, as a file of hidden states holds it."""
+
+    @property
+    def weight_VD(self) -> Tensor: ...  # noqa: D102, N802
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TeacherHead": ...  # noqa: D102
+
+    def __call__(self, hidden_PD: Tensor) -> Tensor: ...  # noqa: D102
+
+
+class CapturedDataset(Protocol):
+    """What the loss asks of a `LogitsDataset`; the head only if hidden states were captured."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def head(self) -> TeacherHead | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationLoss:
+    """The mean divergence of a student from the teacher over a batch's captured positions, in nats.
+
+    Everything is computed in float32 (float64 if the student's logits are), a chunk of positions at a time, and again
+    for the gradient, so that no such tensor of a whole batch exists.
+
+    From `hidden` and `full` the distributions are exact, over the columns that teacher and student share. From `topk`
+    they are those of the kept tokens and the tail. From `sample` the loss is the importance-weighted forward KL: value
+    and gradient are right on average over the draws; a single position's value may be negative.
+
+    Attributes:
+        dataset: Where the batches come from.
+        divergence: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, the
+            generalised Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
+            m = beta teacher + (1 - beta) student. Divided by beta it becomes the forward KL as beta goes to 0, divided
+            by 1 - beta the reverse one as beta goes to 1; it is not divided here, so it shrinks towards both ends.
+        beta: The teacher's share in `jsd`, between 0 and 1.
+        tail: What becomes of the tokens that `topk` did not keep: `ghost` makes them one more token, so that the
+            student learns how much mass they have; `ignore` renormalises both sides over the kept tokens, which is
+            biased: the student may put any mass on the others. The other kinds have no tail.
+        temperature: By which both sides' log-probs are divided before they are normalised again. The divergence is
+            multiplied by its square, which keeps the size of the gradients.
+        cross_entropy_weight: w in (1 - w) divergence + w cross-entropy with the tokens that really came.
+
+    Source: Hinton et al. 2015, section 2 (temperature and its square); Agarwal et al. 2024, "On-Policy Distillation of
+    Language Models", section 2 (generalised JSD).
+    """
+
+    dataset: CapturedDataset
+    _: KW_ONLY
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+    tail: Tail = "ghost"
+    temperature: float = 1.0
+    cross_entropy_weight: float = 0.0
+    _heads: dict[torch.device, TeacherHead] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: One is out of its range, or does not go with what the file holds.
+        """
+        _check_choice("divergence", self.divergence, get_args(Divergence))
+        _check_choice("tail", self.tail, get_args(Tail))
+        if not 0 < self.beta < 1:
+            raise UsageError(
+                f"beta must be between 0 and 1, both excluded, got {self.beta}. "
+                "For the ends take divergence='forward_kl' or 'reverse_kl'."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"temperature must be a number above 0, got {self.temperature}. 1 leaves it as it is.")
+        if not 0 <= self.cross_entropy_weight <= 1:
+            raise UsageError(
+                f"cross_entropy_weight must be between 0 and 1, got {self.cross_entropy_weight}. 0 leaves it out."
+            )
+        default = self.divergence, self.tail, self.temperature
+        if self._capture == "sample" and default != ("forward_kl", "ghost", 1):
+            raise UsageError(
+                "A file of sampled tokens gives an unbiased loss only for divergence='forward_kl', tail='ghost', "
+                f"temperature=1, got {self.divergence!r}, {self.tail!r}, {self.temperature}. Leave them out, or "
+                "capture topk or hidden."
+            )
+
+    def __call__(self, logits_BTV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Compare the student's logits for a batch with the teacher's.
+
+        Args:
+            logits_BTV: The student's, in any floating dtype. At position t they predict token t+1, as the file's do.
+            batch: As `collate` makes it; it may be on another device than the logits.
+
+        Returns:
+            A scalar, float32 or float64; 0 with gradients of 0 if the batch has no captured position.
+
+        Raises:
+            UsageError: The logits do not fit the batch, or the vocabularies differ.
+        """
+        self._check_fits(logits_BTV, batch)
+        captured = batch["captured"].flatten().cpu()
+        num_captured = int(captured.sum())
+        if not num_captured:
+            return logits_BTV[:0].sum(dtype=_dtype(logits_BTV))  # of nothing, but with a gradient
+        names = _CAPTURED[self._capture]
+        values = {name: batch[name].flatten(0, 1) for name in names} | {"labels": _next_labels(batch["labels"])}
+        step = max(1, CHUNK_LOGITS // logits_BTV.shape[-1])
+        chunks = [tensor.split(step) for tensor in (logits_BTV.flatten(0, 1), captured, *values.values())]
+        sums = [
+            checkpoint(
+                self._chunk_sum,
+                logits,
+                mask,
+                dict(zip(values, parts, strict=True)),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for logits, mask, *parts in zip(*chunks, strict=True)
+            if mask.any()
+        ]
+        return torch.stack(sums).sum() / num_captured
+
+    def _chunk_sum(self, logits: Tensor, mask: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum the loss over those positions of a chunk that are captured."""
+        with torch.autocast(logits.device.type, enabled=False):
+            student_CV = logits[mask].to(_dtype(logits))
+            known = {name: _like(student_CV, tensor[mask]) for name, tensor in values.items()}
+            weight = self.cross_entropy_weight
+            total = self._divergence_sum(student_CV, known)
+            if weight:
+                next_token = cross_entropy(student_CV, known["labels"], ignore_index=IGNORED_LABEL, reduction="sum")
+                total = (1 - weight) * total + weight * next_token
+            return total
+
+    def _divergence_sum(self, student_CV: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        if self._capture == "sample":
+            return sampled_forward_kl(student_CV, known["kept_ids"], known["kept_logprobs"], known["threshold"]).sum()
+        if self._capture == "topk":
+            events = kept_events(student_CV, known["kept_ids"], known["kept_logprobs"], ghost=self.tail == "ghost")
+        else:
+            events = _common_columns(student_CV, self._teacher_logits(known))
+        teacher_CE, student_CE = (_normalised(logprobs / self.temperature) for logprobs in events)
+        return self.temperature**2 * self._divergence(teacher_CE, student_CE)
+
+    def _divergence(self, teacher_CE: Tensor, student_CE: Tensor) -> Tensor:
+        if self.divergence == "forward_kl":
+            return _kl_sum(teacher_CE, student_CE)
+        if self.divergence == "reverse_kl":
+            return _kl_sum(student_CE, teacher_CE)
+        mixture_CE = torch.logaddexp(teacher_CE + math.log(self.beta), student_CE + math.log(1 - self.beta))
+        return self.beta * _kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * _kl_sum(student_CE, mixture_CE)
+
+    def _teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
+        """Return the teacher's logits [C, W]; through its head in its own dtype, as it computed them itself."""
+        if self._capture == "full":
+            return known["logits"]
+        hidden_CD = known["hidden"]
+        head = self._head(hidden_CD.device)
+        return head(hidden_CD.to(head.weight_VD.dtype)).to(hidden_CD.dtype)
+
+    def _head(self, device: torch.device) -> TeacherHead:
+        if device not in self._heads:
+            head = self.dataset.head
+            if head is None:
+                raise UsageError("A loss from hidden states needs the teacher's head, the dataset has none.")
+            self._heads[device] = head.to(device, head.weight_VD.dtype)
+        return self._heads[device]
+
+    @property
+    def _capture(self) -> str:
+        return str(self.dataset.attributes["capture"])
+
+    def _check_fits(self, logits_BTV: Tensor, batch: Mapping[str, Tensor]) -> None:
+        captured_BT = batch["captured"]
+        if logits_BTV.shape[:-1] != captured_BT.shape:
+            raise UsageError(
+                f"The student's logits must have the shape {[*captured_BT.shape, 'vocabulary']}, as the batch has, got "
+                f"{list(logits_BTV.shape)}. Give it the batch's input_ids, and its logits uncut to the loss."
+            )
+        num_columns = logits_BTV.shape[-1]
+        vocab_size, tokenizer_size = (self.dataset.attributes[name] for name in ("vocab_size", "tokenizer_size"))
+        least = min(vocab_size, tokenizer_size or vocab_size)
+        most = max(vocab_size, tokenizer_size) + MAX_PADDED_ROWS
+        if not least <= num_columns <= most:
+            raise UsageError(
+                f"The vocabularies differ: the student's logits have {num_columns} columns, the teacher's {vocab_size} "
+                f"with a tokenizer of {tokenizer_size or 'unknown'} size; {least} to {most} would fit. Train a student "
+                "that has the teacher's tokenizer."
+            )
+
+
+def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghost: bool) -> tuple[Tensor, Tensor]:
+    """Describe both sides by the kept tokens, and with `ghost` by one more event, that any other token comes.
+
+    Args:
+        student_CV: Logits.
+        ids_CK: The teacher's kept ids. Those the student has no column for, a padded head's, fall to the tail.
+        logprobs_CK: Their log-probs.
+        ghost: Whether the tail is an event.
+
+    Returns:
+        The teacher's and the student's log-probs, [C, K] or [C, K+1].
+    """
+    num_columns = student_CV.shape[-1]
+    both = logprobs_CK, student_CV.log_softmax(-1).gather(-1, ids_CK.clamp(max=num_columns - 1))
+    known_CK = ids_CK < num_columns
+    kept = [torch.where(known_CK, logprobs, LEAST_LOGPROB).clamp(min=LEAST_LOGPROB) for logprobs in both]
+    if ghost:
+        kept = [torch.cat([logprobs, _tail_logprob(logprobs)], dim=-1) for logprobs in kept]
+    return kept[0], kept[1]
+
+
+def _tail_logprob(kept_CK: Tensor) -> Tensor:
+    """Return the log of what the kept probabilities leave of 1, [C, 1].
+
+    Rounding can make their sum exceed 1. A tail is never less than what the dtype can tell from 0, on both sides, so
+    that it cancels.
+    """
+    kept_mass = kept_CK.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(kept_CK.dtype).eps)
+    return (-torch.expm1(kept_mass)).log()
+
+
+def sample_weights(logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
+    """Weigh sampled tokens so that on average over the draws each token of the vocabulary has its probability.
+
+    Args:
+        logprobs_CK: Log-probs p of the kept tokens, drawn without replacement by Gumbel-top-k.
+        threshold_C: kappa, the (K+1)-th perturbed log-prob.
+
+    Returns:
+        [C, K]: exp(p) by the probability that the token's perturbed log-prob exceeds kappa.
+
+    Source: Vieira 2017, "Estimating means in a finite universe"; Kool et al. 2019, "Stochastic Beams and Where to Find
+    Them", section 4.
+    """
+    logprobs_CK = logprobs_CK.clamp(min=LEAST_LOGPROB)
+    inclusion_CK = -torch.expm1(-(logprobs_CK - threshold_C[:, None]).exp())
+    # What is masked, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
+    return logprobs_CK.exp() / inclusion_CK.clamp(min=torch.finfo(inclusion_CK.dtype).tiny)
+
+
+def sampled_forward_kl(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
+    """Estimate KL(teacher || student) from sampled tokens, without bias in value and gradient, [C].
+
+    The weights are not made to sum to 1: that would bring a bias back.
+    """
+    teacher_CK, student_CK = kept_events(student_CV, ids_CK, logprobs_CK, ghost=False)
+    return (sample_weights(teacher_CK, threshold_C) * (teacher_CK - student_CK)).sum(-1)
+
+
+def _common_columns(student_CV: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor]:
+    num_common = min(student_CV.shape[-1], teacher_CW.shape[-1])
+    return teacher_CW[:, :num_common], student_CV[:, :num_common]
+
+
+def _normalised(logits_CE: Tensor) -> Tensor:
+    return logits_CE.log_softmax(-1).clamp(min=LEAST_LOGPROB)
+
+
+def _kl_sum(of_CE: Tensor, from_CE: Tensor) -> Tensor:
+    """KL(of || from), both log-probs, summed over positions."""
+    return kl_div(from_CE, of_CE, reduction="sum", log_target=True)
+
+
+def _next_labels(labels_BT: Tensor) -> Tensor:
+    """Move the labels to the positions that predict them, [B*T]."""
+    return pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+
+
+def _dtype(logits: Tensor) -> torch.dtype:
+    """In which dtype to compute: never below float32."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _like(student_CV: Tensor, values: Tensor) -> Tensor:
+    """Move the teacher's values to the student's device, and those that are not ids to its dtype."""
+    dtype = student_CV.dtype if values.is_floating_point() else values.dtype
+    return values.to(student_CV.device, dtype, non_blocking=True)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
