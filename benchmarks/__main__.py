@@ -12,7 +12,7 @@ import sys
 from benchmarks.harness import ROOT
 
 ON_A_TEACHER = ("comparison", "overlap", "startup")
-ON_ITS_OWN = ("leader", "head", "growth")
+ON_ITS_OWN = ("leader", "head", "growth", "reading")
 
 
 def main() -> int:

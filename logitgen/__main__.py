@@ -1,4 +1,4 @@
-"""`python -m logitgen`: look into a file, and prove it right."""
+"""`python -m logitgen`: look into a file, prove it right, hand it over to other trainers."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
+
+from rich.text import Text
 
 from logitgen.console import print_error, print_result, quiet_libraries
 from logitgen.errors import LogitgenError, UsageError
@@ -27,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    parser = _Parser(prog="python -m logitgen", description="Look into a logitgen file, and prove it right.")
+    parser = _Parser(prog="python -m logitgen", description="Look into logitgen files, and export them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="Show what is in a file.", description="Show what is in a file.")
     inspect.add_argument("file", type=Path)
@@ -45,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_argument("--rows", type=int, help="With --teacher: how many rows, drawn at random; 16 if not given.")
     verify.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the teacher.")
     verify.set_defaults(run=_verify)
+    about = "Write the rows in the columns of axolotl's distillation: a Parquet file, or a folder as datasets saves it."
+    export = commands.add_parser("export", help="Hand a file over to other trainers.", description=about)
+    export.add_argument("file", type=Path)
+    export.add_argument("output", type=Path, help="Its name ends in .parquet, or has no ending for a folder.")
+    export.set_defaults(run=_export)
     try:
         options = parser.parse_args(arguments)
         return cast(int, options.run(options))
@@ -107,6 +114,16 @@ def _verify(options: argparse.Namespace) -> int:
         found += compared.problems
     print_result(verdict_view(file, found, more, compared))
     return 1 if found else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from logitgen.export import export  # pyarrow takes a moment
+
+    quiet_libraries()
+    file = LogitsFile(options.file)
+    export(file, options.output)
+    print_result(Text(f"Exported {len(file):,} rows to {options.output}."))
+    return 0
 
 
 if __name__ == "__main__":

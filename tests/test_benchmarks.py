@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 
 import generate
-from benchmarks import without
+from benchmarks import reading, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.harness import measure, median_and_spread
-from logitgen import transport
+from benchmarks.synthetic import make_job
+from logitgen import LogitsDataset, transport
 from logitgen.reader import LogitsFile
 
 OTHERS = [
@@ -166,3 +167,29 @@ def test_a_command_that_fails_says_what_it_printed():
 
 def test_the_spread_of_rounds_is_their_least_and_most():
     assert median_and_spread([3.0, 1.0, 5.0]) == (3.0, 1.0, 5.0)
+
+
+def test_batches_of_a_made_up_file_are_read_and_trained_from(tmp_path: Path, monkeypatch):
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(reading, "STUDENT", tiny)
+    words = ["--megabytes=1", "--workers", "0", "1", "--seconds=0.1", "--steps=1", "--rounds=1"]
+    monkeypatch.setattr(sys, "argv", ["reading", *words, f"--output={tmp_path}"])
+    reading.main()
+    data = json.loads((tmp_path / "reading.json").read_text())["data"]
+    assert data["positions"] == pytest.approx(1e6 / 264, rel=0.3)
+    (found,) = data["rounds"]
+    assert found["training"] > 0
+    assert set(found["reading"]) == {"0", "1"}
+    assert min(found["reading"].values()) > 0
+
+
+def test_a_made_up_file_holds_what_a_loss_accepts(tmp_path: Path):
+    reading.write_file(tmp_path / "made_up.h5", make_job(10**6, 64, 32_000, 1024, 256))
+    dataset = LogitsDataset(tmp_path / "made_up.h5")
+    lengths = [len(row["input_ids"]) for row in dataset]
+    assert min(lengths) < 100 < 400 < max(lengths)
+    for row in dataset:
+        assert (row["kept_ids"].sort(-1).values.diff() > 0).all()
+        assert row["kept_ids"].max() < 32_000
+        assert (row["kept_logprobs"].diff() < 0).all()
+        assert (row["kept_logprobs"].exp().sum(-1) < 1).all()

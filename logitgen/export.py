@@ -1,0 +1,163 @@
+"""A file as a `datasets` folder or a Parquet file, in the columns of trainers that read stored log-probs from rows.
+
+The columns are those of axolotl's knowledge distillation; every row is one training example of T tokens:
+
+    input_ids, attention_mask, labels   int32[T], labels unshifted, -100 where nothing is trained
+    target_token_ids, target_logprobs   int32[T, K] and float32[T, K]; entry t is the distribution of token t+1
+    target_mask                         int8[T, K], 1 where the teacher's distribution is known
+
+Source: axolotl 0.19.0, `integrations/kd/collator.py` (the columns) and `kernels/liger.py`, which compares entry t with
+the student's output at t and shifts the labels alone.
+
+Shape letters: T tokens of a row, P captured positions, K kept per position, E entries of several rows together.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitgen.errors import UsageError
+from logitgen.output import reason
+from logitgen.reader import LogitsFile
+from logitgen.schema import Array
+
+IGNORED_LABEL = -100
+EXPORTED = ("topk", "sample")
+MASKED_LOGPROB = -1e9
+"""What stands where nothing is known: what axolotl pads with; finite, so that nothing computed from it is NaN."""
+
+_SURELY = 50.0
+"""So far above the threshold a token is kept for sure, long before its exponential overflows."""
+
+_ENTRIES_AT_ONCE = 2**21
+
+SCHEMA = pa.schema(
+    {name: pa.list_(pa.int32()) for name in ("input_ids", "attention_mask", "labels")}
+    | {
+        "target_token_ids": pa.list_(pa.list_(pa.int32())),
+        "target_logprobs": pa.list_(pa.list_(pa.float32())),
+        "target_mask": pa.list_(pa.list_(pa.int8())),
+    }
+)
+
+Example = dict[str, Array]
+
+
+def export(file: LogitsFile, output: Path) -> None:
+    """Write a file's rows as Parquet where the output's name ends in `.parquet`, else as a `save_to_disk` folder.
+
+    Rows are streamed; a folder takes twice its size on the disk while it is written. The output is there in full or
+    not at all.
+
+    Raises:
+        UsageError: The file holds neither topk nor sample, or the output exists or cannot be written.
+    """
+    if file.layout.capture not in EXPORTED:
+        raise UsageError(
+            f"Only files of --capture {' or '.join(EXPORTED)} can be exported, {file.path} is of --capture "
+            f"{file.layout.capture}. Train from it with LogitsDataset."
+        )
+    if output.suffix not in ("", ".parquet"):
+        raise UsageError(f"The output must end in .parquet, or be a folder's name without a dot, got {output.name}.")
+    if output.exists():
+        raise UsageError(f"{output} exists already. Name another output, or remove it.")
+    write = _write_parquet if output.suffix else _write_folder
+    try:
+        with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
+            write(file, Path(beside) / output.name)
+            (Path(beside) / output.name).rename(output)
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {reason(error)}. Choose another place.") from error
+
+
+def examples(file: LogitsFile) -> Iterator[Example]:
+    """Yield the rows one by one in the trainers' columns, shapes and dtypes as at the top."""
+    for number in range(len(file)):
+        row = file.row(number)
+        num_tokens, positions = len(row["input_ids"]), row["positions"]
+        wide = (num_tokens, row["kept_ids"].shape[-1])
+        example: Example = {
+            "input_ids": row["input_ids"].astype(np.int32),
+            "attention_mask": np.ones(num_tokens, np.int32),
+            "labels": np.full(num_tokens, IGNORED_LABEL, np.int32),
+            "target_token_ids": np.zeros(wide, np.int32),
+            "target_logprobs": np.full(wide, MASKED_LOGPROB, np.float32),
+            "target_mask": np.zeros(wide, np.int8),
+        }
+        example["labels"][positions + 1] = row["input_ids"][positions + 1]
+        example["target_token_ids"][positions] = row["kept_ids"]
+        example["target_logprobs"][positions] = target_logprobs(row)
+        example["target_mask"][positions] = 1
+        yield example
+
+
+def target_logprobs(row: dict[str, Array]) -> Array:
+    """Turn kept log-probs into what a sum over kept tokens, target * (log target - log student), should be given.
+
+    The top k are renormalised over themselves, as such trainers expect. Sampled tokens keep their un-normalised
+    importance weights p / q, q = 1 - exp(-exp(log p - threshold)): they make the sum's gradient unbiased.
+
+    Returns:
+        float32[P, K], nats; of sampled tokens, the logarithm of the weights, which may exceed 0.
+    """
+    logprobs_PK = row["kept_logprobs"].astype(np.float64)
+    if "threshold" in row:
+        above_PK = logprobs_PK - row["threshold"].astype(np.float64)[:, None]
+        inclusion_PK = -np.expm1(-np.exp(np.minimum(above_PK, _SURELY)))
+        logprobs_PK = logprobs_PK - np.log(inclusion_PK)
+    else:
+        logprobs_PK = logprobs_PK - np.logaddexp.reduce(logprobs_PK, axis=-1, keepdims=True)
+    return logprobs_PK.astype(np.float32)
+
+
+def _write_parquet(file: LogitsFile, path: Path) -> None:
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for table in _tables(file):
+            writer.write_table(table)
+
+
+def _write_folder(file: LogitsFile, path: Path) -> None:
+    """Write the rows as one Arrow stream, which `datasets` maps into memory and saves in its own way."""
+    from datasets import Dataset  # takes a second: only where a folder is written
+
+    stream = path.with_suffix(".arrow")
+    with pa.ipc.new_stream(stream, SCHEMA) as writer:
+        for table in _tables(file):
+            writer.write_table(table)
+    Dataset.from_file(str(stream)).save_to_disk(path)
+
+
+def _tables(file: LogitsFile) -> Iterator[pa.Table]:
+    """Yield the rows as tables of a bounded number of entries."""
+    collected: list[Example] = []
+    num_entries = 0
+    for example in examples(file):
+        collected.append(example)
+        num_entries += example["target_mask"].size
+        if num_entries >= _ENTRIES_AT_ONCE:
+            yield _table(collected)
+            collected, num_entries = [], 0
+    if collected or not len(file):
+        yield _table(collected)
+
+
+def _table(rows: Sequence[Example]) -> pa.Table:
+    columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _column(arrays: Sequence[Array], kind: pa.ListType) -> pa.ListArray:
+    """Join arrays of shape [T] or [T, K] into one column of lists, or of lists of lists."""
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    if pa.types.is_list(kind.value_type):
+        joined_EK = np.concatenate(arrays) if arrays else np.zeros((0, 1))
+        num_entries, width = joined_EK.shape
+        inner = pa.array(joined_EK.ravel(), kind.value_type.value_type)
+        values = pa.ListArray.from_arrays(np.arange(num_entries + 1, dtype=np.int32) * width, inner)
+    else:
+        values = pa.array(np.concatenate(arrays) if arrays else np.zeros(0), kind.value_type)
+    return pa.ListArray.from_arrays(ends, values)

@@ -1,0 +1,72 @@
+"""The example that distils: what it compares is comparable, and it reports what it found."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama
+from transformers import AutoModelForCausalLM
+
+from examples import distil
+from logitgen import DistillationLoss, LogitsDataset
+
+Capture = Callable[..., Path]
+
+
+def test_a_student_of_all_layers_is_the_teacher() -> None:
+    teacher = make_llama(num_hidden_layers=3)
+    batch = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
+    expected = teacher(**batch).logits
+    torch.testing.assert_close(distil.logits_of(distil.cut_down(teacher, 3), batch), expected)
+    shorter = distil.cut_down(teacher, 2)
+    for layer, index in zip(shorter.model.layers, (0, 2), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, teacher.model.layers[index].mlp.up_proj.weight)
+    frozen = {name for name, weight in shorter.named_parameters() if not weight.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_the_teacher_in_memory_and_a_file_of_all_tokens_give_the_same_loss(
+    capture: Capture, teacher: Path, ragged: Path
+) -> None:
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=ragged, top_k=384))
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    student = distil.cut_down(model, 1)
+    batch = next(distil.batches(dataset, seed=0))
+    logits = distil.logits_of(student, batch)
+    online, offline = distil.online(model)(logits, batch), DistillationLoss(dataset)(logits, batch)
+    assert online.item() > 0.1
+    assert offline.item() == pytest.approx(online.item(), rel=1e-2)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0].flatten() for loss in (online, offline)]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_every_seed_has_its_own_order_and_every_way_the_same(capture: Capture, teacher: Path, ragged: Path) -> None:
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=ragged, top_k=2))
+    first, again, other = (next(distil.batches(dataset, seed))["input_ids"] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_a_run_reports_every_way_and_draws_it(
+    teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = next(iter(distil.KINDS))
+    words = [f"--teacher={teacher}", f"--dataset={ragged}", f"--output={tmp_path}", f"--kinds={kind}"]
+    words += ["--steps=4", "--seeds=2", "--layers=1", "--learning_rate=0.01"]
+    monkeypatch.setattr(sys, "argv", ["distil", *words])
+    distil.main()
+    data = json.loads((tmp_path / "distil.json").read_text())["data"]
+    assert list(data) == ["cross-entropy", "teacher in memory", f"file, {kind}"]
+    starts = {run["points"]["divergence"][0] for runs in data.values() for run in runs}
+    assert len(starts) == 1
+    for name in ("teacher in memory", f"file, {kind}"):
+        for run in data[name]:
+            assert run["points"]["divergence"][-1] < run["points"]["divergence"][0]
+            assert run["points"]["step"][-1] == len(run["step_seconds"]) == 4
+    table = (tmp_path / "distil.md").read_text()
+    assert all(f"| {name} |" in table for name in data)
+    assert (tmp_path / "distil.png").stat().st_size > 10_000
+    assert "The whole took" in capsys.readouterr().out

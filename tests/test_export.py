@@ -1,0 +1,186 @@
+"""The export, read back by `datasets` and pyarrow, and by what axolotl does with its columns."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_reader import ARRAYS, FULL, write_file
+from transformers import AutoModelForCausalLM
+
+from logitgen import LogitsFile, UsageError
+from logitgen import export as module
+from logitgen.__main__ import main
+from logitgen.export import export, target_logprobs
+
+Capture = Callable[..., Path]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_file(tmp_path / "out.h5")
+
+
+def load(output: Path) -> datasets.Dataset:
+    if output.suffix:
+        return datasets.load_dataset("parquet", data_files=str(output), split="train")
+    return datasets.load_from_disk(output)
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_rows_become_the_columns_worked_out_by_hand(path: Path, tmp_path: Path, name: str) -> None:
+    export(LogitsFile(path), tmp_path / name)
+    rows = load(tmp_path / name).to_list()
+    nothing = [0, 0]
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    assert [row["attention_mask"] for row in rows] == [[1] * 3, [1], [1] * 5]
+    assert [row["labels"] for row in rows] == [[-100, 2, 3], [-100], [-100, -100, 7, -100, 9]]
+    assert [row["target_token_ids"] for row in rows] == [
+        [[2, 7], [9, 3], nothing],
+        [nothing],
+        [nothing, [7, 0], nothing, [9, 1], nothing],
+    ]
+    assert [row["target_mask"] for row in rows] == [
+        [[1, 1], [1, 1], nothing],
+        [nothing],
+        [nothing, [1, 1], nothing, [1, 1], nothing],
+    ]
+    of_position = {  # two kept log-probs, made to sum to 1
+        (0, 0): [-1, -1.25],
+        (0, 1): [-0.25, -2],
+        (2, 1): [-0.5, -3],
+        (2, 3): [-0.5, -1.25],
+    }
+    for number, row in enumerate(rows):
+        for position, found in enumerate(row["target_logprobs"]):
+            kept = of_position.get((number, position))
+            total = kept and sum(math.exp(value) for value in kept)
+            expected = [value - math.log(total) for value in kept] if kept else [-1e9, -1e9]
+            assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_folder_and_the_parquet_file_hold_the_same_types(path: Path, tmp_path: Path) -> None:
+    for name in ("out.parquet", "out"):
+        export(LogitsFile(path), tmp_path / name)
+    assert load(tmp_path / "out").features == load(tmp_path / "out.parquet").features
+
+
+def test_axolotls_sum_over_the_columns_is_0_for_a_student_that_is_the_teacher(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    """As its kernel computes it with renormalised students: entry t against the student's output at t."""
+    export(LogitsFile(capture(teacher=teacher, dataset=ragged, top_k=8)), tmp_path / "out.parquet")
+    student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    rows = load(tmp_path / "out.parquet").with_format("torch")
+    num_compared = 0
+    for number in (3, 20, 9):
+        row = rows[number]
+        with torch.no_grad():
+            logits_TV = student(row["input_ids"][None]).logits[0]
+        student_TK = logits_TV.gather(-1, row["target_token_ids"].long()).log_softmax(-1)
+        known = row["target_mask"].bool()
+        divergence = (row["target_logprobs"].exp() * (row["target_logprobs"] - student_TK))[known].sum()
+        assert known.all(-1).tolist() == [True] * (len(known) - 1) + [False]
+        assert abs(divergence.item()) < 1e-3 * len(known)
+        num_compared += len(known)
+        shifted = student_TK.roll(1, 0)  # one position off is nothing like it
+        assert (row["target_logprobs"].exp() * (row["target_logprobs"] - shifted))[known].sum() > 0.1 * len(known)
+    assert num_compared > 50
+
+
+def test_rows_are_written_in_parts_of_bounded_size(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(LogitsFile(path), tmp_path / "whole.parquet")
+    monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", 1)
+    export(LogitsFile(path), tmp_path / "parts.parquet")
+    assert pq.ParquetFile(tmp_path / "whole.parquet").num_row_groups == 1
+    assert pq.ParquetFile(tmp_path / "parts.parquet").num_row_groups == 3
+    assert load(tmp_path / "parts.parquet").to_list() == load(tmp_path / "whole.parquet").to_list()
+
+
+@given(
+    logprobs=st.lists(st.floats(-30, -1e-3), min_size=1, max_size=6),
+    above=st.floats(0, 100),
+)
+def test_sampled_tokens_keep_their_importance_weights(logprobs: list[float], above: float) -> None:
+    """Against the definition: p over the probability that a Gumbel variable lifts log p above the threshold."""
+    threshold = np.float32(min(logprobs) - above)
+    row = {"kept_logprobs": np.array([logprobs]), "threshold": np.array([threshold])}
+    found = target_logprobs(row)[0]
+    for logprob, target in zip(logprobs, found, strict=True):
+        # P(G > x) = 1 - exp(-exp(-x)) for a standard Gumbel G and x = threshold - log p.
+        exceeds = 1 - math.exp(-math.exp(min(logprob - float(threshold), 700)))
+        assert math.exp(target) == pytest.approx(math.exp(logprob) / exceeds, rel=1e-5)
+
+
+def test_sampled_weights_recover_every_probability_on_average() -> None:
+    generator = np.random.default_rng(0)
+    probability = np.array([0.6, 0.2, 0.1, 0.06, 0.04])
+    draws, kept = 40_000, 2
+    perturbed = np.log(probability) + generator.gumbel(size=(draws, 5))
+    order = np.argsort(-perturbed, axis=1)
+    ids = order[:, :kept]
+    threshold = np.take_along_axis(perturbed, order[:, kept : kept + 1], 1)[:, 0]
+    weights = np.exp(target_logprobs({"kept_logprobs": np.log(probability)[ids], "threshold": threshold}))
+    estimate = np.bincount(ids.ravel(), weights.ravel(), minlength=5) / draws
+    assert estimate == pytest.approx(probability, abs=0.01)  # four standard errors of the least certain
+
+
+def test_a_capture_of_all_logits_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", FULL, capture="full", top_k=0)
+    with pytest.raises(UsageError, match=r"Only files of --capture topk or sample .*Train from it with"):
+        export(LogitsFile(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_what_exists_is_left_alone(path: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / name
+    output.write_text("mine")
+    with pytest.raises(UsageError, match=r"exists already\. Name another output, or remove it\."):
+        export(LogitsFile(path), output)
+    assert output.read_text() == "mine"
+
+
+def test_an_ending_that_promises_something_else_is_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must end in \.parquet, or be a folder's name .*, got rows\.jsonl"):
+        export(LogitsFile(path), tmp_path / "rows.jsonl")
+
+
+def test_a_place_that_is_not_there_is_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"out cannot be written: No such file or directory\. Choose another place\."):
+        export(LogitsFile(path), tmp_path / "nowhere" / "out")
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_an_export_that_fails_leaves_nothing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = LogitsFile(path)
+    monkeypatch.setattr(module, "target_logprobs", fail)
+    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+        export(file, tmp_path / name)
+    assert [found.name for found in tmp_path.iterdir()] == ["out.h5"]
+
+
+def test_the_command_says_what_it_did(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(path), str(tmp_path / "out.parquet")]) == 0
+    assert "Exported 3 rows to" in capsys.readouterr().out
+    assert main(["export", str(path), str(tmp_path / "out.parquet")]) == 2
+    error = capsys.readouterr().err
+    assert "exists already" in error
+    assert "Traceback" not in error
+
+
+def test_an_incomplete_file_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", ARRAYS | {"done": np.array([0, 0, 1], "u1")})
+    assert main(["export", str(path), str(tmp_path / "out.parquet")]) == 2

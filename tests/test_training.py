@@ -1,0 +1,159 @@
+"""The training recipes: what a README can show is run as it stands, and the student comes closer to the teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from logitgen import DistillationLoss, LogitsDataset, collate
+
+Capture = Callable[..., Path]
+
+LOOP = """
+import torch
+from torch.utils.data import DataLoader
+from logitgen import DistillationLoss, LogitsDataset, collate
+
+dataset = LogitsDataset("teacher.h5")
+loss = DistillationLoss(dataset)
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+for epoch in range(3):
+    for batch in DataLoader(dataset, batch_size=8, shuffle=True, num_workers=2, collate_fn=collate):
+        logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss(logits, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+TRAINER = """
+from transformers import Trainer, TrainingArguments
+from logitgen import DistillationLoss, LogitsDataset, collate
+
+dataset = LogitsDataset("teacher.h5")
+loss = DistillationLoss(dataset)
+
+def collator(rows):
+    batch = collate(rows)  # the trainer hands compute_loss_func nothing but the labels: so these are the whole batch
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch}
+
+trainer = Trainer(
+    student,
+    TrainingArguments("student", learning_rate=1e-3, remove_unused_columns=False),
+    train_dataset=dataset,
+    data_collator=collator,
+    compute_loss_func=lambda outputs, batch, **_: loss(outputs.logits, batch),
+)
+trainer.loss_is_scaled_for_ga = False  # the loss is a mean: with gradient accumulation, one of several
+trainer.train()
+"""
+
+TRL = """
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from logitgen import DistillationLoss, LogitsDataset, collate
+
+dataset = LogitsDataset("teacher.h5")
+loss = DistillationLoss(dataset)
+
+class DistillationTrainer(SFTTrainer):
+    loss_is_scaled_for_ga = False  # the loss is a mean: with gradient accumulation, one of several
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        value = loss(outputs.logits, inputs)
+        return (value, outputs) if return_outputs else value
+
+unprepared = {"skip_prepare_dataset": True}
+trainer = DistillationTrainer(
+    student,
+    SFTConfig("student", learning_rate=1e-3, remove_unused_columns=False, dataset_kwargs=unprepared),
+    train_dataset=Dataset.from_dict({"row": range(len(dataset))}),  # TRL takes no other: the collator reads the rows
+    data_collator=lambda examples: collate([dataset[example["row"]] for example in examples]),
+    processing_class=tokenizer,
+)
+trainer.train()
+"""
+
+RECIPES = {"loop": LOOP, "trainer": TRAINER, "trl": TRL}
+
+
+@pytest.fixture
+def dataset(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LogitsDataset:
+    """A capture in the folder that the recipes run in."""
+    monkeypatch.chdir(tmp_path)
+    return LogitsDataset(capture(teacher=teacher, dataset=ragged, top_k=64, output=tmp_path / "teacher.h5"))
+
+
+def make_student() -> PreTrainedModel:
+    """Take the teacher's weights, disturbed: what can be won back in a few steps."""
+    torch.manual_seed(1)
+    student = make_llama()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return student
+
+
+def run(recipe: str, teacher: Path, student: PreTrainedModel, *changes: tuple[str, str]) -> dict[str, Any]:
+    """Run a recipe as it stands, or with some of its text changed, and return what it has defined."""
+    for before, after in changes:
+        assert before in recipe
+        recipe = recipe.replace(before, after)
+    names = {"student": student, "tokenizer": AutoTokenizer.from_pretrained(teacher)}
+    exec(recipe.replace('("student", ', '("student", use_cpu=True, '), names)
+    return names
+
+
+@torch.no_grad()
+def divergence(dataset: LogitsDataset, teacher: PreTrainedModel, student: PreTrainedModel) -> float:
+    """KL(teacher || student) over the whole vocabulary, from both models' own logits, in nats per position."""
+    total, num_positions = 0.0, 0
+    for row in dataset:
+        if len(row["positions"]):
+            of, at = (
+                (m.eval()(row["input_ids"][None]).logits[0, :-1]).double().log_softmax(-1) for m in (teacher, student)
+            )
+            total += (of.exp() * (of - at)).sum().item()
+            num_positions += len(of)
+    return total / num_positions
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_student_of_a_recipe_comes_closer_to_the_teacher(name: str, dataset: LogitsDataset, teacher: Path) -> None:
+    model, student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), make_student()
+    before = divergence(dataset, model, student)
+    run(RECIPES[name], teacher, student, ("=1e-3", "=3e-3"))  # a learning rate for 21 steps
+    after = divergence(dataset, model, student.float())
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("name", ["trainer", "trl"])
+def test_with_gradient_accumulation_the_loss_is_the_mean_of_its_batches(
+    name: str, dataset: LogitsDataset, teacher: Path
+) -> None:
+    student = make_student()
+    loss = DistillationLoss(dataset)
+    batches = [collate([dataset[row] for row in rows]) for rows in (range(8, 12), range(12, 16))]
+    expected = [loss(student(**inputs(batch)).logits, batch).item() for batch in batches]
+    once = "max_steps=1, logging_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=4"
+    once += ", bf16=False, train_sampling_strategy='sequential'"
+    names = run(
+        RECIPES[name],
+        teacher,
+        student,
+        ("learning_rate=1e-3", once),
+        ("\ntrainer = ", "\ndataset = [dataset[row] for row in range(8, 16)]\ntrainer = "),
+    )
+    logged = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert logged == pytest.approx([sum(expected) / 2], rel=1e-3)
+
+
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
