@@ -27,7 +27,7 @@ test: $(VENV)/ready  ## Run all tests
 bench: $(DEMO)/teacher/config.json  ## Measure what the README has figures of; ONLY=head: one thing
 	$(BIN)/python -m benchmarks $(ONLY) --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
 
-distil: $(DEMO)/teacher/config.json  ## Train students from files and with the teacher in memory, compare
+distil: $(DEMO)/teacher/config.json  ## Train students from files and with the teacher in memory
 	$(BIN)/python -m examples.distil --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
 
 chaos: $(VENV)/ready  ## Kill and stop several hundred runs, print what was lost

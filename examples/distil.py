@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -138,7 +138,8 @@ def cut_down(teacher: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     config.num_hidden_layers = num_layers
     student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     student.load_state_dict(teacher.state_dict(), strict=False)
-    of, to = (body.layers for body in cast(list[Any], [teacher.base_model, student.base_model]))
+    bodies: Any = (teacher.base_model, student.base_model)
+    of, to = (body.layers for body in bodies)
     for number, layer in enumerate(to):
         layer.load_state_dict(of[round(number * (len(of) - 1) / max(1, num_layers - 1))].state_dict())
     for frozen in (student.get_input_embeddings(), student.get_output_embeddings()):

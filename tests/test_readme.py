@@ -6,10 +6,8 @@ import subprocess
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT
 
@@ -89,20 +87,13 @@ def test_make_alone_lists_the_targets() -> None:
     assert max(map(len, listed.splitlines())) <= 80
 
 
-def test_the_python_of_the_readme_runs(
+def test_the_python_of_the_readme_that_reads_runs(
     capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student is a stand-in whose gradient shows that the loss reaches it."""
+    """What trains is run in test_training."""
     monkeypatch.chdir(tmp_path)
     capture(teacher=teacher, dataset=ragged, output=tmp_path / "teacher.h5")
-    weights = torch.zeros(384, requires_grad=True)
-
-    def student(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=weights.expand(*input_ids.shape, 384))
-
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        names = {"student": student}
-        exec(code.replace("num_workers=2", "num_workers=0"), names)
-    names["loss"].backward()  # type: ignore[attr-defined]
-    assert weights.grad is not None
-    assert weights.grad.abs().sum() > 0
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "student" not in code)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert "row" in names

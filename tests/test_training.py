@@ -1,12 +1,13 @@
-"""The training recipes: what a README can show is run as it stands, and the student comes closer to the teacher."""
+"""The training recipes: what the README shows is run as it stands, and the student comes closer to the teacher."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import ROOT, make_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -14,70 +15,16 @@ from logitgen import DistillationLoss, LogitsDataset, collate
 
 Capture = Callable[..., Path]
 
-LOOP = """
-import torch
-from torch.utils.data import DataLoader
-from logitgen import DistillationLoss, LogitsDataset, collate
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-dataset = LogitsDataset("teacher.h5")
-loss = DistillationLoss(dataset)
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-for epoch in range(3):
-    for batch in DataLoader(dataset, batch_size=8, shuffle=True, num_workers=2, collate_fn=collate):
-        logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss(logits, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-"""
 
-TRAINER = """
-from transformers import Trainer, TrainingArguments
-from logitgen import DistillationLoss, LogitsDataset, collate
+def recipe(word: str) -> str:
+    """The README's one piece of Python that has a word in it."""
+    (found,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code)
+    return found
 
-dataset = LogitsDataset("teacher.h5")
-loss = DistillationLoss(dataset)
 
-def collator(rows):
-    batch = collate(rows)  # the trainer hands compute_loss_func nothing but the labels: so these are the whole batch
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch}
-
-trainer = Trainer(
-    student,
-    TrainingArguments("student", learning_rate=1e-3, remove_unused_columns=False),
-    train_dataset=dataset,
-    data_collator=collator,
-    compute_loss_func=lambda outputs, batch, **_: loss(outputs.logits, batch),
-)
-trainer.loss_is_scaled_for_ga = False  # the loss is a mean: with gradient accumulation, one of several
-trainer.train()
-"""
-
-TRL = """
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-from logitgen import DistillationLoss, LogitsDataset, collate
-
-dataset = LogitsDataset("teacher.h5")
-loss = DistillationLoss(dataset)
-
-class DistillationTrainer(SFTTrainer):
-    loss_is_scaled_for_ga = False  # the loss is a mean: with gradient accumulation, one of several
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        value = loss(outputs.logits, inputs)
-        return (value, outputs) if return_outputs else value
-
-unprepared = {"skip_prepare_dataset": True}
-trainer = DistillationTrainer(
-    student,
-    SFTConfig("student", learning_rate=1e-3, remove_unused_columns=False, dataset_kwargs=unprepared),
-    train_dataset=Dataset.from_dict({"row": range(len(dataset))}),  # TRL takes no other: the collator reads the rows
-    data_collator=lambda examples: collate([dataset[example["row"]] for example in examples]),
-    processing_class=tokenizer,
-)
-trainer.train()
-"""
+LOOP, TRAINER, TRL = recipe("optimizer"), recipe("compute_loss_func="), recipe("SFTTrainer")
 
 RECIPES = {"loop": LOOP, "trainer": TRAINER, "trl": TRL}
 
@@ -101,13 +48,13 @@ def make_student() -> PreTrainedModel:
     return student
 
 
-def run(recipe: str, teacher: Path, student: PreTrainedModel, *changes: tuple[str, str]) -> dict[str, Any]:
+def run(code: str, teacher: Path, student: PreTrainedModel, *changes: tuple[str, str]) -> dict[str, Any]:
     """Run a recipe as it stands, or with some of its text changed, and return what it has defined."""
     for before, after in changes:
-        assert before in recipe
-        recipe = recipe.replace(before, after)
+        assert before in code
+        code = code.replace(before, after)
     names = {"student": student, "tokenizer": AutoTokenizer.from_pretrained(teacher)}
-    exec(recipe.replace('("student", ', '("student", use_cpu=True, '), names)
+    exec(code.replace('("student", ', '("student", use_cpu=True, '), names)
     return names
 
 
