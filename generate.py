@@ -79,6 +79,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         num_positions=rows.num_captured,
         vocab_size=info.vocab_size,
         top_k=config.kept,
+        encoding=config.encoding,
     )
     about = attributes(config, info, rows, layout, tokenizer)
     ranks.on_leader(lambda: output.check(about))

@@ -26,6 +26,7 @@ _CACHED_LOGITS = 2**19
 """Logits that stay in a core's second-level cache: 2 MiB as float32."""
 
 _TORCH_DTYPES = {
+    np.dtype("u1"): torch.uint8,
     np.dtype("<u2"): torch.uint16,
     np.dtype("<u4"): torch.uint32,
     np.dtype("<f2"): torch.float16,
@@ -162,6 +163,8 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
     for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
         target_C = target_P[span]
         kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
+        if layout.packing:
+            kept["kept"] = layout.packing.pack(kept.pop("kept_ids"), kept.pop("kept_logprobs"))
         for name, values in kept.items():
             packed[name][span] = _storable(values, packed[name].dtype)
         del logits_CV, kept, values  # else they would stay until the next chunk is there

@@ -19,7 +19,7 @@ from logitgen.reader import LogitsFile
 IGNORED_LABEL = -100
 """What torch's cross-entropy and transformers leave out."""
 
-_EQUAL = ("capture", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
+_EQUAL = ("capture", "encoding", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
 """Attributes in which files that are read as one must not differ."""
 
 Row = dict[str, Tensor]

@@ -33,6 +33,7 @@ def settings_attributes(config: Config) -> dict[str, str | int]:
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "capture": config.capture,
+        "encoding": config.encoding,
         "settings": config.settings_json(),
         "packages": json.dumps(package_versions()),
     }

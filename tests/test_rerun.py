@@ -114,7 +114,11 @@ def test_a_masked_token_makes_no_difference(masked: float, capture: Capture, tea
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kept", [{"top_k": 16}, {"capture": "full"}], ids=["topk", "full"])
+@pytest.mark.parametrize(
+    "kept",
+    [{"top_k": 16}, {"top_k": 16, "encoding": "packed"}, {"top_k": 16, "encoding": "packed16"}, {"capture": "full"}],
+    ids=["topk", "packed", "packed16", "full"],
+)
 def test_a_captured_file_agrees_with_its_own_teacher(
     dtype: str,
     kept: dict[str, Any],
