@@ -72,8 +72,10 @@ class Config:
     packing: bool = _option("Join the rows and cut them into blocks of exactly max_length tokens.", False)
     completion_only: bool = _option("Capture only the positions that predict a token of a completion.", False)
     limit: int | None = _option("Take only the first rows of the split.", None)
-    capture: CaptureKind = _option("What to keep per position: the top k log-probs, or all logits.", "topk")
-    top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
+    capture: CaptureKind = _option(
+        "What to keep per position: the top k log-probs, k that are drawn (unbiased), or all logits.", "topk"
+    )
+    top_k: int = _option("How many tokens to keep per position with --capture topk or sample.", 64)
     encoding: Encoding = _option(
         "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
     )

@@ -16,7 +16,7 @@ from logitgen.capture import capture_batch, seal
 from logitgen.header import Attributes, file_bytes
 from logitgen.plan import Plan
 from logitgen.rows import Rows
-from logitgen.schema import Encoding, Layout
+from logitgen.schema import WITH_KEPT_IDS, Encoding, Layout
 from logitgen.teacher import Teacher
 from logitgen.transport import NUM_BUFFERS, Outbox
 
@@ -36,6 +36,7 @@ SAFE_SHARE = 0.7
 PILOT_SECONDS = 20.0
 NUM_PILOTS = 8
 OTHER_KEPT = (8, 16, 32, 64, 128, 256)
+OTHER_DRAWN = 12
 OTHER_ENCODINGS: tuple[Encoding, ...] = ("plain", "packed")
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -202,6 +203,8 @@ def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pil
         for k in OTHER_KEPT
         if k <= layout.vocab_size
     ]
+    if layout.num_drawable > OTHER_DRAWN:
+        others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
     others.append(replace(layout, capture="full", top_k=0, encoding="plain"))
     return Estimate(
         num_rows=layout.num_rows,
@@ -229,7 +232,7 @@ def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
     """Return the attributes of a file that keeps something else."""
     changes = {"capture": layout.capture, "encoding": layout.encoding}
     settings = json.loads(str(attributes["settings"])) | changes
-    if layout.capture == "topk":
+    if layout.capture in WITH_KEPT_IDS:
         settings["top_k"] = layout.top_k
     return attributes | {
         **changes,

@@ -199,7 +199,9 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
         raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
-    least, most = (1, plain["vocab_size"]) if plain["capture"] in WITH_KEPT_IDS else (0, 0)
+    least, most = (1, plain["vocab_size"] - (plain["capture"] == "sample"))
+    if plain["capture"] not in WITH_KEPT_IDS:
+        least = most = 0
     if plain["capture"] not in get_args(CaptureKind) or plain["vocab_size"] < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
     fitting = get_args(Encoding) if plain["capture"] in WITH_KEPT_IDS else ("plain",)
@@ -245,6 +247,7 @@ def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
         vocab_size=attributes["vocab_size"],
         top_k=attributes["top_k"],
         encoding=attributes["encoding"],
+        tokenizer_size=attributes["tokenizer_size"],
     )
 
 

@@ -66,7 +66,7 @@ def attributes(
     return settings_attributes(config) | {
         "top_k": layout.top_k,
         "vocab_size": layout.vocab_size,
-        "tokenizer_size": 0 if tokenizer is None else len(tokenizer),
+        "tokenizer_size": layout.tokenizer_size,
         "teacher": config.teacher,
         "commit": info.commit,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

@@ -131,7 +131,7 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
 
     Returns:
         How far stored log-probs are from those of now beyond rounding, and whether the token that is the likeliest now
-        is so as stored, bool[C]; of several that are stored as equal any is.
+        (if tokens were drawn, of those) is so as stored, bool[C]; of several that are stored as equal any is.
     """
     if "logits" in data:
         ids_CK = torch.arange(now_CV.shape[1]).expand_as(now_CV)
@@ -144,5 +144,7 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
     off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
     usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
     likeliest_CK = stored_CK == stored_CK.amax(-1, keepdim=True)
-    same_C = (likeliest_CK & (ids_CK == now_CV.argmax(-1, keepdim=True))).any(-1)
+    drawn_C1 = ids_CK.gather(-1, now_CK.argmax(-1, keepdim=True))
+    now_C1 = drawn_C1 if layout.capture == "sample" else now_CV.argmax(-1, keepdim=True)
+    same_C = (likeliest_CK & (ids_CK == now_C1)).any(-1)
     return off_CK.clamp(min=0)[usual_CK], same_C

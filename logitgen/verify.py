@@ -70,8 +70,11 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
 
 def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
-    if (ids_PK >= layout.vocab_size).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
-        yield f"has kept_ids that repeat, or are beyond the vocabulary's {layout.vocab_size - 1}"
+    num_ids = layout.num_drawable if layout.capture == "sample" else layout.vocab_size
+    if (ids_PK >= num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
+        yield f"has kept_ids that repeat, or are beyond the vocabulary's {num_ids - 1}"
+    if "threshold" in data and not np.isfinite(data["threshold"]).all():
+        yield "has a threshold that is not finite"
     if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
         yield "has kept_logprobs that are not finite, above 0 or not descending"
         return
@@ -82,6 +85,8 @@ def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     where = np.nonzero(ids_PK == target_P[:, None])
     if (np.abs(logprobs_PK[where] - data["target_logprob"][where[0]]) > rounding_PK[where] + _NATS_ERROR).any():
         yield "has a target_logprob that is not the one in kept_logprobs"
+    if layout.capture == "sample":
+        return
     least_P = logprobs_PK[:, -1] + rounding_PK[:, -1] + _NATS_ERROR
     if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
         yield "has a target that is not kept, but likelier than tokens that are"

@@ -1,16 +1,18 @@
 """The file format: names, dtypes and shapes, the layout of a payload, and the checksum of a row."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.schema import CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
+from logitgen.errors import UsageError
+from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
 
 encodings = st.sampled_from(["plain", "packed", "packed16"])
-captures = st.sampled_from(["topk", "full"])
+captures = st.sampled_from(["topk", "sample", "full"])
 vocab_sizes = st.one_of(st.integers(1, 300), st.sampled_from([65_535, 65_536, 65_537, 131_073]))
 
 
@@ -28,8 +30,8 @@ def make_layout(
         num_tokens=num_positions + num_rows,
         num_positions=num_positions,
         vocab_size=vocab_size,
-        top_k=top_k if capture == "topk" else 0,
-        encoding=encoding if capture == "topk" else "plain",
+        top_k=top_k if capture in WITH_KEPT_IDS else 0,
+        encoding=encoding if capture in WITH_KEPT_IDS else "plain",
     )
 
 
@@ -195,4 +197,32 @@ def test_a_row_without_positions_has_a_checksum_of_its_tokens() -> None:
 def test_what_is_kept_is_said_in_words() -> None:
     assert make_layout(top_k=3).kept == "top 3"
     assert make_layout(top_k=3, encoding="packed16").kept == "top 3, packed16"
+    assert make_layout("sample", top_k=12, encoding="packed").kept == "12 drawn, packed"
     assert make_layout("full").kept == "all logits"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_size", "num_drawable"), [(0, 100), (90, 90), (100, 100), (120, 100)], ids=["unknown", "", "", "larger"]
+)
+def test_only_ids_that_the_tokenizer_has_are_drawn_and_not_all_of_them(tokenizer_size: int, num_drawable: int) -> None:
+    layout = replace(make_layout("sample", top_k=num_drawable - 1), tokenizer_size=tokenizer_size)
+    assert layout.num_drawable == num_drawable
+    layout.check()
+    message = (
+        rf"^--top_k must be below the {num_drawable} ids of the vocabulary with --capture sample, got {num_drawable}\."
+    )
+    with pytest.raises(UsageError, match=message):
+        replace(layout, top_k=num_drawable).check()
+    replace(layout, capture="topk", top_k=num_drawable).check()
+
+
+def test_a_file_of_draws_has_their_threshold() -> None:
+    assert list(make_layout("sample").captured.items()) == [
+        ("logsumexp", ((), np.dtype("<f4"))),
+        ("target_logprob", ((), np.dtype("<f4"))),
+        ("threshold", ((), np.dtype("<f4"))),
+        ("kept_ids", ((3,), np.dtype("<u2"))),
+        ("kept_logprobs", ((3,), np.dtype("<f2"))),
+    ]
+    packed = make_layout("sample", vocab_size=151_936, top_k=12, encoding="packed")
+    assert packed.captured["kept"] == ((36,), np.dtype("u1"))

@@ -1,5 +1,6 @@
 """What `verify` finds in a file: every flipped bit, and, behind a right checksum, every value that cannot be."""
 
+import dataclasses
 import random
 import struct
 import zlib
@@ -26,7 +27,17 @@ ROWS = [[1, 2, 3], [], [5], [9, 8, 7, 6, 5], [2, 4, 6]]
 EDITED = 3
 TOKEN, POSITION = 4, 2
 """Where row 3 begins among the tokens, and among the captured positions; the token after it is 8."""
-SEALED = ("input_ids", "positions", "logsumexp", "target_logprob", "kept", "kept_ids", "kept_logprobs", "logits")
+SEALED = (
+    "input_ids",
+    "positions",
+    "logsumexp",
+    "target_logprob",
+    "threshold",
+    "kept",
+    "kept_ids",
+    "kept_logprobs",
+    "logits",
+)
 
 
 @pytest.fixture
@@ -47,6 +58,11 @@ def full(capture: Capture, teacher: Path, data: Path) -> Path:
 @pytest.fixture
 def packed(capture: Capture, teacher: Path, data: Path) -> Path:
     return capture(teacher=teacher, dataset=data, top_k=3, encoding="packed", output=data.with_name("packed.h5"))
+
+
+@pytest.fixture
+def drawn(capture: Capture, teacher: Path, data: Path) -> Path:
+    return capture(teacher=teacher, dataset=data, top_k=3, capture="sample", output=data.with_name("drawn.h5"))
 
 
 def writable(path: Path) -> Arrays:
@@ -105,6 +121,9 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
         {"top_k": 384},
         {"capture": "full"},
         {"encoding": "packed", "top_k": 1},
+        {"capture": "sample", "top_k": 12},
+        {"capture": "sample", "top_k": 12, "encoding": "packed"},
+        {"capture": "sample", "top_k": 100, "encoding": "packed16"},
         {"encoding": "packed", "top_k": 50},
         {"encoding": "packed16", "top_k": 384},
         {"packing": True, "max_length": 32, "top_k": 9},
@@ -382,6 +401,21 @@ def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(packed: Path, o
     at = next(index for index, target in enumerate((8, 7, 6, 5)) if target in kept["kept_ids"][index])
     edit(packed, put("target_logprob", POSITION + at, min(0, arrays["target_logprob"][POSITION + at] + off)))
     assert found(packed) == [f"row {EDITED} {NOT_ITS_TARGET}"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_threshold_that_is_not_finite_is_found(drawn: Path, value: float) -> None:
+    assert found(drawn) == []
+    edit(drawn, put("threshold", POSITION, value))
+    assert found(drawn) == [f"row {EDITED} has a threshold that is not finite"]
+
+
+def test_a_drawn_token_no_tokenizer_has_is_found(drawn: Path) -> None:
+    edit(drawn, put("kept_ids", (POSITION, 0), 383))
+    assert found(drawn) == []
+    file = LogitsFile(drawn)
+    file.layout = dataclasses.replace(file.layout, tokenizer_size=383)
+    assert f"row {EDITED} has kept_ids that repeat, or are beyond the vocabulary's 382" in list(problems(file))
 
 
 def test_every_damaged_row_is_listed(topk: Path) -> None:
