@@ -241,9 +241,14 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 
 
 def test_the_package_hands_out_what_it_names() -> None:
-    from logitgen import dataset, errors, reader
+    from logitgen import dataset, errors, losses, reader
 
-    origins = {"LogitsDataset": dataset, "collate": dataset, "LogitsFile": reader}
+    origins = {
+        "DistillationLoss": losses,
+        "LogitsDataset": dataset,
+        "collate": dataset,
+        "LogitsFile": reader,
+    }
     for name in logitgen.__all__:
         assert getattr(logitgen, name) is getattr(origins.get(name, errors), name)
     with pytest.raises(AttributeError, match="module 'logitgen' has no attribute 'nonsense'"):

@@ -259,25 +259,25 @@ def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     kept=st.integers(1, 7),
     divergence=st.sampled_from(DIVERGENCES),
     tail=st.sampled_from(TAILS),
-    temperature=st.floats(0.3, 5),
+    temperature=st.floats(0.5, 5),
     shift=st.floats(-20, 20),
 )
 def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient_and_another_has(
     seed: int, kept: int, divergence: Any, tail: Any, temperature: float, shift: float
 ) -> None:
-    teacher = 3 * torch.randn(1, 2, 7, generator=torch.Generator().manual_seed(seed)).double()
+    teacher = torch.randn(1, 2, 7, generator=torch.Generator().manual_seed(seed)).double()
     largest, ids = teacher.log_softmax(-1)[0, :1].topk(kept)
     row = {"input_ids": torch.tensor([0, 1]), "positions": torch.tensor([0])}
     batch = collate([row | {"kept_ids": ids, "kept_logprobs": largest}])
     loss = DistillationLoss(captured("topk", words=7), divergence=divergence, tail=tail, temperature=temperature)
     equal = (teacher + shift).requires_grad_()
     value, gradient = with_gradient(loss(equal, batch), equal)
-    assert abs(value.item()) < 1e-9
+    assert abs(value.item()) < 1e-12
     assert gradient.abs().max() < 1e-7
     if kept > 1:
         other = teacher.clone()
         other[0, 0, ids[0, 0]] -= 1
-        assert loss(other, batch) > 1e-7
+        assert loss(other, batch) > 1e-9
 
 
 @pytest.mark.parametrize("renormalised", [False, True])
@@ -393,6 +393,8 @@ def test_a_student_in_bfloat16_is_compared_in_float32() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_does_not_lower_the_precision(kind: str) -> None:
     case, logits = make_case(kind), student_logits(dtype=torch.float32)
+    if case.dataset.head:
+        case.dataset.head = case.dataset.head.to(torch.device("cpu"), torch.float32)
     loss = DistillationLoss(case.dataset)
     expected = with_gradient(loss(logits, case.batch), logits)
     with torch.autocast("cpu", torch.bfloat16):
