@@ -46,7 +46,7 @@ def write_file(path: Path, job: Job) -> None:
     first = np.random.default_rng(0).integers(layout.vocab_size, size=(layout.num_positions, 1))
     values = {
         "kept_ids": (first + 7 * np.arange(layout.top_k)) % layout.vocab_size,
-        "kept_logprobs": -1 - 0.1 * np.arange(layout.top_k),
+        "kept_logprobs": -2.5 - 0.1 * np.arange(layout.top_k),
         "target_logprob": -1.0,
         "logsumexp": 10.0,
         "done": 1,

@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False)
     parser.add_argument("--teacher", type=Path, required=True, help="Folder of a Llama-like causal language model.")
     parser.add_argument("--dataset", type=Path, required=True, help="A .jsonl file with a column `text`.")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3, help="Each has its own order of the rows.")
     parser.add_argument("--layers", type=int, default=3, help="Of the student; they are taken from the teacher.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)

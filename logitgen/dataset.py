@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -102,17 +103,19 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
         known; the captured values at these places (`kept_ids` int64[B, T, K], ...) and 0 elsewhere; `labels`
         int64[B, T], the tokens that captured positions predict, -100 elsewhere, unshifted as transformers wants them.
     """
-    shape = len(rows), max(len(row["input_ids"]) for row in rows)
+    # In numpy: torch would share each small copy out among threads, which can take ten times as long as the copy.
+    arrays = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
+    shape = len(rows), max(len(row["input_ids"]) for row in arrays)
     batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "captured": torch.zeros(shape, dtype=torch.bool),
-        "labels": torch.full(shape, IGNORED_LABEL),
+        "input_ids": np.full(shape, pad_token_id),
+        "attention_mask": np.zeros(shape, np.int64),
+        "captured": np.zeros(shape, np.bool_),
+        "labels": np.full(shape, IGNORED_LABEL),
     }
-    values = [name for name in rows[0] if name not in ("input_ids", "positions")]
+    values = [name for name in arrays[0] if name not in ("input_ids", "positions")]
     for name in values:
-        batch[name] = torch.zeros(*shape, *rows[0][name].shape[1:], dtype=rows[0][name].dtype)
-    for index, row in enumerate(rows):
+        batch[name] = np.zeros((*shape, *arrays[0][name].shape[1:]), arrays[0][name].dtype)
+    for index, row in enumerate(arrays):
         length, positions = len(row["input_ids"]), row["positions"]
         batch["input_ids"][index, :length] = row["input_ids"]
         batch["attention_mask"][index, :length] = 1
@@ -120,7 +123,7 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
         batch["labels"][index, positions + 1] = row["input_ids"][positions + 1]
         for name in values:
             batch[name][index, positions] = row[name]
-    return batch
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def _tensor(array: Any) -> Tensor:

@@ -172,11 +172,11 @@ def test_the_spread_of_rounds_is_their_least_and_most():
 def test_batches_of_a_made_up_file_are_read_and_trained_from(tmp_path: Path, monkeypatch):
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(reading, "STUDENT", tiny)
-    words = ["--megabytes=1", "--workers", "0", "1", "--seconds=0.1", "--steps=1", "--rounds=1"]
+    words = ["--megabytes=5", "--workers", "0", "1", "--seconds=0.1", "--steps=1", "--rounds=1"]
     monkeypatch.setattr(sys, "argv", ["reading", *words, f"--output={tmp_path}"])
     reading.main()
     data = json.loads((tmp_path / "reading.json").read_text())["data"]
-    assert data["positions"] == pytest.approx(1e6 / 264, rel=0.3)
+    assert data["positions"] == pytest.approx(5e6 / 264, rel=0.3)
     (found,) = data["rounds"]
     assert found["training"] > 0
     assert set(found["reading"]) == {"0", "1"}

@@ -55,17 +55,19 @@ def test_a_run_reports_every_way_and_draws_it(
 ) -> None:
     kind = next(iter(distil.KINDS))
     words = [f"--teacher={teacher}", f"--dataset={ragged}", f"--output={tmp_path}", f"--kinds={kind}"]
-    words += ["--steps=4", "--seeds=2", "--layers=1", "--learning_rate=0.01"]
+    words += ["--steps=4", "--seeds=2", "--layers=2"]  # all of the teacher's: the students start as the teacher
     monkeypatch.setattr(sys, "argv", ["distil", *words])
     distil.main()
     data = json.loads((tmp_path / "distil.json").read_text())["data"]
     assert list(data) == ["cross-entropy", "teacher in memory", f"file, {kind}"]
-    starts = {run["points"]["divergence"][0] for runs in data.values() for run in runs}
-    assert len(starts) == 1
-    for name in ("teacher in memory", f"file, {kind}"):
-        for run in data[name]:
-            assert run["points"]["divergence"][-1] < run["points"]["divergence"][0]
+    for runs in data.values():
+        for run in runs:
+            assert abs(run["points"]["divergence"][0]) < 1e-4
+            assert run["points"]["agreement"][0] > 0.99
             assert run["points"]["step"][-1] == len(run["step_seconds"]) == 4
+    ends = {name: [run["points"]["divergence"][-1] for run in runs] for name, runs in data.items()}
+    for alone, online, offline in zip(*ends.values(), strict=True):
+        assert alone > 10 * max(online, offline)  # on tokens alone it moves away from the teacher
     table = (tmp_path / "distil.md").read_text()
     assert all(f"| {name} |" in table for name in data)
     assert (tmp_path / "distil.png").stat().st_size > 10_000
