@@ -33,7 +33,12 @@ from benchmarks.harness import ROOT, launch, median_and_spread, plot_style, writ
 from logitgen import DistillationLoss, LogitsDataset, collate
 from logitgen.dataset import IGNORED_LABEL
 
-KINDS = {"topk 12": ["--capture=topk", "--top_k=12"], "topk 64": ["--capture=topk", "--top_k=64"]}
+KINDS = {
+    "topk 12": ["--capture=topk", "--top_k=12"],
+    "sample 12": ["--capture=sample", "--top_k=12"],
+    "topk 64, packed": ["--capture=topk", "--top_k=64", "--encoding=packed"],
+    "hidden": ["--capture=hidden"],
+}
 """What to capture, by name: options of generate.py."""
 
 TOKENS_ALONE, ONLINE = "cross-entropy", "teacher in memory"
@@ -53,8 +58,8 @@ class HeldOut:
     """Rows that no student is trained on, with the teacher's log-probs teacher_PV; targets int64[P] came next."""
 
     batch: Batch
-    captured_BT: Tensor  # noqa: N815
-    teacher_PV: Tensor  # noqa: N815
+    captured_BT: Tensor
+    teacher_PV: Tensor
     targets: Tensor
 
 

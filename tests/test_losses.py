@@ -31,8 +31,8 @@ TAILS = ("ghost", "ignore")
 class Head:
     """The interface of a file's head, and a record of where it was moved to."""
 
-    weight_VD: Tensor  # noqa: N815
-    bias_V: Tensor | None = None  # noqa: N815
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
     scale: float = 1.0
     soft_cap: float = 0.0
     moves: list[tuple[torch.device, torch.dtype]] = field(default_factory=list)

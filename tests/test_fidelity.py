@@ -1,0 +1,191 @@
+"""The fidelity benchmark: its closed forms are those of the real losses, and others' records are what they document."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import rivals
+from benchmarks.fidelity import errors
+from benchmarks.methods import Method, drawn_target
+from benchmarks.targets import LEAST_TAIL, Kept, Target, Truth, Whole, angle, divergence, gradient, squared_error
+from logitgen.losses import DistillationLoss, sample_weights
+
+VOCAB = 40
+POSITIONS = 6
+QWEN_VOCAB, SMOLLM_VOCAB = 151_936, 49_152
+
+
+def some_logits(seed: int) -> torch.Tensor:
+    return 3 * torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def top(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, ids = some_logits(0).log_softmax(-1).topk(k)
+    return ids, logprobs
+
+
+def loss_gradient(capture: str, **values: torch.Tensor) -> torch.Tensor:
+    """What autograd makes of the project's loss, for one student logit at a time; the loss is a mean over positions."""
+    attributes = {"capture": capture, "vocab_size": VOCAB, "tokenizer_size": VOCAB}
+    loss = DistillationLoss(SimpleNamespace(attributes=attributes, head=None))
+    student = some_logits(1)[None].requires_grad_()
+    captured = torch.ones(1, POSITIONS, dtype=torch.bool)
+    labels = torch.zeros(1, POSITIONS, dtype=torch.int64)
+    batch = {"captured": captured, "labels": labels} | {name: value[None] for name, value in values.items()}
+    loss(student, batch).backward()
+    return student.grad[0] * POSITIONS
+
+
+def closed_form(target: Target) -> torch.Tensor:
+    return gradient(target, some_logits(1).softmax(-1))
+
+
+def test_the_gradient_of_a_top_k_with_a_tail_is_that_of_our_loss():
+    ids, logprobs = top(5)
+    expected = loss_gradient("topk", kept_ids=ids, kept_logprobs=logprobs)
+    assert torch.allclose(closed_form(Kept(ids, logprobs.double().exp(), has_tail=True)), expected, atol=1e-6)
+
+
+def test_the_gradient_of_a_sample_is_that_of_our_loss():
+    ids, logprobs = top(5)
+    threshold = logprobs[:, -1] + torch.linspace(-3, 3, POSITIONS)
+    expected = loss_gradient("sample", kept_ids=ids, kept_logprobs=logprobs, threshold=threshold)
+    weights = sample_weights(logprobs.double(), threshold.double())
+    assert torch.allclose(closed_form(Kept(ids, weights, has_tail=False)), expected, atol=1e-5)
+
+
+def test_the_gradient_of_everything_is_that_of_our_loss():
+    expected = loss_gradient("full", logits=some_logits(0))
+    assert torch.allclose(closed_form(Whole(some_logits(0).softmax(-1))), expected, atol=1e-6)
+
+
+def test_the_gradient_without_a_tail_is_that_of_the_cross_entropy_to_the_weights():
+    ids, logprobs = top(5)
+    target = rivals.renormalised(ids, logprobs)
+    student = some_logits(1).requires_grad_()
+    (-(target.weights.float() * student.log_softmax(-1).gather(-1, ids)).sum()).backward()
+    assert torch.allclose(closed_form(target), student.grad, atol=1e-6)
+    assert torch.allclose(target.weights.sum(-1), torch.ones(POSITIONS).double())
+
+
+def test_padding_of_a_short_record_belongs_to_the_tail():
+    ids, logprobs = top(5)
+    weights = logprobs.double().exp()
+    short, padded = Kept(ids[:, :3], weights[:, :3], has_tail=True), weights.clone()
+    padded[:, 3:] = 0
+    padded = Kept(ids, padded, has_tail=True)
+    truth = Truth(some_logits(0))
+    assert torch.allclose(closed_form(short), closed_form(padded))
+    assert torch.allclose(squared_error(short, truth), squared_error(padded, truth))
+    assert torch.allclose(torch.stack(divergence(short, truth)), torch.stack(divergence(padded, truth)))
+
+
+@given(k=st.integers(1, VOCAB - 1), factor=st.floats(0.2, 1.0), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_errors_and_divergences_are_those_of_the_distribution_written_out(k: int, factor: float, seed: int):
+    true = some_logits(seed).double().softmax(-1)
+    weights, ids = (true * factor).topk(k)
+    target, truth = Kept(ids, weights, has_tail=True), Truth(some_logits(seed))
+    written_out = torch.empty_like(true)
+    for position in range(POSITIONS):
+        tail = max(1 - weights[position].sum().item(), LEAST_TAIL)
+        written_out[position] = tail / (VOCAB - k)
+        for token, weight in zip(ids[position].tolist(), weights[position].tolist(), strict=True):
+            written_out[position, token] = weight
+    kl = (true * (true.log() - written_out.log())).sum(-1)
+    assert torch.allclose(divergence(target, truth)[1], kl, atol=1e-5)
+    assert torch.allclose(squared_error(target, truth), (written_out - true).square().sum(-1), atol=1e-6)
+
+
+def test_the_divergence_with_the_tail_as_one_is_that_of_one_more_token():
+    ids, logprobs = top(4)
+    weights = logprobs.double().exp() * 0.9
+    true = torch.cat([logprobs.double().exp(), 1 - logprobs.double().exp().sum(-1, keepdim=True)], dim=-1)
+    found = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+    as_one = divergence(Kept(ids, weights, has_tail=True), Truth(some_logits(0)))[0]
+    assert torch.allclose(as_one, (true * (true / found).log()).sum(-1), atol=1e-5)
+
+
+def test_a_tail_that_is_forgotten_is_infinitely_far():
+    assert all(part.isinf().all() for part in divergence(rivals.renormalised(*top(4)), Truth(some_logits(0))))
+
+
+def test_an_angle_is_exact_however_small():
+    exact = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    found = torch.tensor([[0.0, 3.0], [1.0, 1.0], [1.0, 1e-5], [-1.0, 0.0]])
+    assert torch.allclose(angle(found, exact), torch.tensor([90.0, 45.0, math.degrees(1e-5), 180.0]), rtol=1e-4)
+
+
+def test_records_of_distillkit_have_the_sizes_it_documents():
+    assert [rivals.BUDGET.size_bytes(size) for size in (SMOLLM_VOCAB, QWEN_VOCAB)] == [114, 127]
+    assert [rivals.RECOMMENDED.size_bytes(size) for size in (SMOLLM_VOCAB, QWEN_VOCAB)] == [312, 344]
+
+
+def test_a_curve_that_is_one_of_distillkit_comes_back():
+    ranks = torch.arange(49.0)
+    curve = torch.cat([torch.tensor([-0.3333]), -2 - 0.01 * ranks - 0.5 * ranks.sqrt()])
+    found = rivals.BUDGET.approximate(curve[None])[0]
+    assert torch.allclose(found[1:], curve[1:], atol=1e-4)
+    assert found[0] == curve[0].bfloat16()
+
+
+def test_a_nucleus_has_the_fewest_ids_that_hold_the_mass():
+    probs = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [0.96, 0.02, 0.01, 0.005]])
+    kept = rivals.nucleus(torch.tensor([[7, 3, 9, 1], [2, 4, 6, 8]]), probs.log(), 0.7)
+    assert kept.is_kept.tolist() == [[True, True, False, False], [True, False, False, False]]
+    assert torch.allclose(kept.tail, torch.tensor([0.25, 0.04]).double(), atol=1e-3)
+    assert rivals.nucleus_bytes(1.5, SMOLLM_VOCAB) == 6
+
+
+def test_draws_with_replacement_are_counted():
+    probs = some_logits(0).softmax(-1)
+    kept = rivals.with_replacement(probs, 25, torch.Generator().manual_seed(3))
+    drawn = torch.multinomial(probs, 25, replacement=True, generator=torch.Generator().manual_seed(3))
+    for ids, weights, expected in zip(kept.ids.tolist(), (kept.weights * 25).tolist(), drawn.tolist(), strict=True):
+        assert {token: round(count) for token, count in zip(ids, weights, strict=True) if count} == Counter(expected)
+
+
+def test_a_drawn_id_and_its_count_take_three_bytes_while_they_fit():
+    assert rivals.drawn_bytes(12.0, QWEN_VOCAB, 50) == 36
+    assert rivals.drawn_bytes(12.0, QWEN_VOCAB, 100) == 48  # 18 bits and 7
+    assert rivals.drawn_bytes(12.0, 2**17, 100) == 36
+
+
+def test_the_error_of_draws_is_what_theory_says_and_none_of_it_is_bias():
+    method = Method(name="", family="", target=lambda *given: drawn_target(20, *given), total_bytes=max, is_random=True)
+    truth = Truth(some_logits(0))
+    square, bias_square = errors(method, SimpleNamespace(truth=truth), 400)
+    expected = ((1 - truth.squares) / 20).mean().item()
+    assert square == pytest.approx(expected, rel=0.1)
+    assert abs(bias_square) < 0.02 * expected
+
+
+def test_the_report_has_every_method_and_knows_which_is_exact(teacher: Path, ragged: Path, tmp_path: Path):
+    options = {"teacher": teacher, "dataset": ragged, "student": "noisy", "batches": 2, "positions": 32, "seeds": 2}
+    words = [f"--{name}={value}" for name, value in (options | {"output": tmp_path}).items()]
+    command = [sys.executable, "-m", "benchmarks.fidelity", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {line["method"]: line for line in json.loads((tmp_path / "fidelity.json").read_text())["data"]["methods"]}
+    assert all(0 <= lines[name]["angle_of_all"] < 0.1 for name in ("hidden, float32", "full, float16"))
+    assert lines["hidden, float32"]["kl_tail_evenly"] < 1e-6
+    for encoding in ("plain", "packed", "packed16"):
+        biases = [lines[f"topk {k}, {encoding}"]["bias"] for k in (8, 32, 128)]
+        assert biases == sorted(biases, reverse=True)
+        assert lines[f"sample 32, {encoding}"]["bias"] < lines[f"sample 32, {encoding}"]["rmse"]
+    assert lines["sample 32, plain"]["total_bytes"] == lines["topk 32, plain"]["total_bytes"] + 4
+    assert lines["hidden, float16"]["record_bytes"] == 2 * 32
+    assert lines["RS-KD, 50 draws"]["num_kept"] < 50
+    table = (tmp_path / "fidelity.md").read_text()
+    assert all(name in table for name in lines)
+    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
