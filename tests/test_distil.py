@@ -67,7 +67,7 @@ def test_a_run_reports_every_way_and_draws_it(
             assert run["points"]["step"][-1] == len(run["step_seconds"]) == 4
     ends = {name: [run["points"]["divergence"][-1] for run in runs] for name, runs in data.items()}
     for alone, online, offline in zip(*ends.values(), strict=True):
-        assert alone > 10 * max(online, offline)  # on tokens alone it moves away from the teacher
+        assert alone > 3 * max(online, offline)  # on tokens alone it moves away, with the teacher it only trembles
     table = (tmp_path / "distil.md").read_text()
     assert all(f"| {name} |" in table for name in data)
     assert (tmp_path / "distil.png").stat().st_size > 10_000
