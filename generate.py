@@ -79,7 +79,10 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         num_positions=rows.num_captured,
         vocab_size=info.vocab_size,
         top_k=config.kept,
+        encoding=config.encoding,
+        tokenizer_size=0 if tokenizer is None else len(tokenizer),
     )
+    ranks.together(layout.check)
     about = attributes(config, info, rows, layout, tokenizer)
     ranks.on_leader(lambda: output.check(about))
     if ranks.from_leader(output.is_complete):

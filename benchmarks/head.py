@@ -82,6 +82,7 @@ def batch_of(vocab_size: int, num_tokens: int) -> Batch:
         row_of_position=np.zeros(num_tokens, np.int64),
         positions=np.arange(num_tokens),
         targets=tokens[1:].astype(np.int64),
+        seed=0,
     )
 
 

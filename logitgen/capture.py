@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
+from logitgen.noise import gumbel, position_keys
 from logitgen.rows import Batch
 from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
 from logitgen.teacher import Teacher
@@ -26,6 +27,7 @@ _CACHED_LOGITS = 2**19
 """Logits that stay in a core's second-level cache: 2 MiB as float32."""
 
 _TORCH_DTYPES = {
+    np.dtype("u1"): torch.uint8,
     np.dtype("<u2"): torch.uint16,
     np.dtype("<u4"): torch.uint32,
     np.dtype("<f2"): torch.float16,
@@ -48,6 +50,36 @@ def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
     kept_CK, ids_CK = _largest(logits_CV, k)
     scalars = _scalars(logits_CV, target_C, kept_CK[:, 0])
     return scalars | {"kept_ids": ids_CK, "kept_logprobs": (kept_CK - scalars["logsumexp"][:, None]).clamp(max=0)}
+
+
+def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawable: int) -> dict[str, Tensor]:
+    """Draw k distinct tokens of each position without replacement, the likely ones more often.
+
+    With kappa the threshold, token i is drawn with probability q_i = 1 - exp(-exp(log p_i - kappa)) given all others'
+    noise, so a weight of p_i / q_i is p_i on average, whatever k is.
+
+    Args:
+        logits_CV: float32 logits.
+        target_C: The token that really comes next, int64.
+        k: How many to draw.
+        key_C: Key of each position's noise, int64.
+        num_drawable: Ids from here on are never drawn.
+
+    Returns:
+        As `top_k`, of the tokens that were drawn; and `threshold` float32[C], the (k+1)-th largest log-prob plus noise.
+
+    *Source*: T. Vieira, Gumbel-max trick and weighted reservoir sampling, 2014, and Estimating means in a finite
+    universe, 2017; W. Kool, H. van Hoof, M. Welling, Stochastic beams and where to find them, ICML 2019, section 4.2.
+    """
+    scalars = _scalars(logits_CV, target_C, logits_CV.amax(-1))
+    logprobs_CV = logits_CV[:, :num_drawable] - scalars["logsumexp"][:, None]
+    perturbed_CK, ids_CK = _largest(gumbel(key_C, num_drawable).add_(logprobs_CV), k + 1)
+    kept_CK, order_CK = logprobs_CV.gather(1, ids_CK[:, :k]).sort(-1, descending=True)
+    return scalars | {
+        "threshold": perturbed_CK[:, k].clamp(min=-FLOAT16_MAX),
+        "kept_ids": ids_CK.gather(1, order_CK),
+        "kept_logprobs": kept_CK.clamp(max=0),
+    }
 
 
 def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
@@ -159,12 +191,25 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         _on_device(array, teacher.device)
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
+    key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
     for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
-        target_C = target_P[span]
-        kept = full(logits_CV, target_C) if layout.capture == "full" else top_k(logits_CV, target_C, layout.top_k)
+        kept = _kept(logits_CV, target_P[span], key_P[span], layout)
         for name, values in kept.items():
             packed[name][span] = _storable(values, packed[name].dtype)
         del logits_CV, kept, values  # else they would stay until the next chunk is there
+
+
+def _kept(logits_CV: Tensor, target_C: Tensor, key_C: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Choose what is kept of a chunk, and pack it if the file wants it packed."""
+    if layout.capture == "full":
+        return full(logits_CV, target_C)
+    if layout.capture == "sample":
+        kept = sample(logits_CV, target_C, layout.top_k, key_C, layout.num_drawable)
+    else:
+        kept = top_k(logits_CV, target_C, layout.top_k)
+    if layout.packing:
+        kept["kept"] = layout.packing.pack(kept.pop("kept_ids"), kept.pop("kept_logprobs"))
+    return kept
 
 
 def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> None:

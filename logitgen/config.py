@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from logitgen.errors import UsageError
-from logitgen.schema import CaptureKind
+from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding
 
 _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
 """Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
@@ -72,8 +72,13 @@ class Config:
     packing: bool = _option("Join the rows and cut them into blocks of exactly max_length tokens.", False)
     completion_only: bool = _option("Capture only the positions that predict a token of a completion.", False)
     limit: int | None = _option("Take only the first rows of the split.", None)
-    capture: CaptureKind = _option("What to keep per position: the top k log-probs, or all logits.", "topk")
-    top_k: int = _option("How many tokens to keep per position with --capture topk.", 64)
+    capture: CaptureKind = _option(
+        "What to keep per position: the top k log-probs, k that are drawn (unbiased), or all logits.", "topk"
+    )
+    top_k: int = _option("How many tokens to keep per position with --capture topk or sample.", 64)
+    encoding: Encoding = _option(
+        "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
+    )
     batch_tokens: TokenBudget = _option(
         "Tokens per forward pass, padding included; auto takes as many as fit into free memory.", TokenBudget("8192")
     )
@@ -110,11 +115,16 @@ class Config:
                 f"--packing leaves no row longer than a block, so --overflow {self.overflow} has no meaning with it. "
                 "Leave one of the two out."
             )
+        if self.encoding != "plain" and self.capture not in WITH_KEPT_IDS:
+            raise UsageError(
+                f"--encoding {self.encoding} is for --capture {' and '.join(WITH_KEPT_IDS)}, got --capture "
+                f"{self.capture}. Leave one of the two out."
+            )
 
     @property
     def kept(self) -> int:
-        """Entries kept per position by choice of `top_k`; 0 where `capture` keeps them all."""
-        return self.top_k if self.capture == "topk" else 0
+        """Entries kept per position by choice of `top_k`; 0 where `capture` does not choose."""
+        return self.top_k if self.capture in WITH_KEPT_IDS else 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from logitgen.reader import LogitsFile
 IGNORED_LABEL = -100
 """What torch's cross-entropy and transformers leave out."""
 
-_EQUAL = ("capture", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
+_EQUAL = ("capture", "encoding", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
 """Attributes in which files that are read as one must not differ."""
 
 Row = dict[str, Tensor]
@@ -62,7 +62,8 @@ class LogitsDataset(Dataset[Row]):
         Returns:
             `input_ids` int64[T] and `positions` int64[P]; at these positions, predicting the token after, `logsumexp`
             and `target_logprob` float32[P], and `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats,
-            descending), or `logits` float32[P, V].
+            descending; if they were drawn, with `threshold` float32[P], from which their weights follow), or `logits`
+            float32[P, V].
 
         Raises:
             IndexError: There is no such row.

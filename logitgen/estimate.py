@@ -16,7 +16,7 @@ from logitgen.capture import capture_batch, seal
 from logitgen.header import Attributes, file_bytes
 from logitgen.plan import Plan
 from logitgen.rows import Rows
-from logitgen.schema import Layout
+from logitgen.schema import WITH_KEPT_IDS, Encoding, Layout
 from logitgen.teacher import Teacher
 from logitgen.transport import NUM_BUFFERS, Outbox
 
@@ -36,6 +36,8 @@ SAFE_SHARE = 0.7
 PILOT_SECONDS = 20.0
 NUM_PILOTS = 8
 OTHER_KEPT = (8, 16, 32, 64, 128, 256)
+OTHER_DRAWN = 12
+OTHER_ENCODINGS: tuple[Encoding, ...] = ("plain", "packed")
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -195,8 +197,15 @@ def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pil
     """Work out what a run would take from what every rank measured in its pilot."""
     seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
     largest_payload = int(layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions)).max())
-    others = [replace(layout, capture="topk", top_k=k) for k in OTHER_KEPT if k <= layout.vocab_size]
-    others.append(replace(layout, capture="full", top_k=0))
+    others = [
+        replace(layout, capture="topk", top_k=k, encoding=encoding)
+        for encoding in OTHER_ENCODINGS
+        for k in OTHER_KEPT
+        if k <= layout.vocab_size
+    ]
+    if layout.num_drawable > OTHER_DRAWN:
+        others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
+    others.append(replace(layout, capture="full", top_k=0, encoding="plain"))
     return Estimate(
         num_rows=layout.num_rows,
         num_tokens=layout.num_tokens,
@@ -221,11 +230,12 @@ def _most_tokens(plan: Plan, num_ranks: int) -> int:
 
 def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
     """Return the attributes of a file that keeps something else."""
-    settings = json.loads(str(attributes["settings"])) | {"capture": layout.capture}
-    if layout.capture == "topk":
+    changes = {"capture": layout.capture, "encoding": layout.encoding}
+    settings = json.loads(str(attributes["settings"])) | changes
+    if layout.capture in WITH_KEPT_IDS:
         settings["top_k"] = layout.top_k
     return attributes | {
-        "capture": layout.capture,
+        **changes,
         "top_k": layout.top_k,
         "settings": json.dumps(settings, sort_keys=True),
     }

@@ -27,7 +27,9 @@ from logitgen.schema import (
     PARTIAL_SUFFIX,
     SETTINGS_READ,
     TEACHER_DTYPES,
+    WITH_KEPT_IDS,
     CaptureKind,
+    Encoding,
     Field,
     Layout,
     nbytes,
@@ -197,9 +199,14 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
         raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
-    least, most = (1, plain["vocab_size"]) if plain["capture"] == "topk" else (0, 0)
+    least, most = (1, plain["vocab_size"] - (plain["capture"] == "sample"))
+    if plain["capture"] not in WITH_KEPT_IDS:
+        least = most = 0
     if plain["capture"] not in get_args(CaptureKind) or plain["vocab_size"] < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
+    fitting = get_args(Encoding) if plain["capture"] in WITH_KEPT_IDS else ("plain",)
+    if plain["encoding"] not in fitting:
+        raise FormatError(f"{path} is damaged: encoding must be one of {', '.join(fitting)}.")
     if plain["teacher_dtype"] not in TEACHER_DTYPES:
         raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(TEACHER_DTYPES)}.")
     for name in ("settings", "packages"):
@@ -239,6 +246,8 @@ def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
         num_positions=sizes["positions"],
         vocab_size=attributes["vocab_size"],
         top_k=attributes["top_k"],
+        encoding=attributes["encoding"],
+        tokenizer_size=attributes["tokenizer_size"],
     )
 
 

@@ -33,6 +33,7 @@ def settings_attributes(config: Config) -> dict[str, str | int]:
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "capture": config.capture,
+        "encoding": config.encoding,
         "settings": config.settings_json(),
         "packages": json.dumps(package_versions()),
     }
@@ -65,7 +66,7 @@ def attributes(
     return settings_attributes(config) | {
         "top_k": layout.top_k,
         "vocab_size": layout.vocab_size,
-        "tokenizer_size": 0 if tokenizer is None else len(tokenizer),
+        "tokenizer_size": layout.tokenizer_size,
         "teacher": config.teacher,
         "commit": info.commit,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

@@ -10,7 +10,7 @@ import numpy as np
 
 from logitgen.errors import FormatError
 from logitgen.header import read
-from logitgen.schema import Array
+from logitgen.schema import Array, id_dtype
 
 _BLOCK_POSITIONS = 2**22
 
@@ -55,18 +55,31 @@ class LogitsFile:
         return self.layout.num_rows
 
     def row(self, row: int) -> dict[str, Array]:
-        """Read one row.
+        """Read one row, unpacked if it is stored packed.
 
         Args:
             row: Row number; negative counts from the end.
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and what was kept: `kept_ids` and `kept_logprobs` [P, K], or `logits` [P, V]. Dtypes as in the file.
+            and what was kept: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn), or
+            `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.
+            FormatError: It is damaged.
         """
+        data = self.stored(row)
+        if self.layout.packing:
+            try:
+                ids_PK, logprobs_PK = self.layout.packing.unpack(data.pop("kept"))
+            except ValueError as error:
+                raise FormatError(f"{self.path} is damaged: {error} in row {row}. Copy it again.") from error
+            data |= {"kept_ids": ids_PK.astype(id_dtype(self.layout.vocab_size)), "kept_logprobs": logprobs_PK}
+        return data
+
+    def stored(self, row: int) -> dict[str, Array]:
+        """Read one row as it is stored: what its checksum is of, after its number and its source row."""
         number = row + len(self) if row < 0 else row
         if not 0 <= number < len(self):
             raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {row}.")

@@ -43,6 +43,7 @@ def facts(file: LogitsFile) -> dict[str, Any]:
         "positions": layout.num_positions,
         "shortest_row": int(lengths.min()),
         "longest_row": int(lengths.max()),
+        "kept": layout.kept,
         "bytes_per_position": layout.bytes_per_position,
         "bytes_per_token": size_bytes / layout.num_tokens,
         "perplexity": file.perplexity(),
@@ -109,7 +110,6 @@ def _text(decoder: Decoder | None, token: int) -> str:
 def overview(known: dict[str, Any]) -> RenderableType:
     """Draw `facts`."""
     settings, packages = known["settings"], known["packages"]
-    kept = f"top {known['top_k']}" if known["capture"] == "topk" else "all logits"
     source = " ".join(str(settings[name]) for name in ("dataset", "dataset_config", "split") if settings[name])
     lines = {
         "file": f"{known['path']}  {format_bytes(known['size_bytes'])}, format version {known['version']}",
@@ -118,7 +118,7 @@ def overview(known: dict[str, Any]) -> RenderableType:
         "dataset": source,
         "rows": f"{known['rows']:,}, all complete  {known['shortest_row']:,} to {known['longest_row']:,} tokens each",
         "tokens": f"{known['tokens']:,}  {known['positions']:,} positions captured",
-        "kept": f"{kept} of {known['vocab_size']:,}  {known['bytes_per_position']:,} bytes per position",
+        "kept": f"{known['kept']} of {known['vocab_size']:,}  {known['bytes_per_position']:,} bytes per position",
         "bytes per token": f"{known['bytes_per_token']:,.1f}, tokens and index included",
         "perplexity": f"{known['perplexity']:,.3f}  of the teacher, over the captured positions",
         "settings": ", ".join(

@@ -12,7 +12,7 @@ from torch import Tensor
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_ERROR, FLOAT16_MAX, Array
+from logitgen.schema import FLOAT16_MAX, Array, Layout
 from logitgen.teacher import Teacher, describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenizer_fingerprint
 
@@ -112,29 +112,39 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
         )
         for span, logits_CV in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
             now_CV = logits_CV.log_softmax(-1).cpu()
-            difference, top_C = _compare({name: values[span] for name, values in data.items()}, now_CV)
+            stored = {name: values[span] for name, values in data.items()}
+            difference, same_C = _compare(stored, now_CV, file.layout)
             if not len(difference):
                 continue
             largest = max(largest, float(difference.max()))
             total += float(difference.sum(dtype=torch.float64))
             num_values += len(difference)
-            num_same += int((top_C == now_CV.argmax(-1)).sum())
-            num_positions += len(top_C)
+            num_same += int(same_C.sum())
+            num_positions += len(same_C)
     most_mean, least_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
     mean, agreement = total / num_values, num_same / num_positions
     return Rerun(num_positions, largest, mean, agreement, most_mean, least_agreement)
 
 
-def _compare(data: dict[str, Array], now_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how far stored log-probs are from those of now, beyond rounding, and the likeliest ids as stored, [C]."""
+def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Compare what is stored of some positions with the log-probs of now.
+
+    Returns:
+        How far stored log-probs are from those of now beyond rounding, and whether the token that is the likeliest now
+        (if tokens were drawn, of those) is so as stored, bool[C]; of several that are stored as equal any is.
+    """
     if "logits" in data:
-        stored_CV = torch.from_numpy(data["logits"].astype(np.float32))
-        difference_CV = (stored_CV - torch.from_numpy(data["logsumexp"].copy())[:, None] - now_CV).abs()
-        usual_CV = stored_CV.abs() < FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
-        rounding_CV = stored_CV.abs() * FLOAT16_ERROR
-        return (difference_CV - rounding_CV).clamp(min=0)[usual_CV], stored_CV.argmax(-1)
-    ids_CK = torch.from_numpy(data["kept_ids"].astype(np.int64))
-    stored_CK = torch.from_numpy(data["kept_logprobs"].astype(np.float32))
+        ids_CK = torch.arange(now_CV.shape[1]).expand_as(now_CV)
+        values, offset_C1 = data["logits"], torch.from_numpy(data["logsumexp"].copy())[:, None]
+    else:
+        ids_CK = torch.from_numpy(data["kept_ids"].astype(np.int64))
+        values, offset_C1 = data["kept_logprobs"], torch.zeros(len(now_CV), 1)
+    stored_CK = torch.from_numpy(values.astype(np.float32))
     now_CK = now_CV.gather(-1, ids_CK).clamp(min=-FLOAT16_MAX)
-    difference_CK = (stored_CK - now_CK).abs() - stored_CK.abs() * FLOAT16_ERROR
-    return difference_CK.clamp(min=0).flatten(), ids_CK[:, 0]
+    off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
+    usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
+    likeliest_CK = stored_CK == stored_CK.amax(-1, keepdim=True)
+    drawn_C1 = ids_CK.gather(-1, now_CK.argmax(-1, keepdim=True))
+    now_C1 = drawn_C1 if layout.capture == "sample" else now_CV.argmax(-1, keepdim=True)
+    same_C = (likeliest_CK & (ids_CK == now_C1)).any(-1)
+    return off_CK.clamp(min=0)[usual_CK], same_C

@@ -37,6 +37,7 @@ class Batch:
         row_of_position: Index into the batch of each captured position, int64[P], row by row.
         positions: Position within its row, int64[P].
         targets: The token that really comes next, int64[P].
+        seed: The run's seed.
     """
 
     rows: Array
@@ -47,6 +48,7 @@ class Batch:
     row_of_position: Array
     positions: Array
     targets: Array
+    seed: int
 
     def halves(self) -> tuple["Batch", "Batch"]:
         """Cut the batch into two, its first rows and its last; it must have at least two."""
@@ -65,6 +67,7 @@ class Batch:
             row_of_position=self.row_of_position[positions] - first,
             positions=self.positions[positions],
             targets=self.targets[positions],
+            seed=self.seed,
         )
 
 
@@ -101,6 +104,7 @@ class Rows:
         self._mask = _Stream(tokens.data.column("completion_mask")) if config.completion_only else None
         row_ends = np.cumsum(_list_lengths(tokens.data.column("input_ids")), dtype=np.int64)
         self._row_ends = row_ends
+        self._seed = config.seed
         self._starts, self.lengths, self.source_row = _cut(row_ends, config, max_length)
         num_source_tokens = int(row_ends[-1])
         too_long = np.diff(row_ends, prepend=0) > (max_length or np.inf)
@@ -206,6 +210,7 @@ class Rows:
             targets=np.concatenate(
                 [row_tokens[found + 1] for row_tokens, found in zip(tokens, positions, strict=True)]
             ).astype(np.int64),
+            seed=self._seed,
         )
 
     def check_ids(self, vocab_size: int) -> None:

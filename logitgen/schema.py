@@ -2,15 +2,16 @@
 
 Writer and reader share this module and `header`, so what one writes is what the other reads.
 
-Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, V vocabulary (rows of the
-output head).
+Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, R bytes of a packed record, V
+vocabulary (rows of the output head).
 
 Datasets (all contiguous, little-endian):
 
     row level       done uint8[N], crc32 uint32[N], source_row int64[N]
     token level     offsets int64[N+1], input_ids uint16|uint32[T]
     position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
-      topk          kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]
+      topk          kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
+      sample        threshold float32[P], and the same
       full          logits float16[P, V]
 """
 
@@ -23,16 +24,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from logitgen.errors import UsageError
+from logitgen.packing import Packing
+
 FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 
-CaptureKind = Literal["topk", "full"]
+CaptureKind = Literal["topk", "sample", "full"]
+Encoding = Literal["plain", "packed", "packed16"]
+WITH_KEPT_IDS = ("topk", "sample")
+"""Capture kinds that keep some ids and their log-probs, in any of the encodings."""
 
 ATTRIBUTES: dict[str, type] = {
     "format": str,
     "version": int,
     "capture": str,
+    "encoding": str,
     "top_k": int,
     "vocab_size": int,
     "tokenizer_size": int,
@@ -77,7 +85,9 @@ class Layout:
         num_tokens: T, over all rows.
         num_positions: P, over all rows.
         vocab_size: V, the rows of the teacher's output head; padded rows count.
-        top_k: K for `topk`, 0 otherwise.
+        top_k: K for `topk` and `sample`, 0 otherwise.
+        encoding: How kept ids and log-probs are stored.
+        tokenizer_size: Ids of the tokenizer, which are all that can be drawn; 0 if unknown.
     """
 
     capture: CaptureKind
@@ -86,6 +96,34 @@ class Layout:
     num_positions: int
     vocab_size: int
     top_k: int
+    encoding: Encoding = "plain"
+    tokenizer_size: int = 0
+
+    @property
+    def num_drawable(self) -> int:
+        """Ids that can be drawn, from 0 on: the head may be padded with rows that no token has."""
+        return min(self.tokenizer_size or self.vocab_size, self.vocab_size)
+
+    def check(self) -> None:
+        """Refuse to draw so many tokens that none is left to tell how likely it was to draw them.
+
+        Raises:
+            UsageError: K is not below the number of ids that can be drawn.
+        """
+        if self.capture == "sample" and self.top_k >= self.num_drawable:
+            raise UsageError(
+                f"--top_k must be below the {self.num_drawable} ids of the vocabulary with --capture sample, got "
+                f"{self.top_k}. Lower it, or keep the likeliest with --capture topk."
+            )
+
+    @property
+    def packing(self) -> Packing | None:
+        """How kept ids and log-probs are packed; None where they are not."""
+        if self.encoding == "plain":
+            return None
+        value_bits = 8 if self.encoding == "packed" else 16
+        has_tail = self.encoding == "packed" and self.capture == "topk"
+        return Packing(vocab_size=self.vocab_size, k=self.top_k, value_bits=value_bits, has_tail=has_tail)
 
     @property
     def captured(self) -> dict[str, Field]:
@@ -94,8 +132,12 @@ class Layout:
         The order is the order inside a transported payload; widest first keeps every array in it aligned.
         """
         fields: dict[str, Field] = {"logsumexp": ((), np.dtype("<f4")), "target_logprob": ((), np.dtype("<f4"))}
+        if self.capture == "sample":
+            fields["threshold"] = (), np.dtype("<f4")
         if self.capture == "full":
             fields["logits"] = (self.vocab_size,), np.dtype("<f2")
+        elif self.packing:
+            fields["kept"] = (self.packing.record_bytes,), np.dtype("u1")
         else:
             fields["kept_ids"] = (self.top_k,), id_dtype(self.vocab_size)
             fields["kept_logprobs"] = (self.top_k,), np.dtype("<f2")
@@ -119,7 +161,14 @@ class Layout:
     @property
     def kept(self) -> str:
         """What is kept per position, in words."""
-        return "all logits" if self.capture == "full" else f"top {self.top_k}"
+        words = {"topk": f"top {self.top_k}", "sample": f"{self.top_k} drawn", "full": "all logits"}[self.capture]
+        return words if self.encoding == "plain" else f"{words}, {self.encoding}"
+
+    def rounding(self, values: Array) -> Array:
+        """Return how far stored logits or log-probs [P, ...] may be off from rounding to what they are stored as."""
+        if self.packing and self.encoding == "packed":
+            return self.packing.rounding(values)
+        return np.asarray(np.abs(values) * FLOAT16_ERROR)
 
     @property
     def bytes_per_position(self) -> int:

@@ -117,7 +117,7 @@ def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
     name = config.attn_implementation
     if name and name not in attentions and "/" not in name:  # a name with a slash is a kernel on the hub
         raise UsageError(f"--attn_implementation must be one of {', '.join(sorted(attentions))}, got {name}.")
-    if config.kept > vocab_size:
+    if config.kept > vocab_size:  # of those that are drawn, `Layout.check` knows the number
         raise UsageError(
             f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
             "Lower it, or keep every token with --capture full."

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from logitgen.errors import FormatError
 from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_ERROR, FLOAT16_MAX, Array, row_crc32
+from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
 
 _CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3
@@ -38,15 +39,21 @@ def row_problems(file: LogitsFile, row: int) -> Iterator[str]:
     if done != 1:
         yield f"has a done flag of {done}" if done else "is missing"
         return
-    data = file.row(row)
-    checksum, written = row_crc32(row, file.arrays["source_row"][row], data.values()), file.arrays["crc32"][row]
+    arrays = file.stored(row).values()
+    checksum, written = row_crc32(row, file.arrays["source_row"][row], arrays), file.arrays["crc32"][row]
     if checksum != written:
         yield f"has checksum {checksum:08x}, written was {written:08x}"
         return
-    yield from _value_problems(data, file.layout.vocab_size)
+    try:
+        data = file.row(row)
+    except FormatError:
+        yield "has packed records that cannot be unpacked"
+        return
+    yield from _value_problems(data, file.layout)
 
 
-def _value_problems(data: Row, vocab_size: int) -> Iterator[str]:
+def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
+    vocab_size = layout.vocab_size
     ids, positions, target_logprob = (data[name] for name in ("input_ids", "positions", "target_logprob"))
     if (ids >= vocab_size).any():
         yield f"has token {ids.max()}, the vocabulary ends at {vocab_size - 1}"
@@ -58,31 +65,34 @@ def _value_problems(data: Row, vocab_size: int) -> Iterator[str]:
         return
     if not (np.isfinite(target_logprob).all() and (target_logprob <= 0).all()):
         yield "has a target_logprob that is not finite or above 0"
-    yield from _logits_problems(data) if "logits" in data else _kept_problems(data, vocab_size)
+    yield from _logits_problems(data, layout) if "logits" in data else _kept_problems(data, layout)
 
 
-def _kept_problems(data: Row, vocab_size: int) -> Iterator[str]:
+def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
-    if (ids_PK >= vocab_size).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
-        yield f"has kept_ids that repeat, or are beyond the vocabulary's {vocab_size - 1}"
+    num_ids = layout.num_drawable if layout.capture == "sample" else layout.vocab_size
+    if (ids_PK >= num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
+        yield f"has kept_ids that repeat, or are beyond the vocabulary's {num_ids - 1}"
+    if "threshold" in data and not np.isfinite(data["threshold"]).all():
+        yield "has a threshold that is not finite"
     if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
         yield "has kept_logprobs that are not finite, above 0 or not descending"
         return
-    probs_PK = np.exp(logprobs_PK)
-    rounding_P = -(probs_PK * logprobs_PK).sum(1) * FLOAT16_ERROR
-    if (probs_PK.sum(1) > 1 + rounding_P + _NATS_ERROR).any():
+    rounding_PK = layout.rounding(logprobs_PK)
+    if (np.exp(logprobs_PK - rounding_PK).sum(1) > 1 + _NATS_ERROR).any():
         yield "has more probability than 1 at a position"
     target_P = data["input_ids"][data["positions"] + 1]
     where = np.nonzero(ids_PK == target_P[:, None])
-    kept, target = logprobs_PK[where], data["target_logprob"][where[0]]
-    if (np.abs(kept - target) > np.abs(target) * FLOAT16_ERROR + _NATS_ERROR).any():
+    if (np.abs(logprobs_PK[where] - data["target_logprob"][where[0]]) > rounding_PK[where] + _NATS_ERROR).any():
         yield "has a target_logprob that is not the one in kept_logprobs"
-    least_P = logprobs_PK[:, -1] * (1 - FLOAT16_ERROR) + _NATS_ERROR
+    if layout.capture == "sample":
+        return
+    least_P = logprobs_PK[:, -1] + rounding_PK[:, -1] + _NATS_ERROR
     if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
         yield "has a target that is not kept, but likelier than tokens that are"
 
 
-def _logits_problems(data: Row) -> Iterator[str]:
+def _logits_problems(data: Row, layout: Layout) -> Iterator[str]:
     num_positions, vocab_size = data["logits"].shape
     step = max(1, _CHUNK_LOGITS // vocab_size)
     target_P = data["input_ids"][data["positions"] + 1].astype(np.int64)
@@ -97,12 +107,12 @@ def _logits_problems(data: Row) -> Iterator[str]:
         logits_CV, logsumexp_C = logits_CV[usual_C], data["logsumexp"][span][usual_C]
         largest_C = logits_CV.max(1, initial=-np.inf)
         sum_C = np.exp(logits_CV - largest_C[:, None]).sum(1)
-        rounding_C = np.abs(largest_C) * FLOAT16_ERROR + _NATS_ERROR
+        rounding_C = layout.rounding(largest_C) + _NATS_ERROR
         if (np.abs(largest_C + np.log(sum_C) - logsumexp_C) > 2 * rounding_C).any():
             yield "has a logsumexp that is not the one of its logits"
             return
         logit_C = np.take_along_axis(logits_CV, target_P[span][usual_C][:, None], axis=1)[:, 0]
         off_C = np.abs(logit_C - logsumexp_C - data["target_logprob"][span][usual_C])
-        if (off_C > np.abs(logit_C) * FLOAT16_ERROR + _NATS_ERROR)[logit_C > -FLOAT16_MAX].any():
+        if (off_C > layout.rounding(logit_C) + _NATS_ERROR)[logit_C > -FLOAT16_MAX].any():
             yield "has a target_logprob that is not the one of its logits"
             return

@@ -416,7 +416,18 @@ def test_the_options_cannot_be_changed_later() -> None:
 
 def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
     assert parse_config([*REQUIRED, "--top_k=5"]).kept == 5
+    assert parse_config([*REQUIRED, "--top_k=5", "--capture=sample"]).kept == 5
     assert parse_config([*REQUIRED, "--top_k=5", "--capture=full"]).kept == 0
+
+
+@pytest.mark.parametrize("encoding", ["packed", "packed16"])
+def test_what_has_no_kept_ids_cannot_be_packed(encoding: str) -> None:
+    assert parse_config([*REQUIRED, f"--encoding={encoding}"]).encoding == encoding
+    message = (
+        rf"^--encoding {encoding} is for --capture topk and sample, got --capture full\. Leave one of the two out\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, f"--encoding={encoding}", "--capture=full"])
 
 
 HOW_TO_RUN = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")

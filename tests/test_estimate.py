@@ -231,7 +231,11 @@ def test_times_and_buffers_worked_by_hand() -> None:
     assert found.seconds == {1: 3 * 172, 2: 3 * 102, 4: 3 * 102, 8: 3 * 102, 16: 3 * 102, 32: 3 * 102, 64: 3 * 102}
     # A payload has 4 bytes a row, and a position two float32, two ids and two float16: 16 bytes.
     assert found.buffer_bytes == 2 * 2 * (2 * 4 + 101 * 16)
-    assert list(found.other_sizes) == ["top 8", "top 16", "top 32", "all logits"]
+    plain = ["top 8", "top 16", "top 32"]
+    packed = [f"{name}, packed" for name in (*plain, "12 drawn")]
+    assert list(found.other_sizes) == [*plain, *packed, "all logits"]
+    assert found.other_sizes["12 drawn, packed"] - found.other_sizes["top 8"] == 171 * (4 + 6 + 12 - 8 * 4)
+    assert found.other_sizes["top 8, packed"] - found.other_sizes["top 8"] == 171 * (5 + 8 + 1 - 8 * 4)
     assert found.other_sizes["top 16"] - found.other_sizes["top 8"] == 171 * 8 * 4
     assert found.other_sizes["all logits"] - found.other_sizes["top 8"] == 171 * (40 * 2 - 8 * 4)
     assert found.other_sizes["top 8"] - found.size_bytes == 171 * 6 * 4

@@ -41,7 +41,7 @@ def text_of(path: Path) -> tuple[int, str]:
 
 
 def attributes_for(layout: Layout, **changes: Any) -> dict[str, Any]:
-    sizes = {"capture": layout.capture, "top_k": layout.top_k, "vocab_size": layout.vocab_size}
+    sizes = {name: getattr(layout, name) for name in ("capture", "encoding", "top_k", "vocab_size")}
     return plain_attributes(**sizes, **changes)
 
 
@@ -60,15 +60,16 @@ def made(tmp_path: Path) -> Path:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    capture = draw(st.sampled_from(["topk", "full"]))
-    vocab_size = draw(st.sampled_from([1, 7, 300, 65_536, 65_537]))
+    capture = draw(st.sampled_from(["topk", "sample", "full"]))
+    vocab_size = draw(st.sampled_from([2, 7, 300, 65_536, 65_537]))
     return Layout(
         capture=capture,
         num_rows=draw(st.integers(1, 2_000)),
         num_tokens=draw(st.integers(1, 20_000)),
         num_positions=draw(st.integers(1, 50)),
         vocab_size=vocab_size,
-        top_k=draw(st.integers(1, min(vocab_size, 70))) if capture == "topk" else 0,
+        top_k=0 if capture == "full" else draw(st.integers(1, min(vocab_size - 1, 70))),
+        encoding="plain" if capture == "full" else draw(st.sampled_from(["plain", "packed", "packed16"])),
     )
 
 
@@ -364,6 +365,9 @@ def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
         ("top_k", 0, "attributes capture, vocab_size and top_k do not fit together"),
         ("top_k", 11, "attributes capture, vocab_size and top_k do not fit together"),
         ("top_k", -(2**63), "attributes capture, vocab_size and top_k do not fit together"),
+        ("capture", "sample", "dataset threshold is missing"),
+        ("encoding", "", "encoding must be one of plain, packed, packed16"),
+        ("encoding", "packed", "dataset kept is missing"),
         ("vocab_size", np.uint64(2**64 - 1), "attribute vocab_size is missing or not int"),
         ("vocab_size", 2**63 - 1, r"input_ids is uint16\[9\], expected uint32\[9\]"),
         ("vocab_size", np.True_, "attribute vocab_size is missing or not int"),

@@ -57,6 +57,7 @@ ATTRIBUTES: dict[str, Any] = {
     "format": "logitgen",
     "version": 1,
     "capture": "topk",
+    "encoding": "plain",
     "top_k": 2,
     "vocab_size": 10,
     "tokenizer_size": 10,

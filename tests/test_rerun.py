@@ -114,7 +114,17 @@ def test_a_masked_token_makes_no_difference(masked: float, capture: Capture, tea
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kept", [{"top_k": 16}, {"capture": "full"}], ids=["topk", "full"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"top_k": 16},
+        {"top_k": 16, "encoding": "packed"},
+        {"top_k": 16, "encoding": "packed16"},
+        {"capture": "sample", "top_k": 16, "encoding": "packed"},
+        {"capture": "full"},
+    ],
+    ids=["topk", "packed", "packed16", "packed draws", "full"],
+)
 def test_a_captured_file_agrees_with_its_own_teacher(
     dtype: str,
     kept: dict[str, Any],
@@ -143,11 +153,12 @@ def test_a_teacher_saved_in_float64_can_be_run_again(capture: Capture, tmp_path:
     assert main(["verify", str(path), "--teacher"]) == 0
 
 
+@pytest.mark.parametrize("kind", ["topk", "sample"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_slightly_changed_teacher_is_too_far_for_any_precision(
-    dtype: str, capture: Capture, teacher: Path, data: Path, tmp_path: Path, tokenizer: Any, capsys: Any
+    dtype: str, kind: str, capture: Capture, teacher: Path, data: Path, tmp_path: Path, tokenizer: Any, capsys: Any
 ) -> None:
-    path = capture(teacher=teacher, dataset=data, dtype=dtype, top_k=16)
+    path = capture(teacher=teacher, dataset=data, dtype=dtype, top_k=16, capture=kind)
     other = save_teacher(tmp_path / "other", changed_llama(0.2), tokenizer)
     capsys.readouterr()
     assert main(["verify", str(path), "--teacher", str(other)]) == 1

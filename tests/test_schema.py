@@ -1,20 +1,28 @@
 """The file format: names, dtypes and shapes, the layout of a payload, and the checksum of a row."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.schema import CaptureKind, Layout, id_dtype, nbytes, row_crc32
+from logitgen.errors import UsageError
+from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
 
-captures = st.sampled_from(["topk", "full"])
+encodings = st.sampled_from(["plain", "packed", "packed16"])
+captures = st.sampled_from(["topk", "sample", "full"])
 vocab_sizes = st.one_of(st.integers(1, 300), st.sampled_from([65_535, 65_536, 65_537, 131_073]))
 
 
 def make_layout(
-    capture: CaptureKind = "topk", vocab_size: int = 100, top_k: int = 3, num_rows: int = 2, num_positions: int = 7
+    capture: CaptureKind = "topk",
+    vocab_size: int = 100,
+    top_k: int = 3,
+    num_rows: int = 2,
+    num_positions: int = 7,
+    encoding: Encoding = "plain",
 ) -> Layout:
     return Layout(
         capture=capture,
@@ -22,7 +30,8 @@ def make_layout(
         num_tokens=num_positions + num_rows,
         num_positions=num_positions,
         vocab_size=vocab_size,
-        top_k=top_k if capture == "topk" else 0,
+        top_k=top_k if capture in WITH_KEPT_IDS else 0,
+        encoding=encoding if capture in WITH_KEPT_IDS else "plain",
     )
 
 
@@ -52,6 +61,17 @@ def test_the_datasets_of_a_top_k_file_are_exactly_these() -> None:
     ]
     by_hand = 4 * (1 + 4 + 8) + 2 * 5 * 8 + 50 * 4 + 30 * (4 + 4 + 4 + 8 * 4 + 8 * 2)
     assert layout.data_bytes == by_hand
+
+
+@pytest.mark.parametrize(("encoding", "record_bytes"), [("packed", 28 + 50 + 1), ("packed16", 28 + 100)])
+def test_a_packed_file_has_one_record_per_position_instead(encoding: Encoding, record_bytes: int) -> None:
+    """V = 300, K = 50: 2 low bits of each id, 50 + 74 for the high parts, so 28 bytes; an 8-bit code for the tail."""
+    layout = make_layout(vocab_size=300, top_k=50, encoding=encoding)
+    assert layout.captured == {
+        "logsumexp": ((), np.dtype("<f4")),
+        "target_logprob": ((), np.dtype("<f4")),
+        "kept": ((record_bytes,), np.dtype("u1")),
+    }
 
 
 def test_the_datasets_of_a_full_file_are_exactly_these() -> None:
@@ -86,11 +106,11 @@ def test_the_bytes_of_a_field_are_items_times_item_size(shape: tuple[int, ...], 
 
 
 @settings(max_examples=200, deadline=None)
-@given(captures, vocab_sizes, st.integers(1, 70), st.integers(1, 50), st.integers(0, 200))
+@given(captures, encodings, vocab_sizes, st.integers(1, 70), st.integers(1, 50), st.integers(0, 200))
 def test_a_payloads_fields_lie_without_gaps_and_aligned(
-    capture: CaptureKind, vocab_size: int, top_k: int, num_rows: int, num_positions: int
+    capture: CaptureKind, encoding: Encoding, vocab_size: int, top_k: int, num_rows: int, num_positions: int
 ) -> None:
-    layout = make_layout(capture, vocab_size, min(top_k, vocab_size))
+    layout = make_layout(capture, vocab_size, min(top_k, vocab_size), encoding=encoding)
     slices = layout.payload_slices(num_rows, num_positions)
     fields = {"crc32": ((), np.dtype("<u4"))} | layout.captured
     assert list(slices) == list(fields)
@@ -176,4 +196,33 @@ def test_a_row_without_positions_has_a_checksum_of_its_tokens() -> None:
 
 def test_what_is_kept_is_said_in_words() -> None:
     assert make_layout(top_k=3).kept == "top 3"
+    assert make_layout(top_k=3, encoding="packed16").kept == "top 3, packed16"
+    assert make_layout("sample", top_k=12, encoding="packed").kept == "12 drawn, packed"
     assert make_layout("full").kept == "all logits"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_size", "num_drawable"), [(0, 100), (90, 90), (100, 100), (120, 100)], ids=["unknown", "", "", "larger"]
+)
+def test_only_ids_that_the_tokenizer_has_are_drawn_and_not_all_of_them(tokenizer_size: int, num_drawable: int) -> None:
+    layout = replace(make_layout("sample", top_k=num_drawable - 1), tokenizer_size=tokenizer_size)
+    assert layout.num_drawable == num_drawable
+    layout.check()
+    message = (
+        rf"^--top_k must be below the {num_drawable} ids of the vocabulary with --capture sample, got {num_drawable}\."
+    )
+    with pytest.raises(UsageError, match=message):
+        replace(layout, top_k=num_drawable).check()
+    replace(layout, capture="topk", top_k=num_drawable).check()
+
+
+def test_a_file_of_draws_has_their_threshold() -> None:
+    assert list(make_layout("sample").captured.items()) == [
+        ("logsumexp", ((), np.dtype("<f4"))),
+        ("target_logprob", ((), np.dtype("<f4"))),
+        ("threshold", ((), np.dtype("<f4"))),
+        ("kept_ids", ((3,), np.dtype("<u2"))),
+        ("kept_logprobs", ((3,), np.dtype("<f2"))),
+    ]
+    packed = make_layout("sample", vocab_size=151_936, top_k=12, encoding="packed")
+    assert packed.captured["kept"] == ((36,), np.dtype("u1"))

@@ -1,5 +1,6 @@
 """What `verify` finds in a file: every flipped bit, and, behind a right checksum, every value that cannot be."""
 
+import dataclasses
 import random
 import struct
 import zlib
@@ -26,7 +27,17 @@ ROWS = [[1, 2, 3], [], [5], [9, 8, 7, 6, 5], [2, 4, 6]]
 EDITED = 3
 TOKEN, POSITION = 4, 2
 """Where row 3 begins among the tokens, and among the captured positions; the token after it is 8."""
-SEALED = ("input_ids", "positions", "logsumexp", "target_logprob", "kept_ids", "kept_logprobs", "logits")
+SEALED = (
+    "input_ids",
+    "positions",
+    "logsumexp",
+    "target_logprob",
+    "threshold",
+    "kept",
+    "kept_ids",
+    "kept_logprobs",
+    "logits",
+)
 
 
 @pytest.fixture
@@ -42,6 +53,16 @@ def topk(capture: Capture, teacher: Path, data: Path) -> Path:
 @pytest.fixture
 def full(capture: Capture, teacher: Path, data: Path) -> Path:
     return capture(teacher=teacher, dataset=data, capture="full", output=data.with_name("full.h5"))
+
+
+@pytest.fixture
+def packed(capture: Capture, teacher: Path, data: Path) -> Path:
+    return capture(teacher=teacher, dataset=data, top_k=3, encoding="packed", output=data.with_name("packed.h5"))
+
+
+@pytest.fixture
+def drawn(capture: Capture, teacher: Path, data: Path) -> Path:
+    return capture(teacher=teacher, dataset=data, top_k=3, capture="sample", output=data.with_name("drawn.h5"))
 
 
 def writable(path: Path) -> Arrays:
@@ -99,6 +120,12 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
         {"top_k": 7},
         {"top_k": 384},
         {"capture": "full"},
+        {"encoding": "packed", "top_k": 1},
+        {"capture": "sample", "top_k": 12},
+        {"capture": "sample", "top_k": 12, "encoding": "packed"},
+        {"capture": "sample", "top_k": 100, "encoding": "packed16"},
+        {"encoding": "packed", "top_k": 50},
+        {"encoding": "packed16", "top_k": 384},
         {"packing": True, "max_length": 32, "top_k": 9},
         {"overflow": "split", "max_length": 11},
         {"dtype": "bfloat16", "top_k": 384},
@@ -130,17 +157,21 @@ def test_a_file_of_completions_is_proved_right(capture: Capture, teacher: Path, 
     assert main(["verify", str(path)]) == 0
 
 
-def test_the_checksum_is_the_one_the_format_defines(topk: Path, full: Path) -> None:
-    for path in (topk, full):
+def test_the_checksum_is_the_one_the_format_defines(topk: Path, full: Path, packed: Path) -> None:
+    for path in (topk, full, packed):
         arrays = writable(path)
         assert [checksum(arrays, row) for row in range(len(ROWS))] == arrays["crc32"].tolist()
 
 
-def test_a_flipped_bit_in_any_byte_of_the_data_is_found(topk: Path, tmp_path: Path) -> None:
-    good = topk.read_bytes()
-    with h5py.File(topk) as file:
+@pytest.mark.parametrize("kind", ["topk", "packed"])
+def test_a_flipped_bit_in_any_byte_of_the_data_is_found(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path: Path = request.getfixturevalue(kind)
+    good = path.read_bytes()
+    with h5py.File(path) as file:
         start = min(dataset.id.get_offset() for dataset in file.values())
-    assert not refused(topk)
+    assert not refused(path)
     draw = random.Random(0)
     bits = ((place, bit) for place in range(start, len(good)) for bit in draw.sample(range(8), 1))
     bad = tmp_path / "bad.h5"
@@ -210,7 +241,7 @@ def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest
         with pytest.raises(FormatError, match=r"is damaged: its attributes or structures were changed\. Copy"):
             LogitsFile(bad, partial=True)
         assert main(["verify", str(bad)]) == 2
-    assert len(attributes) == 14
+    assert len(attributes) == 15
 
 
 def test_an_attribute_that_was_added_is_found(topk: Path) -> None:
@@ -352,6 +383,39 @@ def test_logits_that_do_not_fit_their_scalars_are_found_behind_a_right_checksum(
     assert lines
     assert all(line.startswith(f"row {EDITED} has ") for line in lines)
     assert any(message in line for line in lines)
+
+
+def test_a_record_that_is_none_is_found_behind_a_right_checksum(packed: Path) -> None:
+    edit(packed, put("kept", (POSITION, slice(0, 4)), 0))
+    assert found(packed) == [f"row {EDITED} has packed records that cannot be unpacked"]
+    with pytest.raises(
+        FormatError, match=r"packed\.h5 is damaged: a packed record does not hold 3 ids in row 3\. Copy"
+    ):
+        LogitsFile(packed).row(EDITED)
+
+
+@pytest.mark.parametrize("off", [-0.2, 0.2])
+def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(packed: Path, off: float) -> None:
+    kept = LogitsFile(packed).row(EDITED)
+    arrays = writable(packed)
+    at = next(index for index, target in enumerate((8, 7, 6, 5)) if target in kept["kept_ids"][index])
+    edit(packed, put("target_logprob", POSITION + at, min(0, arrays["target_logprob"][POSITION + at] + off)))
+    assert found(packed) == [f"row {EDITED} {NOT_ITS_TARGET}"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_threshold_that_is_not_finite_is_found(drawn: Path, value: float) -> None:
+    assert found(drawn) == []
+    edit(drawn, put("threshold", POSITION, value))
+    assert found(drawn) == [f"row {EDITED} has a threshold that is not finite"]
+
+
+def test_a_drawn_token_no_tokenizer_has_is_found(drawn: Path) -> None:
+    edit(drawn, put("kept_ids", (POSITION, 0), 383))
+    assert found(drawn) == []
+    file = LogitsFile(drawn)
+    file.layout = dataclasses.replace(file.layout, tokenizer_size=383)
+    assert f"row {EDITED} has kept_ids that repeat, or are beyond the vocabulary's 382" in list(problems(file))
 
 
 def test_every_damaged_row_is_listed(topk: Path) -> None:
