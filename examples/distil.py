@@ -33,7 +33,11 @@ from benchmarks.harness import ROOT, launch, median_and_spread, plot_style, writ
 from logitgen import DistillationLoss, LogitsDataset, collate
 from logitgen.dataset import IGNORED_LABEL
 
-KINDS = {"topk 12": ["--capture=topk", "--top_k=12"], "topk 64": ["--capture=topk", "--top_k=64"]}
+KINDS = {
+    "topk 12": ["--capture=topk", "--top_k=12"],
+    "sample 12": ["--capture=sample", "--top_k=12"],
+    "topk 64": ["--capture=topk", "--top_k=64"],
+}
 """What to capture, by name: options of generate.py."""
 
 TOKENS_ALONE, ONLINE = "cross-entropy", "teacher in memory"
