@@ -19,19 +19,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from logitgen.dataset import IGNORED_LABEL
 from logitgen.errors import UsageError
+from logitgen.losses import sample_weights
 from logitgen.output import reason
 from logitgen.reader import LogitsFile
-from logitgen.schema import Array
+from logitgen.schema import WITH_KEPT_IDS, Array
 
-IGNORED_LABEL = -100
-EXPORTED = ("topk", "sample")
 MASKED_LOGPROB = -1e9
 """What stands where nothing is known: what axolotl pads with; finite, so that nothing computed from it is NaN."""
-
-_SURELY = 50.0
-"""So far above the threshold a token is kept for sure, long before its exponential overflows."""
 
 _ENTRIES_AT_ONCE = 2**21
 
@@ -56,9 +54,9 @@ def export(file: LogitsFile, output: Path) -> None:
     Raises:
         UsageError: The file holds neither topk nor sample, or the output exists or cannot be written.
     """
-    if file.layout.capture not in EXPORTED:
+    if file.layout.capture not in WITH_KEPT_IDS:
         raise UsageError(
-            f"Only files of --capture {' or '.join(EXPORTED)} can be exported, {file.path} is of --capture "
+            f"Only files of --capture {' or '.join(WITH_KEPT_IDS)} can be exported, {file.path} is of --capture "
             f"{file.layout.capture}. Train from it with LogitsDataset."
         )
     if output.suffix not in ("", ".parquet"):
@@ -104,14 +102,13 @@ def target_logprobs(row: dict[str, Array]) -> Array:
     Returns:
         float32[P, K], nats; of sampled tokens, the logarithm of the weights, which may exceed 0.
     """
-    logprobs_PK = row["kept_logprobs"].astype(np.float64)
+    logprobs_PK = torch.from_numpy(row["kept_logprobs"].astype(np.float64))
     if "threshold" in row:
-        above_PK = logprobs_PK - row["threshold"].astype(np.float64)[:, None]
-        inclusion_PK = -np.expm1(-np.exp(np.minimum(above_PK, _SURELY)))
-        logprobs_PK = logprobs_PK - np.log(inclusion_PK)
+        threshold_P = torch.from_numpy(row["threshold"].astype(np.float64))
+        targets_PK = sample_weights(logprobs_PK, threshold_P).log()
     else:
-        logprobs_PK = logprobs_PK - np.logaddexp.reduce(logprobs_PK, axis=-1, keepdims=True)
-    return logprobs_PK.astype(np.float32)
+        targets_PK = logprobs_PK.log_softmax(-1)
+    return targets_PK.clamp(min=MASKED_LOGPROB).float().numpy()
 
 
 def _write_parquet(file: LogitsFile, path: Path) -> None:

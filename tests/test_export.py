@@ -95,6 +95,34 @@ def test_axolotls_sum_over_the_columns_is_0_for_a_student_that_is_the_teacher(
     assert num_compared > 50
 
 
+@pytest.mark.parametrize("encoding", ["plain", "packed16", "packed"])
+@pytest.mark.parametrize("kind", ["topk", "sample"])
+def test_every_kind_and_encoding_of_kept_tokens_is_exported(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, kind: str, encoding: str
+) -> None:
+    file = LogitsFile(capture(teacher=teacher, dataset=ragged, limit=20, capture=kind, top_k=8, encoding=encoding))
+    export(file, tmp_path / "out.parquet")
+    rows = load(tmp_path / "out.parquet").to_list()
+    assert len(rows) == 20
+    for number, row in enumerate(rows):
+        kept = file.row(number)
+        assert row["target_token_ids"][:-1] == kept["kept_ids"].tolist()
+        probabilities = np.exp(kept["kept_logprobs"].astype(np.float64))
+        if kind == "sample":
+            scale = 1 - np.exp(-probabilities / np.exp(kept["threshold"].astype(np.float64))[:, None])
+        else:
+            scale = probabilities.sum(-1, keepdims=True)
+        found = np.exp(np.array(row["target_logprobs"][:-1]).reshape(-1, 8))
+        np.testing.assert_allclose(found, probabilities / scale, rtol=1e-5)
+
+
+def test_a_sampled_token_of_no_probability_weighs_nothing() -> None:
+    row = {"kept_logprobs": np.array([[-0.1, -65504]], "<f2"), "threshold": np.array([-3], "<f4")}
+    targets = target_logprobs(row)
+    assert np.isfinite(targets).all()
+    assert np.exp(targets[0, 1]) == 0
+
+
 def test_rows_are_written_in_parts_of_bounded_size(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(LogitsFile(path), tmp_path / "whole.parquet")
     monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", 1)
