@@ -10,6 +10,7 @@ a run that was stopped has left.
 import logging
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
 
     logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
+    layout = replace(layout, head=teacher.head_form)
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
     if config.batch_tokens.is_auto:
         fitting = ranks.together(
@@ -111,7 +113,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         return
 
     # Every rank computes its share of the missing batches; what they yield goes to the leader and into the file.
-    known = partial(write_known, layout=layout, rows=rows)
+    known = partial(write_known, layout=layout, rows=rows, head=teacher.head)
     header = ranks.on_leader(lambda: output.create(layout, about, known), patience_seconds=UNLIMITED)
     done = ranks.from_leader(output.done)
     batches = plan.pending(done)

@@ -1,6 +1,7 @@
 """What is kept of the logits: pure tensor functions, computed in float32 on the device, packed before they travel.
 
-Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, V vocabulary, K kept.
+Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, V vocabulary, K kept,
+D hidden size.
 """
 
 import logging
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
+from logitgen.head import stored
 from logitgen.noise import gumbel, position_keys
 from logitgen.rows import Batch
 from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
@@ -85,6 +87,11 @@ def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawa
 def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     """Keep every logit of each position, with the same scalars as `top_k`."""
     return _scalars(logits_CV, target_C, logits_CV.amax(-1)) | {"logits": logits_CV}
+
+
+def hidden(logits_CV: Tensor, target_C: Tensor, hidden_CD: Tensor) -> dict[str, Tensor]:
+    """Keep the last hidden state of each position, with the same scalars as `top_k`."""
+    return _scalars(logits_CV, target_C, logits_CV.amax(-1)) | {"hidden": stored(hidden_CD)}
 
 
 def _scalars(logits_CV: Tensor, target_C: Tensor, largest_C: Tensor) -> dict[str, Tensor]:
@@ -192,17 +199,19 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
     key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
-    for span, logits_CV in teacher.logits(input_ids_BT, row_P, position_P):
-        kept = _kept(logits_CV, target_P[span], key_P[span], layout)
+    for span, logits_CV, hidden_CD in teacher.logits(input_ids_BT, row_P, position_P):
+        kept = _kept(logits_CV, hidden_CD, target_P[span], key_P[span], layout)
         for name, values in kept.items():
             packed[name][span] = _storable(values, packed[name].dtype)
-        del logits_CV, kept, values  # else they would stay until the next chunk is there
+        del logits_CV, hidden_CD, kept, values  # else they would stay until the next chunk is there
 
 
-def _kept(logits_CV: Tensor, target_C: Tensor, key_C: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _kept(logits_CV: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Choose what is kept of a chunk, and pack it if the file wants it packed."""
     if layout.capture == "full":
         return full(logits_CV, target_C)
+    if layout.capture == "hidden":
+        return hidden(logits_CV, target_C, hidden_CD)
     if layout.capture == "sample":
         kept = sample(logits_CV, target_C, layout.top_k, key_C, layout.num_drawable)
     else:
@@ -261,6 +270,6 @@ def _on_device(array: Array, device: torch.device) -> Tensor:
 
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to the stored dtype; what float16 cannot hold, such as the logit of a masked token, becomes its limit."""
-    if dtype == torch.float16:
+    if dtype == torch.float16 and values.dtype != dtype:
         values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return values.to(dtype)

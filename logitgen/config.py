@@ -73,7 +73,9 @@ class Config:
     completion_only: bool = _option("Capture only the positions that predict a token of a completion.", False)
     limit: int | None = _option("Take only the first rows of the split.", None)
     capture: CaptureKind = _option(
-        "What to keep per position: the top k log-probs, k that are drawn (unbiased), or all logits.", "topk"
+        "What to keep per position: the top k log-probs, k that are drawn (unbiased), the last hidden state (exact, "
+        "with the output head once), or all logits.",
+        "topk",
     )
     top_k: int = _option("How many tokens to keep per position with --capture topk or sample.", 64)
     encoding: Encoding = _option(

@@ -1,6 +1,6 @@
 """A file, or several, as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
 
-Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary.
+Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
 """
 
 from bisect import bisect_right
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from logitgen.errors import FormatError
+from logitgen.head import Head, restored
 from logitgen.reader import LogitsFile
 
 IGNORED_LABEL = -100
@@ -61,8 +62,8 @@ class LogitsDataset(Dataset[Row]):
         Returns:
             `input_ids` int64[T] and `positions` int64[P]; at these positions, predicting the token after, `logsumexp`
             and `target_logprob` float32[P], and `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats,
-            descending; if they were drawn, with `threshold` float32[P], from which their weights follow), or `logits`
-            float32[P, V].
+            descending; if they were drawn, with `threshold` float32[P], from which their weights follow), or `hidden`
+            float32[P, D], which `head` turns into logits, or `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.
@@ -74,11 +75,29 @@ class LogitsDataset(Dataset[Row]):
         found = self._files[index].row(number - self._ends[index] + len(self._files[index]))
         return {name: _tensor(array) for name, array in found.items()}
 
+    @property
+    def head(self) -> Head | None:
+        """The teacher's output head in its own dtype, read anew each time; None unless hidden states were captured."""
+        return head_of(self._files[0])
+
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self._paths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+
+def head_of(file: LogitsFile) -> Head | None:
+    """Read the teacher's output head, if the file has one."""
+    if not file.layout.of_head:
+        return None
+    said, arrays = file.attributes, file.arrays
+    return Head(
+        weight_VD=restored(arrays["head_weight"], said["teacher_dtype"]),
+        bias_V=restored(arrays["head_bias"], said["teacher_dtype"]) if "head_bias" in arrays else None,
+        scale=said["head_scale"],
+        soft_cap=said["head_soft_cap"],
+    )
 
 
 def _check_fits(file: LogitsFile, first: LogitsFile) -> None:

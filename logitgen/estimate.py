@@ -16,7 +16,7 @@ from logitgen.capture import capture_batch, seal
 from logitgen.header import Attributes, file_bytes
 from logitgen.plan import Plan
 from logitgen.rows import Rows
-from logitgen.schema import WITH_KEPT_IDS, Encoding, Layout
+from logitgen.schema import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layout
 from logitgen.teacher import Teacher
 from logitgen.transport import NUM_BUFFERS, Outbox
 
@@ -205,6 +205,8 @@ def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pil
     ]
     if layout.num_drawable > OTHER_DRAWN:
         others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
+    if layout.head:
+        others.append(replace(layout, capture="hidden", top_k=0, encoding="plain"))
     others.append(replace(layout, capture="full", top_k=0, encoding="plain"))
     return Estimate(
         num_rows=layout.num_rows,
@@ -234,7 +236,7 @@ def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
     settings = json.loads(str(attributes["settings"])) | changes
     if layout.capture in WITH_KEPT_IDS:
         settings["top_k"] = layout.top_k
-    return attributes | {
+    return {name: value for name, value in attributes.items() if name not in HEAD_ATTRIBUTES} | {
         **changes,
         "top_k": layout.top_k,
         "settings": json.dumps(settings, sort_keys=True),

@@ -8,6 +8,7 @@ is found before HDF5 reads it: of 150 files with random bytes changed in the hea
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -24,18 +25,21 @@ from logitgen.schema import (
     ATTRIBUTES,
     FORMAT_NAME,
     FORMAT_VERSION,
+    HEAD_ATTRIBUTES,
     PARTIAL_SUFFIX,
     SETTINGS_READ,
+    STORED_DTYPES,
     TEACHER_DTYPES,
     WITH_KEPT_IDS,
     CaptureKind,
     Encoding,
     Field,
+    HeadForm,
     Layout,
     nbytes,
 )
 
-Attributes = dict[str, str | int]
+Attributes = dict[str, str | int | float]
 Places = Mapping[str, int]
 """The byte at which each dataset starts."""
 
@@ -44,6 +48,7 @@ _TEXT = "logitgen file, format version {version}\nHDF5 from byte 512 on\nhead_by
 _TEXT_PATTERN = re.compile(_TEXT.format(version=r"(\d{1,9})", size=r"(\d{1,9})", digest="[0-9a-f]{64}"))
 _METADATA_BYTES = 2**13
 """Room for HDF5's structures, and unit of the room for the attributes: so HDF5 never takes a second block."""
+_DTYPE_KINDS = {str: "S", int: "i", float: "f"}
 _MOST_HEAD_BYTES = 2**20
 
 
@@ -189,13 +194,14 @@ def _cut_off(path: Path) -> FormatError:
 
 def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     plain: dict[str, Any] = {}
-    for name, kind in ATTRIBUTES.items():
+    expected = ATTRIBUTES | (HEAD_ATTRIBUTES if file.attrs.get("capture") == b"hidden" else {})
+    for name, kind in expected.items():
         known = file.attrs.get_id(name) if name in file.attrs else None
-        if known is None or known.shape != () or known.dtype.kind != ("S" if kind is str else "i"):
+        if known is None or known.shape != () or known.dtype.kind != _DTYPE_KINDS[kind]:
             raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")
         value = file.attrs[name]
-        plain[name] = value.decode() if kind is str else int(value)
-    if unknown := sorted(set(file.attrs) - set(ATTRIBUTES)):
+        plain[name] = value.decode() if kind is str else kind(value)
+    if unknown := sorted(set(file.attrs) - set(expected)):
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
         raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
@@ -207,8 +213,13 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     fitting = get_args(Encoding) if plain["capture"] in WITH_KEPT_IDS else ("plain",)
     if plain["encoding"] not in fitting:
         raise FormatError(f"{path} is damaged: encoding must be one of {', '.join(fitting)}.")
-    if plain["teacher_dtype"] not in TEACHER_DTYPES:
-        raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(TEACHER_DTYPES)}.")
+    dtypes = tuple(STORED_DTYPES) if plain["capture"] == "hidden" else TEACHER_DTYPES
+    if plain["teacher_dtype"] not in dtypes:
+        raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(dtypes)}.")
+    if plain["capture"] == "hidden" and not (
+        math.isfinite(plain["head_scale"]) and 0 <= plain["head_soft_cap"] < math.inf
+    ):
+        raise FormatError(f"{path} is damaged: head_scale must be finite, head_soft_cap too and not below 0.")
     for name in ("settings", "packages"):
         try:
             plain[name] = json.loads(plain[name])
@@ -248,7 +259,18 @@ def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
         top_k=attributes["top_k"],
         encoding=attributes["encoding"],
         tokenizer_size=attributes["tokenizer_size"],
+        head=_head_form(file, attributes, path) if attributes["capture"] == "hidden" else None,
     )
+
+
+def _head_form(file: h5py.File, attributes: dict[str, Any], path: Path) -> HeadForm:
+    weight = _dataset(file, "head_weight", path)
+    if weight.ndim != 2 or not weight.size:
+        raise FormatError(
+            f"{path} is damaged: head_weight is {weight.dtype}{list(weight.shape)}, expected two axes, not empty."
+        )
+    dtype = STORED_DTYPES[attributes["teacher_dtype"]]
+    return HeadForm(hidden_size=weight.shape[1], dtype=dtype, has_bias="head_bias" in file)
 
 
 def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:

@@ -106,7 +106,8 @@ class Packing:
         high_CH.scatter_(1, (ids_CK >> self._low_bits) + arange(self.k), 1)
         bits = torch.cat([low_CKL.flatten(1), high_CH], dim=1)
         bits = torch.nn.functional.pad(bits, (0, 8 * self._id_bytes - bits.shape[1])).unflatten(1, (self._id_bytes, 8))
-        return (bits << arange(8)).sum(-1).to(torch.uint8)
+        packed_CR: Tensor = (bits << arange(8)).sum(-1).to(torch.uint8)
+        return packed_CR
 
     def unpack(self, records_PR: Array) -> tuple[Array, Array]:
         """Unpack records.

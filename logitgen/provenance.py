@@ -3,10 +3,12 @@
 import json
 from importlib.metadata import version
 
-import torch
+from torch import get_num_threads
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
+from logitgen.head import dtype_name
+from logitgen.header import Attributes
 from logitgen.rows import Rows
 from logitgen.schema import FORMAT_NAME, FORMAT_VERSION, Layout
 from logitgen.teacher import Teacher, TeacherInfo
@@ -23,11 +25,11 @@ def package_versions() -> dict[str, str]:
 def facts_of_launch(config: Config) -> dict[str, str]:
     """What must be equal on all ranks for the file to be what its attributes say; paths may differ between machines."""
     options = {f"--{name}": str(value) for name, value in config.settings.items() if name not in ("teacher", "dataset")}
-    threads = {"number of CPU threads": str(torch.get_num_threads())}
+    threads = {"number of CPU threads": str(get_num_threads())}
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
 
-def settings_attributes(config: Config) -> dict[str, str | int]:
+def settings_attributes(config: Config) -> Attributes:
     """Collect the attributes that are known before anything is loaded."""
     return {
         "format": FORMAT_NAME,
@@ -39,12 +41,12 @@ def settings_attributes(config: Config) -> dict[str, str | int]:
     }
 
 
-def teacher_attributes(teacher: Teacher) -> dict[str, str | int]:
+def teacher_attributes(teacher: Teacher) -> Attributes:
     """Collect the attributes that only a loaded teacher tells."""
-    return {
-        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
-        "teacher_fingerprint": teacher.fingerprint,
-    }
+    found: Attributes = {"teacher_dtype": dtype_name(teacher.dtype), "teacher_fingerprint": teacher.fingerprint}
+    if head := teacher.head:
+        found |= {"head_scale": head.scale, "head_soft_cap": head.soft_cap, "head_crc32": head.checksum}
+    return found
 
 
 def attributes(
@@ -53,7 +55,7 @@ def attributes(
     rows: Rows,
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, str | int]:
+) -> Attributes:
     """Collect the attributes that are known before the teacher is loaded.
 
     Args:

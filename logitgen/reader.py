@@ -55,15 +55,15 @@ class LogitsFile:
         return self.layout.num_rows
 
     def row(self, row: int) -> dict[str, Array]:
-        """Read one row, unpacked if it is stored packed.
+        """Read one row, unpacked if it is stored packed, bfloat16 as float32.
 
         Args:
             row: Row number; negative counts from the end.
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and what was kept: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn), or
-            `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
+            and what was kept: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn),
+            `hidden` [P, D], or `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.
@@ -76,6 +76,8 @@ class LogitsFile:
             except ValueError as error:
                 raise FormatError(f"{self.path} is damaged: {error} in row {row}. Copy it again.") from error
             data |= {"kept_ids": ids_PK.astype(id_dtype(self.layout.vocab_size)), "kept_logprobs": logprobs_PK}
+        if "hidden" in data and self.attributes["teacher_dtype"] == "bfloat16":
+            data["hidden"] = (data["hidden"].astype("<u4") << 16).view("<f4")
         return data
 
     def stored(self, row: int) -> dict[str, Array]:

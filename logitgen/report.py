@@ -69,7 +69,7 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
         raise FormatError(f"{file.path} is damaged: row {row % len(file)} {problem}. Copy it again.")
     data = file.row(row)
     ids = data["input_ids"]
-    ids_PK, logprobs_PK = _guesses(data)
+    ids_PK, logprobs_PK = _guesses(data | _logits(file, data))
     positions = [
         {
             "position": int(position),
@@ -92,6 +92,18 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
         "text": decoder.decode(ids.tolist()) if decoder else None,
         "positions": positions,
     }
+
+
+def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
+    """Turn hidden states into logits, if there are any."""
+    if "hidden" not in data:
+        return {}
+    import torch  # takes seconds
+
+    from logitgen.dataset import head_of
+
+    head = head_of(file)
+    return {"logits": head(torch.from_numpy(data["hidden"].astype("<f4"))).numpy()} if head else {}
 
 
 def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitgen.config import Config
+from logitgen.dataset import head_of
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import FLOAT16_MAX, Array, Layout
@@ -104,15 +105,21 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
 
 def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
     """Run a teacher of the file's vocabulary over some rows, each alone and unpadded, and compare log-probs."""
+    own_head = head_of(file)
+    head = own_head.to(teacher.device) if own_head else None
     largest, total, num_values, num_same, num_positions = 0.0, 0.0, 0, 0, 0
     for row in rows:
         data = file.row(row)
         position_P, input_ids_T = (
             torch.from_numpy(data[name].astype(np.int64)).to(teacher.device) for name in ("positions", "input_ids")
         )
-        for span, logits_CV in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
+        for span, logits_CV, _ in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
             now_CV = logits_CV.log_softmax(-1).cpu()
             stored = {name: values[span] for name, values in data.items()}
+            if head:
+                stored["logits"] = (
+                    head(torch.from_numpy(stored["hidden"].astype("<f4")).to(teacher.device)).cpu().numpy()
+                )
             difference, same_C = _compare(stored, now_CV, file.layout)
             if not len(difference):
                 continue

@@ -3,7 +3,7 @@
 Writer and reader share this module and `header`, so what one writes is what the other reads.
 
 Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, R bytes of a packed record, V
-vocabulary (rows of the output head).
+vocabulary (rows of the output head), D hidden size.
 
 Datasets (all contiguous, little-endian):
 
@@ -12,6 +12,8 @@ Datasets (all contiguous, little-endian):
     position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
       topk          kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       sample        threshold float32[P], and the same
+      hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
+                    dtype: float32, float16, or uint16 with the bits of bfloat16
       full          logits float16[P, V]
 """
 
@@ -31,7 +33,7 @@ FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 
-CaptureKind = Literal["topk", "sample", "full"]
+CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]
 WITH_KEPT_IDS = ("topk", "sample")
 """Capture kinds that keep some ids and their log-probs, in any of the encodings."""
@@ -54,7 +56,15 @@ ATTRIBUTES: dict[str, type] = {
     "packages": str,
 }
 """What a file says about itself: settings and packages as JSON, fingerprints as SHA-256 in hexadecimal."""
+HEAD_ATTRIBUTES: dict[str, type] = {"head_scale": float, "head_soft_cap": float, "head_crc32": int}
+"""What a file of hidden states also says: what `head.Head` needs, and the CRC-32 of its weights."""
 TEACHER_DTYPES = ("float64", "float32", "float16", "bfloat16")
+STORED_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+"""How hidden states and the head are stored, by the teacher's dtype: numpy and HDF5 have no bfloat16."""
 SETTINGS_READ = ("teacher", "teacher_gguf", "revision", "attn_implementation", "dataset", "dataset_config", "split")
 """Settings that are needed to show a file or to run its teacher again."""
 Array = npt.NDArray[Any]
@@ -76,6 +86,21 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadForm:
+    """Sizes of an output head that is in the file.
+
+    Attributes:
+        hidden_size: D.
+        dtype: How it is stored, as are the hidden states.
+        has_bias: Whether there is a bias.
+    """
+
+    hidden_size: int
+    dtype: np.dtype
+    has_bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The sizes that fix every dataset of a file.
 
@@ -88,6 +113,7 @@ class Layout:
         top_k: K for `topk` and `sample`, 0 otherwise.
         encoding: How kept ids and log-probs are stored.
         tokenizer_size: Ids of the tokenizer, which are all that can be drawn; 0 if unknown.
+        head: The output head, for `hidden`; None for the others, and as long as the teacher is not loaded.
     """
 
     capture: CaptureKind
@@ -98,6 +124,7 @@ class Layout:
     top_k: int
     encoding: Encoding = "plain"
     tokenizer_size: int = 0
+    head: HeadForm | None = None
 
     @property
     def num_drawable(self) -> int:
@@ -136,12 +163,22 @@ class Layout:
             fields["threshold"] = (), np.dtype("<f4")
         if self.capture == "full":
             fields["logits"] = (self.vocab_size,), np.dtype("<f2")
+        elif self.capture == "hidden":
+            fields |= {"hidden": ((self.head.hidden_size,), self.head.dtype)} if self.head else {}
         elif self.packing:
             fields["kept"] = (self.packing.record_bytes,), np.dtype("u1")
         else:
             fields["kept_ids"] = (self.top_k,), id_dtype(self.vocab_size)
             fields["kept_logprobs"] = (self.top_k,), np.dtype("<f2")
         return fields
+
+    @property
+    def of_head(self) -> dict[str, Field]:
+        """Full shape and dtype of the datasets that hold the output head."""
+        if self.capture != "hidden" or self.head is None:
+            return {}
+        fields = {"head_weight": ((self.vocab_size, self.head.hidden_size), self.head.dtype)}
+        return fields | ({"head_bias": ((self.vocab_size,), self.head.dtype)} if self.head.has_bias else {})
 
     @property
     def datasets(self) -> dict[str, Field]:
@@ -156,16 +193,24 @@ class Layout:
             "input_ids": ((self.num_tokens,), id_dtype(self.vocab_size)),
             "positions": ((positions,), np.dtype("<i4")),
         }
-        return known | {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
+        captured = {name: ((positions, *entry), dtype) for name, (entry, dtype) in self.captured.items()}
+        return known | self.of_head | captured
 
     @property
     def kept(self) -> str:
         """What is kept per position, in words."""
-        words = {"topk": f"top {self.top_k}", "sample": f"{self.top_k} drawn", "full": "all logits"}[self.capture]
+        words = {
+            "topk": f"top {self.top_k}",
+            "sample": f"{self.top_k} drawn",
+            "hidden": "hidden states",
+            "full": "all logits",
+        }[self.capture]
         return words if self.encoding == "plain" else f"{words}, {self.encoding}"
 
     def rounding(self, values: Array) -> Array:
-        """Return how far stored logits or log-probs [P, ...] may be off from rounding to what they are stored as."""
+        """Return how far logits or log-probs [P, ...] may be off from rounding to what is stored."""
+        if self.capture == "hidden":
+            return np.zeros_like(values)
         if self.packing and self.encoding == "packed":
             return self.packing.rounding(values)
         return np.asarray(np.abs(values) * FLOAT16_ERROR)
@@ -213,7 +258,12 @@ def row_crc32(row: int, source_row: int, arrays: Iterable[Array]) -> int:
         arrays: `input_ids`, `positions`, then the captured fields in the order of `Layout.captured`, each with the
             dtype it has in the file.
     """
-    checksum = zlib.crc32(np.array([row, source_row], "<i8").data)
+    return crc32([np.array([row, source_row], "<i8"), *arrays])
+
+
+def crc32(arrays: Iterable[Array]) -> int:
+    """Checksum the bytes of arrays, one after another."""
+    checksum = 0
     for array in arrays:
         checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum

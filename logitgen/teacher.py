@@ -20,6 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+from logitgen.head import Head, dtype_name
+from logitgen.schema import STORED_DTYPES, HeadForm
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ bits. Smaller chunks read the head's weights too often, larger ones gain nothing
 
 GPU_CHUNK_LOGITS = 2**26
 """The same on a GPU: below some 300 positions a chunk would take as long as it takes to read the weights."""
+
+_SCALE_ERROR = 1e-5
+"""What float32 may make of a scale and a soft-cap, relatively."""
+_PRODUCT_ERROR = 1e-5
+"""What float32 may make of two ways to compute the product with the head, of its largest result."""
 
 _FINGERPRINT_VALUES = 64
 """Values of each weight tensor that go into the fingerprint."""
@@ -136,9 +143,10 @@ class Teacher:
         device: Where it computes.
         dtype: In which precision it computes.
         fingerprint: SHA-256 over names, shapes and sampled values of all weights.
+        head: Its output head, if it was asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
         """Wrap a model in evaluation mode; see `load_teacher`."""
         self._model = model
         self._vocab_size = vocab_size
@@ -146,9 +154,15 @@ class Teacher:
         self.dtype = model.dtype
         self.fingerprint = _fingerprint(model)
         self._decoder = _separable_decoder(model, vocab_size)
+        self.head = _find_head(model, self._decoder, vocab_size) if with_head else None
+
+    @property
+    def head_form(self) -> HeadForm | None:
+        """Sizes of the output head, if it was asked for."""
+        return self.head.form if self.head else None
 
     @torch.inference_mode()
-    def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
 
         The body runs once; the head runs over chunks of the hidden states that are wanted, so no tensor of the size
@@ -160,27 +174,30 @@ class Teacher:
             position_P: Position in that row, int64[P].
 
         Yields:
-            Which of the P positions these are, and their logits, float32[C, V].
+            Which of the P positions these are, their logits, float32[C, V], and their last hidden states [C, D] in the
+            teacher's dtype (empty where the teacher is run whole).
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self._vocab_size)
         if self._decoder is None:
             output_BTV = self._model(input_ids=input_ids_BT, use_cache=False).logits
             for start in range(0, len(row_P), step):
                 span = slice(start, min(start + step, len(row_P)))
-                yield span, output_BTV[row_P[span], position_P[span]].float()
+                logits_CV = output_BTV[row_P[span], position_P[span]]
+                yield span, logits_CV.float(), logits_CV[:, :0]
             return
         output = self._decoder(input_ids=input_ids_BT, use_cache=False)
         hidden_PD = output.last_hidden_state[row_P, position_P]
         for start in range(0, len(row_P), step):
             span = slice(start, min(start + step, len(row_P)))
-            yield span, _head(self._model, self._decoder, output, hidden_PD[span]).float()
+            yield span, _head(self._model, self._decoder, output, hidden_PD[span]).float(), hidden_PD[span]
 
 
 def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Teacher:
     """Load the weights straight onto a device.
 
     Raises:
-        UsageError: The weights cannot be loaded, or some of them are missing from the checkpoint.
+        UsageError: The weights cannot be loaded, some of them are missing from the checkpoint, or the head is to be
+            stored and cannot be.
     """
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -212,7 +229,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             f"The teacher's checkpoint has {len(unused)} weights its configuration has no use for: {unused[0]}"
         )
     model.config.return_dict = True  # some checkpoints ask for tuples
-    return Teacher(model.eval(), info.vocab_size)
+    return Teacher(model.eval(), info.vocab_size, with_head=config.capture == "hidden")
 
 
 @torch.inference_mode()
@@ -276,6 +293,59 @@ def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Te
     any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
     with _forward_returns(decoder, ready):
         return cast(Tensor, model(input_ids=any_ids_CT, use_cache=False).logits[0])
+
+
+@torch.inference_mode()
+def _find_head(model: PreTrainedModel, decoder: nn.Module | None, vocab_size: int) -> Head:
+    """Take a model's output head out of it, and prove that it gives the model's own logits.
+
+    What a family does after the product is found without a list of families: the model's own forward is given numbers
+    of all sizes in the product's place, and scale and soft-cap are read off what becomes of them, in float32.
+
+    Raises:
+        UsageError: Its logits are not soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap).
+    """
+    module = model.get_output_embeddings()
+    weight_VD, bias_V = getattr(module, "weight", None), getattr(module, "bias", None)
+    if decoder is None or weight_VD is None:
+        raise _no_head("body and head cannot be run apart")
+    input_ids_BT = torch.arange(16, device=model.device).view(2, 8) % vocab_size
+    output = decoder(input_ids=input_ids_BT, use_cache=False)
+    hidden_PD = output.last_hidden_state.flatten(0, 1)
+    dtypes = {tensor.dtype for tensor in (hidden_PD, weight_VD, bias_V) if tensor is not None}
+    if dtypes != {model.dtype} or dtype_name(model.dtype) not in STORED_DTYPES:
+        names = " and ".join(sorted(map(dtype_name, dtypes | {model.dtype})))
+        raise _no_head(f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)}")
+    # Of both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
+    id_V = torch.arange(vocab_size, device=model.device)
+    probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
+    with _forward_returns(cast(nn.Module, module), probe_V.repeat(1, len(hidden_PD), 1)):
+        answer_V = _head(model, decoder, output, hidden_PD)[-1].float()
+    scale, soft_cap = _scale_and_cap(probe_V, answer_V)
+    head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, soft_cap=soft_cap)
+    if not torch.allclose(head.after_product(probe_V), answer_V, rtol=_SCALE_ERROR, atol=0):
+        raise _no_head("something else is done to the logits after the product")
+    own_PV = _head(model, decoder, output, hidden_PD)
+    relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
+    if not _close(head.to(model.device, torch.float32)(hidden_PD), own_PV.float(), relative):
+        raise _no_head("something is done to the hidden states before the product")
+    return head
+
+
+def _scale_and_cap(probe_V: Tensor, answer_V: Tensor) -> tuple[float, float]:
+    """Read off what becomes of small numbers, the first, and of large ones; a soft-cap of 0 is none."""
+    scale = float(answer_V[0] / probe_V[0])
+    largest = int(probe_V.argmax())
+    if abs(answer_V[largest]) > abs(scale * probe_V[largest]) / 2:
+        return scale, 0.0
+    return 1.0 if abs(scale - 1) < _SCALE_ERROR else scale, float(abs(answer_V[largest]))  # a tanh rounds the small
+
+
+def _no_head(reason: str) -> UsageError:
+    return UsageError(
+        "--capture hidden needs a teacher whose logits are a product of its last hidden states and its output "
+        f"embeddings, scaled or soft-capped at most; with this one {reason}. Use another --capture."
+    )
 
 
 @contextmanager

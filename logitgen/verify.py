@@ -9,7 +9,7 @@ import numpy as np
 
 from logitgen.errors import FormatError
 from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
+from logitgen.schema import FLOAT16_MAX, Array, Layout, crc32, row_crc32
 
 _CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3
@@ -21,14 +21,18 @@ Row = dict[str, Array]
 def problems(file: LogitsFile) -> Iterator[str]:
     """Find what is wrong with a file, one line each; nothing found is the proof.
 
-    Looked at are the offsets, the `done` flags, every row's checksum (over its number, source row, tokens, positions
-    and all that was captured) and whether the values can be what they are called: ids below the vocabulary, positions
-    that have a next token, log-probs finite, at most 0 and descending, no more probability than 1.
+    Looked at are the offsets, the output head's checksum, the `done` flags, every row's checksum (over its number,
+    source row, tokens, positions and all that was captured) and whether the values can be what they are called: ids
+    below the vocabulary, positions that have a next token, log-probs finite, at most 0 and descending, no more
+    probability than 1. Hidden states are only looked at; that they give the log-probs is what `rerun` shows.
     """
     descending = [name for name in ("offsets", "position_offsets") if (np.diff(file.arrays[name]) < 0).any()]
     yield from (f"{name} runs backwards" for name in descending)
     if descending:
         return
+    checksum, written = crc32(file.arrays[name] for name in file.layout.of_head), file.attributes.get("head_crc32", 0)
+    if checksum != written:
+        yield f"the head has checksum {checksum:08x}, written was {written:08x}"
     for row in range(len(file)):
         yield from (f"row {row} {problem}" for problem in row_problems(file, row))
 
@@ -65,7 +69,13 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
         return
     if not (np.isfinite(target_logprob).all() and (target_logprob <= 0).all()):
         yield "has a target_logprob that is not finite or above 0"
-    yield from _logits_problems(data, layout) if "logits" in data else _kept_problems(data, layout)
+    if layout.capture == "hidden":
+        if not np.isfinite(data["hidden"]).all():
+            yield "has hidden states that are not finite"
+    elif layout.capture == "full":
+        yield from _logits_problems(data, layout)
+    else:
+        yield from _kept_problems(data, layout)
 
 
 def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from logitgen.errors import CaptureError
+from logitgen.head import Head
 from logitgen.header import Header, Places
 from logitgen.output import reason
 from logitgen.plan import Plan
@@ -232,7 +233,7 @@ class _Datasets:
         return nbytes((tuple(entry), dtype))
 
 
-def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> None:
+def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head: Head | None = None) -> None:
     """Write all that is known before the first forward pass; rows without a captured position are done with it.
 
     Args:
@@ -240,6 +241,7 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> N
         places: The byte at which each dataset starts.
         layout: The file's sizes.
         rows: The tokenised split.
+        head: The teacher's output head, if the file has one.
     """
     datasets = _Datasets(file, layout, places)
     datasets.put("source_row", 0, rows.source_row)
@@ -250,6 +252,8 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows) -> N
         datasets.put("input_ids", num_tokens, input_ids)
         datasets.put("positions", num_positions, positions)
         num_tokens, num_positions = num_tokens + len(input_ids), num_positions + len(positions)
+    for name, start, block in head.blocks() if head else ():
+        datasets.put(name, start, block)
     nothing = [np.empty((0, *entry), dtype) for entry, dtype in layout.captured.values()]
     ids_dtype = layout.datasets["input_ids"][1]
     for row in np.flatnonzero(rows.num_positions == 0).tolist():

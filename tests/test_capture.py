@@ -217,9 +217,9 @@ def weights_of(drawn: dict[str, Any], vocab_size: int) -> np.ndarray:
 @pytest.mark.parametrize("probabilities", [PEAKED, FLAT], ids=["peaked", "flat"])
 @pytest.mark.parametrize("k", [2, 3, 6])
 def test_the_mean_weight_of_a_token_is_its_probability(probabilities: list[float], k: int) -> None:
-    """Within a bound from the weights' own spread; the likeliest k alone, renormalised, are far outside of it."""
+    """Within a bound from the weights' own spread, and float32; the likeliest k, renormalised, are outside of it."""
     weights = weights_of(draw(probabilities, k, 100_000), len(probabilities))
-    bound = STANDARD_ERRORS * weights.std(0) / np.sqrt(len(weights))
+    bound = STANDARD_ERRORS * weights.std(0) / np.sqrt(len(weights)) + 1e-6
     assert (np.abs(weights.mean(0) - probabilities) < bound).all()
     assert bound.max() < 0.02
     likeliest = np.where(np.arange(7) < k, probabilities, 0) / np.sum(probabilities[:k])
@@ -252,9 +252,10 @@ def test_drawn_tokens_are_distinct_and_have_their_own_log_probs(
     assert all(len(set(ids)) == k and max(ids) < num_drawable for ids in ids_CK.tolist())
     assert (logprobs_CK.diff(dim=1) <= 0).all()
     exact_CV = logits_CV.double().log_softmax(-1)
-    np.testing.assert_allclose(logprobs_CK, exact_CV.gather(1, ids_CK), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(drawn["logsumexp"], logits_CV.double().logsumexp(-1), rtol=1e-5)
-    np.testing.assert_allclose(drawn["target_logprob"], exact_CV[torch.arange(4), target_C], rtol=1e-5, atol=1e-4)
+    near = {"rtol": 1e-5, "atol": 1e-4 + 1e-6 * scale}
+    np.testing.assert_allclose(logprobs_CK, exact_CV.gather(1, ids_CK), **near)
+    np.testing.assert_allclose(drawn["logsumexp"], logits_CV.double().logsumexp(-1), **near)
+    np.testing.assert_allclose(drawn["target_logprob"], exact_CV[torch.arange(4), target_C], **near)
     assert drawn["threshold"].isfinite().all()
 
 

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "limit": None,
     "capture": "topk",
     "top_k": 64,
+    "encoding": "plain",
     "batch_tokens": 8192,
     "overwrite": False,
     "dry_run": False,
@@ -55,8 +56,9 @@ OTHERS: dict[str, Any] = {
     "overflow": "split",
     "completion_only": True,
     "limit": 10,
-    "capture": "full",
+    "capture": "sample",
     "top_k": 5,
+    "encoding": "packed16",
     "batch_tokens": 100,
     "overwrite": True,
     "dry_run": True,
@@ -82,8 +84,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     assert shown == [
         "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
         "dataset_config", "split", "text_column", "max_length", "overflow", "packing", "completion_only", "limit",
-        "capture", "top_k", "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir",
-        "seed", "config",
+        "capture", "top_k", "encoding", "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout",
+        "log_dir", "seed", "config",
     ]  # fmt: skip
 
 

@@ -95,7 +95,14 @@ def test_a_dry_run_leaves_nothing_in_the_output_folder(
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 1}, {"top_k": 7}, {"top_k": 384}, {"capture": "full"}, {"packing": True, "max_length": 16}],
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 384},
+        {"capture": "full"},
+        {"capture": "hidden"},
+        {"packing": True, "max_length": 16},
+    ],
     ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
 )
 def test_the_size_is_exact(
@@ -134,12 +141,22 @@ def test_the_sizes_with_other_things_kept_are_exact(
 ) -> None:
     capture(teacher=teacher, dataset=ragged, top_k=3, dry_run=True)
     sizes = estimates[0].other_sizes
-    assert list(sizes) == ["top 8", "top 16", "top 32", "top 64", "top 128", "top 256", "all logits"]
-    for kept, options in (("top 8", {"top_k": 8}), ("top 256", {"top_k": 256}), ("all logits", {"capture": "full"})):
+    plain = ["top 8", "top 16", "top 32", "top 64", "top 128", "top 256"]
+    assert list(sizes) == [*plain, *(f"{name}, packed" for name in (*plain, "12 drawn")), "all logits"]
+    kinds: dict[str, dict[str, Any]] = {
+        "top 8": {"top_k": 8},
+        "top 256": {"top_k": 256},
+        "top 64, packed": {"encoding": "packed"},
+        "12 drawn, packed": {"capture": "sample", "top_k": 12, "encoding": "packed"},
+        "all logits": {"capture": "full"},
+    }
+    for kept, options in kinds.items():
         assert capture(teacher=teacher, dataset=ragged, overwrite=True, **options).stat().st_size == sizes[kept]
     capture(teacher=teacher, dataset=ragged, capture="full", overwrite=True, dry_run=True)
     assert estimates[1].other_sizes == sizes
     assert estimates[1].size_bytes == sizes["all logits"]
+    capture(teacher=teacher, dataset=ragged, capture="hidden", overwrite=True, dry_run=True)
+    assert estimates[2].other_sizes == sizes | {"hidden states": estimates[2].size_bytes}
 
 
 @pytest.mark.parametrize(

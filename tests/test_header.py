@@ -41,7 +41,7 @@ def text_of(path: Path) -> tuple[int, str]:
 
 
 def attributes_for(layout: Layout, **changes: Any) -> dict[str, Any]:
-    sizes = {name: getattr(layout, name) for name in ("capture", "encoding", "top_k", "vocab_size")}
+    sizes = {name: getattr(layout, name) for name in ("capture", "encoding", "top_k", "vocab_size", "tokenizer_size")}
     return plain_attributes(**sizes, **changes)
 
 
@@ -64,6 +64,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     vocab_size = draw(st.sampled_from([2, 7, 300, 65_536, 65_537]))
     return Layout(
         capture=capture,
+        tokenizer_size=draw(st.integers(0, 2 * vocab_size)),
         num_rows=draw(st.integers(1, 2_000)),
         num_tokens=draw(st.integers(1, 20_000)),
         num_positions=draw(st.integers(1, 50)),

@@ -60,8 +60,14 @@ def files(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragged: Path)
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"limit": 4}, {"capture": "sample", "encoding": "packed", "top_k": 12}, {"capture": "full", "limit": 11}],
-    ids=["topk", "few", "packed draws", "full"],
+    [
+        {},
+        {"limit": 4},
+        {"capture": "sample", "encoding": "packed", "top_k": 12},
+        {"capture": "hidden"},
+        {"capture": "full", "limit": 11},
+    ],
+    ids=["topk", "few", "packed draws", "hidden", "full"],
 )
 def test_any_number_of_ranks_writes_the_same_bytes(
     files: Callable[..., Path], num_ranks: int, options: dict[str, Any]

@@ -45,6 +45,7 @@ KNOWN = {
     "positions": 4,
     "shortest_row": 1,
     "longest_row": 5,
+    "kept": "top 2",
     "bytes_per_position": 16,  # two float32, two uint16, two float16
     "perplexity": pytest.approx(math.e),
 }
@@ -148,7 +149,8 @@ def test_without_a_tokenizer_tokens_are_numbers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"capture": "topk", "top_k": 7}, {"capture": "topk", "top_k": 2}, {"capture": "full"}]
+    "options",
+    [{"capture": "topk", "top_k": 7}, {"capture": "topk", "top_k": 2}, {"capture": "hidden"}, {"capture": "full"}],
 )
 def test_guesses_are_those_of_a_direct_forward_pass(
     capture: Capture, teacher: Path, ragged: Path, options: dict[str, Any]

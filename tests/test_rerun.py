@@ -121,9 +121,10 @@ def test_a_masked_token_makes_no_difference(masked: float, capture: Capture, tea
         {"top_k": 16, "encoding": "packed"},
         {"top_k": 16, "encoding": "packed16"},
         {"capture": "sample", "top_k": 16, "encoding": "packed"},
+        {"capture": "hidden"},
         {"capture": "full"},
     ],
-    ids=["topk", "packed", "packed16", "packed draws", "full"],
+    ids=lambda kept: " ".join(map(str, kept.values())),
 )
 def test_a_captured_file_agrees_with_its_own_teacher(
     dtype: str,
@@ -153,7 +154,7 @@ def test_a_teacher_saved_in_float64_can_be_run_again(capture: Capture, tmp_path:
     assert main(["verify", str(path), "--teacher"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["topk", "sample"])
+@pytest.mark.parametrize("kind", ["topk", "sample", "hidden"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_slightly_changed_teacher_is_too_far_for_any_precision(
     dtype: str, kind: str, capture: Capture, teacher: Path, data: Path, tmp_path: Path, tokenizer: Any, capsys: Any

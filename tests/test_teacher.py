@@ -123,7 +123,7 @@ def test_no_family_needs_the_full_logits_of_a_batch(
     rows_P, positions_P = torch.arange(2).repeat_interleave(8), torch.arange(8).repeat(2)
     chunks = list(wrapped.logits(torch.arange(20).view(2, 10), rows_P, positions_P))
     assert widths == [5, 5, 5, 1]
-    assert [len(logits_CV) for _, logits_CV in chunks] == [5, 5, 5, 1]
+    assert [len(logits_CV) for _, logits_CV, _ in chunks] == [5, 5, 5, 1]
 
 
 class DoublingLlama(transformers.LlamaForCausalLM):
@@ -141,7 +141,7 @@ def test_a_model_whose_head_cannot_run_apart_is_run_whole(caplog: pytest.LogCapt
     assert "cannot be run in chunks, its logits differ" in caplog.text
     input_ids_BT = torch.arange(20).view(2, 10)
     rows_P, positions_P = torch.arange(2).repeat_interleave(10), torch.arange(10).repeat(2)
-    logits_PV = torch.cat([logits_CV for _, logits_CV in wrapped.logits(input_ids_BT, rows_P, positions_P)])
+    logits_PV = torch.cat([logits_CV for _, logits_CV, _ in wrapped.logits(input_ids_BT, rows_P, positions_P)])
     with torch.no_grad():
         torch.testing.assert_close(logits_PV, model(input_ids=input_ids_BT).logits.flatten(0, 1))
 

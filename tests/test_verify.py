@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ SEALED = (
     "kept",
     "kept_ids",
     "kept_logprobs",
+    "hidden",
     "logits",
 )
 
@@ -63,6 +65,12 @@ def packed(capture: Capture, teacher: Path, data: Path) -> Path:
 @pytest.fixture
 def drawn(capture: Capture, teacher: Path, data: Path) -> Path:
     return capture(teacher=teacher, dataset=data, top_k=3, capture="sample", output=data.with_name("drawn.h5"))
+
+
+@pytest.fixture
+def hidden(capture: Capture, data: Path) -> Path:
+    teacher = save_teacher(data.parent / "narrow", make_llama(16, hidden_size=4, intermediate_size=4), None)
+    return capture(teacher=teacher, dataset=data, capture="hidden", output=data.with_name("hidden.h5"))
 
 
 def writable(path: Path) -> Arrays:
@@ -120,6 +128,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
         {"top_k": 7},
         {"top_k": 384},
         {"capture": "full"},
+        {"capture": "hidden"},
+        {"capture": "hidden", "dtype": "bfloat16"},
         {"encoding": "packed", "top_k": 1},
         {"capture": "sample", "top_k": 12},
         {"capture": "sample", "top_k": 12, "encoding": "packed"},
@@ -157,13 +167,15 @@ def test_a_file_of_completions_is_proved_right(capture: Capture, teacher: Path, 
     assert main(["verify", str(path)]) == 0
 
 
-def test_the_checksum_is_the_one_the_format_defines(topk: Path, full: Path, packed: Path) -> None:
-    for path in (topk, full, packed):
+def test_the_checksum_is_the_one_the_format_defines(
+    topk: Path, full: Path, packed: Path, drawn: Path, hidden: Path
+) -> None:
+    for path in (topk, full, packed, drawn, hidden):
         arrays = writable(path)
         assert [checksum(arrays, row) for row in range(len(ROWS))] == arrays["crc32"].tolist()
 
 
-@pytest.mark.parametrize("kind", ["topk", "packed"])
+@pytest.mark.parametrize("kind", ["topk", "packed", "hidden"])
 def test_a_flipped_bit_in_any_byte_of_the_data_is_found(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -394,13 +406,15 @@ def test_a_record_that_is_none_is_found_behind_a_right_checksum(packed: Path) ->
         LogitsFile(packed).row(EDITED)
 
 
-@pytest.mark.parametrize("off", [-0.2, 0.2])
-def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(packed: Path, off: float) -> None:
-    kept = LogitsFile(packed).row(EDITED)
-    arrays = writable(packed)
-    at = next(index for index, target in enumerate((8, 7, 6, 5)) if target in kept["kept_ids"][index])
-    edit(packed, put("target_logprob", POSITION + at, min(0, arrays["target_logprob"][POSITION + at] + off)))
-    assert found(packed) == [f"row {EDITED} {NOT_ITS_TARGET}"]
+@pytest.mark.parametrize(("off", "right"), [(-0.1, False), (-0.005, True), (0.005, True), (0.1, False)])
+def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(off: float, right: bool, packed: Path) -> None:
+    """A step of the scale is 0.02 nats at a probability of 0.37."""
+    packing = LogitsFile(packed).layout.packing
+    assert packing
+    record = packing.pack(torch.tensor([[100, 8, 102]]), torch.tensor([[-1.5, -1.0, -9.0]]))[0].numpy()
+    edit(packed, put_all(put("kept", POSITION, record), put("target_logprob", POSITION, -1.0 + off)))
+    assert LogitsFile(packed).row(EDITED)["kept_ids"][0].tolist() == [8, 100, 102]
+    assert found(packed) == ([] if right else [f"row {EDITED} {NOT_ITS_TARGET}"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -411,11 +425,22 @@ def test_a_threshold_that_is_not_finite_is_found(drawn: Path, value: float) -> N
 
 
 def test_a_drawn_token_no_tokenizer_has_is_found(drawn: Path) -> None:
-    edit(drawn, put("kept_ids", (POSITION, 0), 383))
+    edit(drawn, put("kept_ids", POSITION, [100, 101, 383]))
     assert found(drawn) == []
     file = LogitsFile(drawn)
     file.layout = dataclasses.replace(file.layout, tokenizer_size=383)
     assert f"row {EDITED} has kept_ids that repeat, or are beyond the vocabulary's 382" in list(problems(file))
+
+
+def test_a_changed_weight_of_the_head_is_found(hidden: Path) -> None:
+    writable(hidden)["head_weight"][15, 3] += 1
+    (line,) = found(hidden)
+    assert re.fullmatch(r"the head has checksum [0-9a-f]{8}, written was [0-9a-f]{8}", line)
+
+
+def test_a_hidden_state_that_is_not_finite_is_found(hidden: Path) -> None:
+    edit(hidden, put("hidden", (POSITION, 2), np.nan))
+    assert found(hidden) == [f"row {EDITED} has hidden states that are not finite"]
 
 
 def test_every_damaged_row_is_listed(topk: Path) -> None:
