@@ -80,7 +80,7 @@ def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawa
     return scalars | {
         "threshold": perturbed_CK[:, k].clamp(min=-FLOAT16_MAX),
         "kept_ids": ids_CK.gather(1, order_CK),
-        "kept_logprobs": kept_CK.clamp(max=0),
+        "kept_logprobs": kept_CK.clamp(min=-FLOAT16_MAX, max=0),
     }
 
 

@@ -193,33 +193,14 @@ def _cut_off(path: Path) -> FormatError:
 
 
 def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    expected = ATTRIBUTES | (HEAD_ATTRIBUTES if file.attrs.get("capture") == b"hidden" else {})
-    for name, kind in expected.items():
-        known = file.attrs.get_id(name) if name in file.attrs else None
-        if known is None or known.shape != () or known.dtype.kind != _DTYPE_KINDS[kind]:
-            raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")
-        value = file.attrs[name]
-        plain[name] = value.decode() if kind is str else kind(value)
-    if unknown := sorted(set(file.attrs) - set(expected)):
+    plain = _read_attributes(file, ATTRIBUTES, path)
+    if plain["capture"] == "hidden":
+        plain |= _read_attributes(file, HEAD_ATTRIBUTES, path)
+    if unknown := sorted(set(file.attrs) - set(plain)):
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
         raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
-    least, most = (1, plain["vocab_size"] - (plain["capture"] == "sample"))
-    if plain["capture"] not in WITH_KEPT_IDS:
-        least = most = 0
-    if plain["capture"] not in get_args(CaptureKind) or plain["vocab_size"] < 1 or not least <= plain["top_k"] <= most:
-        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
-    fitting = get_args(Encoding) if plain["capture"] in WITH_KEPT_IDS else ("plain",)
-    if plain["encoding"] not in fitting:
-        raise FormatError(f"{path} is damaged: encoding must be one of {', '.join(fitting)}.")
-    dtypes = tuple(STORED_DTYPES) if plain["capture"] == "hidden" else TEACHER_DTYPES
-    if plain["teacher_dtype"] not in dtypes:
-        raise FormatError(f"{path} is damaged: teacher_dtype must be one of {', '.join(dtypes)}.")
-    if plain["capture"] == "hidden" and not (
-        math.isfinite(plain["head_scale"]) and 0 <= plain["head_soft_cap"] < math.inf
-    ):
-        raise FormatError(f"{path} is damaged: head_scale must be finite, head_soft_cap too and not below 0.")
+    _check_capture(plain, path)
     for name in ("settings", "packages"):
         try:
             plain[name] = json.loads(plain[name])
@@ -231,6 +212,33 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
         if not isinstance(plain["settings"].get(name, False), str | None):
             raise FormatError(f"{path} is damaged: its settings say nothing of {name}.")
     return plain
+
+
+def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> dict[str, Any]:
+    """Read attributes after looking at their types: HDF5 does not survive every one that was forged."""
+    plain: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        known = file.attrs.get_id(name) if name in file.attrs else None
+        if known is None or known.shape != () or known.dtype.kind != _DTYPE_KINDS[kind]:
+            raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")
+        value = file.attrs[name]
+        plain[name] = value.decode() if kind is str else kind(value)
+    return plain
+
+
+def _check_capture(plain: dict[str, Any], path: Path) -> None:
+    """Check what is said of how logits were captured."""
+    capture, vocab_size = plain["capture"], plain["vocab_size"]
+    least, most = {"topk": (1, vocab_size), "sample": (1, vocab_size - 1)}.get(capture, (0, 0))
+    if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
+        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
+    encodings = get_args(Encoding) if capture in WITH_KEPT_IDS else ("plain",)
+    dtypes = STORED_DTYPES if capture == "hidden" else TEACHER_DTYPES
+    for name, allowed in (("encoding", encodings), ("teacher_dtype", dtypes)):
+        if plain[name] not in allowed:
+            raise FormatError(f"{path} is damaged: {name} must be one of {', '.join(allowed)}.")
+    if not (math.isfinite(plain.get("head_scale", 1)) and 0 <= plain.get("head_soft_cap", 0) < math.inf):
+        raise FormatError(f"{path} is damaged: head_scale must be finite, head_soft_cap too and not below 0.")
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

@@ -158,19 +158,22 @@ class Layout:
 
         The order is the order inside a transported payload; widest first keeps every array in it aligned.
         """
-        fields: dict[str, Field] = {"logsumexp": ((), np.dtype("<f4")), "target_logprob": ((), np.dtype("<f4"))}
-        if self.capture == "sample":
-            fields["threshold"] = (), np.dtype("<f4")
+        scalars = ("logsumexp", "target_logprob", *(["threshold"] if self.capture == "sample" else []))
+        return {name: ((), np.dtype("<f4")) for name in scalars} | self._kept_fields
+
+    @property
+    def _kept_fields(self) -> dict[str, Field]:
+        """What is kept of one position besides its scalars; nothing yet of a teacher that is not loaded."""
         if self.capture == "full":
-            fields["logits"] = (self.vocab_size,), np.dtype("<f2")
-        elif self.capture == "hidden":
-            fields |= {"hidden": ((self.head.hidden_size,), self.head.dtype)} if self.head else {}
-        elif self.packing:
-            fields["kept"] = (self.packing.record_bytes,), np.dtype("u1")
-        else:
-            fields["kept_ids"] = (self.top_k,), id_dtype(self.vocab_size)
-            fields["kept_logprobs"] = (self.top_k,), np.dtype("<f2")
-        return fields
+            return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
+        if self.capture == "hidden":
+            return {"hidden": ((self.head.hidden_size,), self.head.dtype)} if self.head else {}
+        if self.packing:
+            return {"kept": ((self.packing.record_bytes,), np.dtype("u1"))}
+        return {
+            "kept_ids": ((self.top_k,), id_dtype(self.vocab_size)),
+            "kept_logprobs": ((self.top_k,), np.dtype("<f2")),
+        }
 
     @property
     def of_head(self) -> dict[str, Field]:
@@ -211,7 +214,7 @@ class Layout:
         """Return how far logits or log-probs [P, ...] may be off from rounding to what is stored."""
         if self.capture == "hidden":
             return np.zeros_like(values)
-        if self.packing and self.encoding == "packed":
+        if self.packing and self.packing.value_bits == 8:
             return self.packing.rounding(values)
         return np.asarray(np.abs(values) * FLOAT16_ERROR)
 
