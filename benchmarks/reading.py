@@ -37,8 +37,13 @@ def write_file(path: Path, job: Job) -> None:
     """Make up a complete file: distinct ids, log-probs that fall evenly and leave a tail."""
     layout = job.layout
     attributes: header.Attributes = {name: kind() for name, kind in ATTRIBUTES.items()}
-    attributes |= {"format": FORMAT_NAME, "version": FORMAT_VERSION, "capture": "topk", "teacher_dtype": "float32"}
-    attributes |= {"top_k": layout.top_k, "vocab_size": layout.vocab_size, "tokenizer_size": layout.vocab_size}
+    attributes |= {"format": FORMAT_NAME, "version": FORMAT_VERSION, "capture": "topk", "encoding": "plain"}
+    attributes |= {
+        "teacher_dtype": "float32",
+        "top_k": layout.top_k,
+        "vocab_size": layout.vocab_size,
+        "tokenizer_size": layout.vocab_size,
+    }
     attributes |= {"settings": json.dumps(dict.fromkeys(SETTINGS_READ)), "packages": "{}"}
     places = header.create(path, layout, attributes)
     with path.open("r+b", buffering=0) as file:

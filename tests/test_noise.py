@@ -50,8 +50,11 @@ def test_the_key_generator_is_the_published_one() -> None:
 def test_every_draw_is_the_hash_of_its_place(seed: int, row: int, position: int, num_ids: int) -> None:
     drawn = gumbel(keys(seed, [row], [position]), num_ids)[0]
     assert drawn.dtype == torch.float32
-    exact = [by_plain_integers(seed, row, position, token) + 2.0**-32 for token in range(num_ids)]
-    np.testing.assert_allclose(drawn, [-math.log(-math.log1p(-u)) for u in exact], rtol=1e-4, atol=1e-4)
+    u = np.array([by_plain_integers(seed, row, position, token) + 2.0**-32 for token in range(num_ids)])
+    # u is made smaller by 2**-23, so that it stays below 1, and rounded: near 1, where the small draws come from, that
+    # is much of 1 - u.
+    rounding = 1.5 * 2.0**-23 / ((1 - u) * -np.log1p(-u))
+    assert (np.abs(drawn.numpy() + np.log(-np.log1p(-u))) <= rounding + 1e-4).all()
 
 
 def test_the_draws_of_a_position_do_not_depend_on_what_is_drawn_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:

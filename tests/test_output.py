@@ -25,7 +25,7 @@ from logitgen.output import Output
 from logitgen.schema import Layout
 
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
-LAYOUT = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2)
+LAYOUT = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2, tokenizer_size=10)
 ABOUT = plain_attributes()
 UNFINISHED = ARRAYS | {"done": np.array([0, 1, 0], "u1")}
 
