@@ -51,6 +51,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         silence_stdout()
     config = ranks.together(lambda: parse_config(arguments))
     ranks.patience_seconds = config.rank_timeout
+    ranks.form_replicas(config.tp_size, config.fsdp_size)
     ranks.same(facts_of_launch(config))
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     output = Output(Path(config.output), config.overwrite, config.dry_run)
@@ -94,7 +95,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         ranks.on_leader(lambda: output.check_space(file_bytes(layout, about)))
 
     logger.info(f"Loading {config.teacher}.")
-    teacher = ranks.together(lambda: load_teacher(config, info, ranks.device))
+    teacher = ranks.together(lambda: load_teacher(config, info, ranks.device, ranks.num_replicas))
     layout = replace(layout, head=teacher.head_form)
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
     if config.batch_tokens.is_auto:
@@ -107,7 +108,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.on_leader(lambda: output.check(about))
     plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     if config.dry_run:
-        pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout))
+        pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout, lambda number: min(ranks.gathered(number))))
         if ranks.is_leader:
             print_result(estimate_view(estimate(rows, plan, layout, about, pilots), output.free_bytes))
         return
@@ -117,7 +118,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     header = ranks.on_leader(lambda: output.create(layout, about, known), patience_seconds=UNLIMITED)
     done = ranks.from_leader(output.done)
     batches = plan.pending(done)
-    shares = plan.shares(batches, ranks.num_ranks)
+    shares = plan.shares(batches, ranks.num_replicas, config.fsdp_size)
+    share, longest_of_replica = shares[ranks.stream], shares[ranks.replica * config.fsdp_size]
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
     tokens_of_batch = plan.sums(rows.forward_lengths)
     logger.info(
@@ -132,10 +134,12 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
             progress if writer else nullcontext(),
             ranks.deliver(shares, payload_bytes, writer.submit if writer else None, progress.waited) as outbox,
         ):
-            for number in shares[ranks.rank]:
+            for number in share:
                 batch = rows.batch(plan.rows(number))
                 payload = capture_batch(teacher, batch, layout)
                 outbox.put(number, payload, partial(seal, batch=batch, layout=layout, dtype=teacher.dtype))
+            for _ in range(len(longest_of_replica) - len(share)):
+                teacher.keep_step()
         ranks.on_leader(lambda: writer.finish() if writer else None)
     ranks.on_leader(output.complete)
     if writer:

@@ -1,7 +1,9 @@
 """What is kept of the logits: pure tensor functions, computed in float32 on the device, packed before they travel.
 
-Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, V vocabulary, K kept,
-D hidden size.
+Of a tensor-parallel teacher every rank has the logits of a shard of the vocabulary; what is kept is the same on all.
+
+Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, S ids of a shard of the
+vocabulary, K kept, D hidden size.
 """
 
 import logging
@@ -17,6 +19,7 @@ from logitgen.head import stored
 from logitgen.noise import gumbel, position_keys
 from logitgen.rows import Batch
 from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
+from logitgen.shard import WHOLE, VocabShard
 from logitgen.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -37,35 +40,40 @@ _TORCH_DTYPES = {
 }
 
 
-def top_k(logits_CV: Tensor, target_C: Tensor, k: int) -> dict[str, Tensor]:
+def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
     """Keep the k largest log-probs of each position.
 
     Args:
-        logits_CV: float32 logits.
+        logits_CS: float32 logits.
         target_C: The token that really comes next, int64.
         k: How many to keep.
+        shard: The ids whose logits these are.
 
     Returns:
         `kept_ids` int64[C, K] and `kept_logprobs` float32[C, K] (nats, descending), `logsumexp` and `target_logprob`
         float32[C]. The mass of the tail is 1 minus the sum of the kept probabilities.
     """
-    kept_CK, ids_CK = _largest(logits_CV, k)
-    scalars = _scalars(logits_CV, target_C, kept_CK[:, 0])
+    candidates_CK, places_CK = _largest(logits_CS, min(k, logits_CS.shape[-1]))
+    scalars = _scalars(logits_CS, target_C, candidates_CK[:, 0], shard)
+    kept_CK, ids_CK = shard.merge(k, candidates_CK, places_CK)
     return scalars | {"kept_ids": ids_CK, "kept_logprobs": (kept_CK - scalars["logsumexp"][:, None]).clamp(max=0)}
 
 
-def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawable: int) -> dict[str, Tensor]:
+def sample(
+    logits_CS: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawable: int, shard: VocabShard = WHOLE
+) -> dict[str, Tensor]:
     """Draw k distinct tokens of each position without replacement, the likely ones more often.
 
     With kappa the threshold, token i is drawn with probability q_i = 1 - exp(-exp(log p_i - kappa)) given all others'
     noise, so a weight of p_i / q_i is p_i on average, whatever k is.
 
     Args:
-        logits_CV: float32 logits.
+        logits_CS: float32 logits.
         target_C: The token that really comes next, int64.
         k: How many to draw.
         key_C: Key of each position's noise, int64.
         num_drawable: Ids from here on are never drawn.
+        shard: The ids whose logits these are.
 
     Returns:
         As `top_k`, of the tokens that were drawn; and `threshold` float32[C], the (k+1)-th largest log-prob plus noise.
@@ -73,10 +81,13 @@ def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawa
     *Source*: T. Vieira, Gumbel-max trick and weighted reservoir sampling, 2014, and Estimating means in a finite
     universe, 2017; W. Kool, H. van Hoof, M. Welling, Stochastic beams and where to find them, ICML 2019, section 4.2.
     """
-    scalars = _scalars(logits_CV, target_C, logits_CV.amax(-1))
-    logprobs_CV = logits_CV[:, :num_drawable] - scalars["logsumexp"][:, None]
-    perturbed_CK, ids_CK = _largest(gumbel(key_C, num_drawable).add_(logprobs_CV), k + 1)
-    kept_CK, order_CK = logprobs_CV.gather(1, ids_CK[:, :k]).sort(-1, descending=True)
+    scalars = _scalars(logits_CS, target_C, logits_CS.amax(-1), shard)
+    logprobs_CS = logits_CS[:, : max(0, num_drawable - shard.start)] - scalars["logsumexp"][:, None]
+    size = logprobs_CS.shape[-1]
+    noise_CS = gumbel(key_C, size, shard.start)
+    perturbed_CK, places_CK = _largest(noise_CS.add_(logprobs_CS), min(k + 1, size))
+    perturbed_CK, ids_CK, logprobs_CK = shard.merge(k + 1, perturbed_CK, places_CK, logprobs_CS.gather(1, places_CK))
+    kept_CK, order_CK = logprobs_CK[:, :k].sort(-1, descending=True)
     return scalars | {
         "threshold": perturbed_CK[:, k].clamp(min=-FLOAT16_MAX),
         "kept_ids": ids_CK.gather(1, order_CK),
@@ -84,58 +95,61 @@ def sample(logits_CV: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawa
     }
 
 
-def full(logits_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
+def full(logits_CS: Tensor, target_C: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
     """Keep every logit of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CV, target_C, logits_CV.amax(-1)) | {"logits": logits_CV}
+    return _scalars(logits_CS, target_C, logits_CS.amax(-1), shard) | {"logits": shard.whole(logits_CS)}
 
 
-def hidden(logits_CV: Tensor, target_C: Tensor, hidden_CD: Tensor) -> dict[str, Tensor]:
+def hidden(logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
     """Keep the last hidden state of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CV, target_C, logits_CV.amax(-1)) | {"hidden": stored(hidden_CD)}
+    return _scalars(logits_CS, target_C, logits_CS.amax(-1), shard) | {"hidden": stored(hidden_CD)}
 
 
-def _scalars(logits_CV: Tensor, target_C: Tensor, largest_C: Tensor) -> dict[str, Tensor]:
-    logsumexp_C = _logsumexp(logits_CV, largest_C)
-    target_logprob_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - logsumexp_C
+def _scalars(logits_CS: Tensor, target_C: Tensor, largest_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
+    logsumexp_C = shard.logsumexp(_logsumexp(logits_CS, largest_C))
+    target_logprob_C = shard.pick(logits_CS, target_C) - logsumexp_C
     return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-FLOAT16_MAX, max=0)}
 
 
-def _largest(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest logits of each position, descending, and their ids: `torch.topk` in one pass over them.
 
     The k largest lie in the k groups whose own largest are the largest, which this finds the same way. Of equal logits
     any may be kept, as with `torch.topk`. Measured, 1 thread, V = 49,152, k=64: 41 to 54 us a position, `torch.topk` 89
     to 109.
     """
-    vocab_size = logits_CV.shape[-1]
-    if vocab_size < _GROUP_SIZE * _LEAST_GROUPS * k:
-        return torch.topk(logits_CV, k)
-    num_groups = vocab_size // _GROUP_SIZE
+    num_ids = logits_CS.shape[-1]
+    if k == 0 or num_ids < _GROUP_SIZE * _LEAST_GROUPS * k:
+        return torch.topk(logits_CS, k)
+    num_groups = num_ids // _GROUP_SIZE
     grouped = num_groups * _GROUP_SIZE
     # A group's members are far apart: so the maximum over all groups is taken of whole lines of memory.
-    group_largest = logits_CV[:, :grouped].unflatten(-1, (_GROUP_SIZE, num_groups)).amax(1)
+    group_largest = logits_CS[:, :grouped].unflatten(-1, (_GROUP_SIZE, num_groups)).amax(1)
     _, groups_CK = _largest(group_largest, k)
-    firsts = torch.arange(0, grouped, num_groups, device=logits_CV.device)
-    rest = torch.arange(grouped, vocab_size, device=logits_CV.device).expand(len(logits_CV), -1)
+    firsts = torch.arange(0, grouped, num_groups, device=logits_CS.device)
+    rest = torch.arange(grouped, num_ids, device=logits_CS.device).expand(len(logits_CS), -1)
     candidates = torch.cat([(groups_CK[:, None, :] + firsts[:, None]).flatten(1), rest], dim=1)
-    kept_CK, places_CK = torch.topk(logits_CV.gather(1, candidates), k)
+    kept_CK, places_CK = torch.topk(logits_CS.gather(1, candidates), k)
     return kept_CK, candidates.gather(1, places_CK)
 
 
-def _logsumexp(logits_CV: Tensor, largest_C: Tensor) -> Tensor:
+def _logsumexp(logits_CS: Tensor, largest_C: Tensor) -> Tensor:
     """Log-sum-exp of each position, given its largest logit: on a CPU a few positions at a time, which stay in cache.
+
+    A shard of which all tokens are masked has -inf, not the difference of two infinities.
 
     Measured, 1 thread, V = 49,152: 55 us a position, `torch.logsumexp` 154.
     """
-    step = max(1, _CACHED_LOGITS // logits_CV.shape[-1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+    largest_C = largest_C.clamp(min=torch.finfo(torch.float32).min)
+    step = max(1, _CACHED_LOGITS // logits_CS.shape[-1]) if logits_CS.device.type == "cpu" else len(logits_CS)
     sums = [
         (part - largest[:, None]).exp_().sum(-1)
-        for part, largest in zip(logits_CV.split(step), largest_C.split(step), strict=True)
+        for part, largest in zip(logits_CS.split(step), largest_C.split(step), strict=True)
     ]
     return torch.cat(sums).log_() + largest_C
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
     """Run the teacher over a batch and pack what is kept; a batch that does not fit into memory is halved.
 
@@ -178,6 +192,11 @@ def _fill(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Lay
                 f"Row {batch.rows[0]} does not fit into the memory of {teacher.device}: {length} tokens. "
                 "Lower --max_length, or free memory."
             ) from error
+        if teacher.is_shared:
+            raise CaptureError(
+                f"{rows} rows of {length} tokens do not fit into the memory of {teacher.device}, and the ranks that "
+                "share a teacher cannot each choose to compute them in halves. Lower --batch_tokens."
+            ) from error
     else:
         return
     # Here, where the error no longer holds on to the tensors of the forward pass.
@@ -199,23 +218,25 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
     key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
-    for span, logits_CV, hidden_CD in teacher.logits(input_ids_BT, row_P, position_P):
-        kept = _kept(logits_CV, hidden_CD, target_P[span], key_P[span], layout)
+    for span, logits_CS, hidden_CD in teacher.logits(input_ids_BT, row_P, position_P):
+        kept = _kept(logits_CS, hidden_CD, target_P[span], key_P[span], teacher.shard, layout)
         for name, values in kept.items():
             packed[name][span] = _storable(values, packed[name].dtype)
-        del logits_CV, hidden_CD, kept, values  # else they would stay until the next chunk is there
+        del logits_CS, hidden_CD, kept, values  # else they would stay until the next chunk is there
 
 
-def _kept(logits_CV: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _kept(
+    logits_CS: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, shard: VocabShard, layout: Layout
+) -> dict[str, Tensor]:
     """Choose what is kept of a chunk, and pack it if the file wants it packed."""
     if layout.capture == "full":
-        return full(logits_CV, target_C)
+        return full(logits_CS, target_C, shard)
     if layout.capture == "hidden":
-        return hidden(logits_CV, target_C, hidden_CD)
+        return hidden(logits_CS, target_C, hidden_CD, shard)
     if layout.capture == "sample":
-        kept = sample(logits_CV, target_C, layout.top_k, key_C, layout.num_drawable)
+        kept = sample(logits_CS, target_C, layout.top_k, key_C, layout.num_drawable, shard)
     else:
-        kept = top_k(logits_CV, target_C, layout.top_k)
+        kept = top_k(logits_CS, target_C, layout.top_k, shard)
     if layout.packing:
         kept["kept"] = layout.packing.pack(kept.pop("kept_ids"), kept.pop("kept_logprobs"))
     return kept

@@ -15,8 +15,11 @@ from transformers import HfArgumentParser
 from logitgen.errors import UsageError
 from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding
 
-_NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
-"""Options that say how to run and where to leave things, not what is computed: they do not go into the file."""
+_NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "device_map", "fsdp_size")
+"""Options that say how to run and where to leave things, not what is computed: they do not go into the file.
+
+`tp_size` is not among them: the ranks of a tensor-parallel teacher add up parts of sums, which rounds otherwise.
+"""
 
 # In characters.
 _LONGEST_VALUE = 4096
@@ -62,6 +65,14 @@ class Config:
         "Precision of the teacher's forward pass; auto takes the one it was saved in.", "auto"
     )
     attn_implementation: str | None = _option("Attention as transformers names it: sdpa, eager, ...", None)
+    device_map: Literal["auto"] | None = _option(
+        "auto spreads the teacher over all GPUs of the machine, then over its memory: for a single rank.",
+        None,
+    )
+    tp_size: int = _option("Ranks that compute one teacher together, a part of every layer each (tensor parallel).", 1)
+    fsdp_size: int = _option(
+        "Ranks that keep one teacher's weights together, and gather them layer by layer (FSDP2).", 1
+    )
     dataset_config: str | None = _option("Configuration of a hub dataset that has several.", None)
     split: str = _option("Split, or a slice of one: train[:1%%], validation[100:200].", "train")
     text_column: str | None = _option(
@@ -98,6 +109,8 @@ class Config:
             ("top_k", 1),
             ("batch_tokens", 1),
             ("rank_timeout", 1),
+            ("tp_size", 1),
+            ("fsdp_size", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -112,6 +125,11 @@ class Config:
                 raise UsageError(f"--{name} must have at most {_LONGEST_VALUE} characters, got {len(value)}.")
             if isinstance(value, str) and "\0" in value:
                 raise UsageError(f"--{name} must not hold a null character.")
+        if self.device_map and self.replica_size > 1:
+            raise UsageError(
+                "--device_map is for one rank that has the whole teacher, --tp_size and --fsdp_size are for several. "
+                "Leave one of the two out."
+            )
         if self.packing and self.overflow != "truncate":
             raise UsageError(
                 f"--packing leaves no row longer than a block, so --overflow {self.overflow} has no meaning with it. "
@@ -122,6 +140,11 @@ class Config:
                 f"--encoding {self.encoding} is for --capture {' and '.join(WITH_KEPT_IDS)}, got --capture "
                 f"{self.capture}. Leave one of the two out."
             )
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the teacher."""
+        return self.tp_size * self.fsdp_size
 
     @property
     def kept(self) -> int:

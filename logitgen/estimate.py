@@ -123,11 +123,19 @@ def _proc_bytes(path: str, name: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
-def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout) -> Pilot:
+def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout, agreed: Callable[[int], int]) -> Pilot:
     """Compute a few of the batches as a run would, and throw the result away.
 
-    The first, which is the largest, only warms up and shows how much memory is needed, unless time is up after it; the
-    others are drawn evenly from the plan.
+    The first, which is the largest, warms up, and shows how much memory is needed and how many more there is time for;
+    these are drawn evenly from the plan.
+
+    Args:
+        teacher: The loaded teacher.
+        rows: The tokenised split.
+        plan: Which rows form a batch.
+        layout: What is kept.
+        agreed: Turns a number of batches into one that is the same on all ranks: those that share a teacher must run
+            it equally often.
     """
     payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
     outbox = Outbox(int(payload_bytes.max()), lambda number, payload: lambda: None, teacher.device)
@@ -141,12 +149,9 @@ def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout) -> Pilot
         return time.perf_counter() - start
 
     first = seconds(0)
-    timed, spent = {}, first
-    for number in np.unique(np.linspace(0, plan.num_batches - 1, NUM_PILOTS).astype(int)):
-        if spent < PILOT_SECONDS:
-            timed[number] = seconds(number)
-            spent += timed[number]
-    timed = timed or {0: first}
+    num_timed = agreed(min(NUM_PILOTS, int(PILOT_SECONDS / first)))
+    numbers = np.unique(np.linspace(0, plan.num_batches - 1, num_timed).astype(int))
+    timed = {number: seconds(number) for number in numbers} or {0: first}
     num_tokens = int(plan.padded_tokens[list(timed)].sum())
     return Pilot(sum(timed.values()) / num_tokens, *_peak_memory(teacher.device))
 

@@ -37,7 +37,7 @@ def position_keys(seed: int, row_P: Tensor, position_P: Tensor) -> Tensor:
     return _mixed(_mixed(_mixed(torch.full_like(row_P, seed)) + row_P) + position_P)
 
 
-def gumbel(key_C: Tensor, num_ids: int) -> Tensor:
+def gumbel(key_C: Tensor, num_ids: int, first_id: int = 0) -> Tensor:
     """Draw a standard Gumbel number for every token at every position, float32[C, V], between -2.8 and 22.2.
 
     It is -log(-log(1 - u)) of a u from 31 bits that is precise near 0, where the large ones come from.
@@ -45,10 +45,12 @@ def gumbel(key_C: Tensor, num_ids: int) -> Tensor:
     Args:
         key_C: A key per position, int64.
         num_ids: V.
+        first_id: The first of them.
     """
-    token_V = torch.arange(num_ids, dtype=torch.int32, device=key_C.device) * _signed(_SPREAD, 32)
+    id_V = torch.arange(first_id, first_id + num_ids, dtype=torch.int32, device=key_C.device)
+    token_V = id_V * _signed(_SPREAD, 32)
     noise_CV = torch.empty((len(key_C), num_ids), device=key_C.device)
-    step = max(1, _CACHED // num_ids) if key_C.device.type == "cpu" else len(key_C)
+    step = max(1, _CACHED // max(1, num_ids)) if key_C.device.type == "cpu" else len(key_C)
     for key, noise in zip(key_C.split(step), noise_CV.split(step), strict=True):
         noise.copy_(_hashed(key, token_V)).add_(0.5).mul_(-_UNIT).log1p_().neg_().log_().neg_()
     return noise_CV

@@ -67,18 +67,31 @@ class Plan:
         """Return the batches with a row that is not done, [N] flags, in the order in which they are computed."""
         return np.flatnonzero(self.sums(~done))
 
-    def shares(self, batches: npt.NDArray[np.int64], num_ranks: int) -> list[npt.NDArray[np.int64]]:
-        """Deal batches to ranks: each goes to the one that has the fewest tokens so far.
+    def shares(
+        self, batches: npt.NDArray[np.int64], num_replicas: int, fsdp_size: int = 1
+    ) -> list[npt.NDArray[np.int64]]:
+        """Deal batches to the replicas of the teacher: each goes to the one that has the fewest tokens so far.
 
         In turns, eight ranks would have waited up to a third of the time for the one with the largest batches (260
         rows of prose); so it is at most 8 %.
+
+        Args:
+            batches: The batches to compute.
+            num_replicas: How many there are.
+            fsdp_size: Ranks of a replica that each compute batches of their own, but in step with one another: they
+                take turns, so that what is computed at the same time is of about the same size.
+
+        Returns:
+            The batches of every rank that computes some of its own, replica by replica; the first of a replica never
+            has fewer than the others, and at most one more.
         """
-        loads = [(0, rank) for rank in range(num_ranks)]
+        loads = [(0, replica) for replica in range(num_replicas)]
         owners = np.empty(len(batches), dtype=np.int32)
         for index, tokens in enumerate(self.padded_tokens[batches].tolist()):
             load, owners[index] = loads[0]
             heapq.heapreplace(loads, (load + tokens, int(owners[index])))
-        return [batches[owners == rank] for rank in range(num_ranks)]
+        of_replicas = [batches[owners == replica] for replica in range(num_replicas)]
+        return [share[turn::fsdp_size] for share in of_replicas for turn in range(fsdp_size)]
 
 
 def _longest_first(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

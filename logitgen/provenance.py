@@ -70,6 +70,7 @@ def attributes(
         "vocab_size": layout.vocab_size,
         "tokenizer_size": layout.tokenizer_size,
         "teacher": config.teacher,
+        "quantization": info.quantization,
         "commit": info.commit,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "dataset_fingerprint": rows.fingerprint,

@@ -86,6 +86,7 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
         attn_implementation=settings["attn_implementation"],
         trust_remote_code=bool(settings.get("trust_remote_code")),
         top_k=1,
+        device_map="auto",
     )
     info = describe_teacher(config)
     if info.vocab_size != file.layout.vocab_size:

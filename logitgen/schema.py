@@ -48,6 +48,7 @@ ATTRIBUTES: dict[str, type] = {
     "tokenizer_size": int,
     "teacher": str,
     "teacher_dtype": str,
+    "quantization": str,
     "commit": str,
     "teacher_fingerprint": str,
     "tokenizer_fingerprint": str,
@@ -55,7 +56,7 @@ ATTRIBUTES: dict[str, type] = {
     "settings": str,
     "packages": str,
 }
-"""What a file says about itself: settings and packages as JSON, fingerprints as SHA-256 in hexadecimal."""
+"""What a file says about itself: settings, packages and quantization as JSON, fingerprints as SHA-256."""
 HEAD_ATTRIBUTES: dict[str, type] = {"head_scale": float, "head_soft_cap": float, "head_crc32": int}
 """What a file of hidden states also says: what `head.Head` needs, and the CRC-32 of its weights."""
 TEACHER_DTYPES = ("float64", "float32", "float16", "bfloat16")

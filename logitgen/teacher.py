@@ -1,10 +1,15 @@
 """The teacher: any causal language model of transformers, its logits handed out chunk by chunk.
 
+A teacher may be spread over the devices of a machine (`device_map`), or over ranks: tensor parallel, where they compute
+a batch together, or fully sharded (FSDP2), where each computes batches of its own with weights that are gathered layer
+by layer. transformers does all of it; what is left to do here is to keep the vocabulary apart and the ranks in step.
+
 Shape letters: B rows of a batch, T positions of a row, P captured positions, C positions of a chunk, V vocabulary,
-D hidden size.
+S ids of a shard of it, D hidden size.
 """
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,14 +19,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 from logitgen.head import Head, dtype_name
 from logitgen.schema import STORED_DTYPES, HeadForm
+from logitgen.shard import VocabShard
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +62,14 @@ class TeacherInfo:
         length_switch: Row length in tokens above which the whole row is computed differently (the long factors of
             LongRoPE, chosen by the longest row of a batch); None for most.
         commit: The hub's commit hash; empty for a folder.
+        quantization: How its checkpoint is quantised, as JSON; empty if it is not.
     """
 
     vocab_size: int
     max_length: int | None
     length_switch: int | None
     commit: str
+    quantization: str
 
 
 def describe_teacher(config: Config) -> TeacherInfo:
@@ -105,6 +117,7 @@ def describe_teacher(config: Config) -> TeacherInfo:
         max_length=config.max_length or context_length,
         length_switch=_length_switch(text_config),
         commit=getattr(teacher_config, "_commit_hash", None) or "",
+        quantization=_quantization(teacher_config),
     )
 
 
@@ -115,6 +128,13 @@ def _length_switch(text_config: PreTrainedConfig) -> int | None:
     return rope.get("original_max_position_embeddings") or getattr(
         text_config, "original_max_position_embeddings", None
     )
+
+
+def _quantization(teacher_config: PreTrainedConfig) -> str:
+    found = getattr(teacher_config, "quantization_config", None)
+    if not found:
+        return ""
+    return json.dumps(found if isinstance(found, dict) else found.to_dict(), sort_keys=True, default=str)
 
 
 def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
@@ -140,8 +160,10 @@ class Teacher:
     """A loaded teacher.
 
     Attributes:
-        device: Where it computes.
+        device: Where its logits come out.
         dtype: In which precision it computes.
+        is_shared: Whether it is spread over several ranks, which must then run it equally often.
+        shard: The ids whose logits this rank gets.
         fingerprint: SHA-256 over names, shapes and sampled values of all weights.
         head: Its output head, if it was asked for.
     """
@@ -149,19 +171,20 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
         """Wrap a model in evaluation mode; see `load_teacher`."""
         self._model = model
-        self._vocab_size = vocab_size
-        self.device = model.device
+        self.device = _device_of_logits(model)
         self.dtype = model.dtype
+        self.is_shared = model._device_mesh is not None
         self.fingerprint = _fingerprint(model)
-        self._decoder = _separable_decoder(model, vocab_size)
-        self.head = _find_head(model, self._decoder, vocab_size) if with_head else None
+        self.shard = _find_shard(model, vocab_size, self.device)
+        self._decoder = _separable_decoder(model, self.shard, self.device)
+        self.head = _find_head(model, self._decoder, self.shard, self.device) if with_head else None
 
     @property
     def head_form(self) -> HeadForm | None:
         """Sizes of the output head, if it was asked for."""
         return self.head.form if self.head else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
 
@@ -174,26 +197,38 @@ class Teacher:
             position_P: Position in that row, int64[P].
 
         Yields:
-            Which of the P positions these are, their logits, float32[C, V], and their last hidden states [C, D] in the
+            Which of the P positions these are, their logits, float32[C, S], and their last hidden states [C, D] in the
             teacher's dtype (empty where the teacher is run whole).
         """
-        step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self._vocab_size)
+        step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
         if self._decoder is None:
-            output_BTV = self._model(input_ids=input_ids_BT, use_cache=False).logits
+            output_BTS = self._model(input_ids=input_ids_BT, use_cache=False).logits
             for start in range(0, len(row_P), step):
                 span = slice(start, min(start + step, len(row_P)))
-                logits_CV = output_BTV[row_P[span], position_P[span]]
-                yield span, logits_CV.float(), logits_CV[:, :0]
+                logits_CS = output_BTS[row_P[span], position_P[span]]
+                yield span, logits_CS.float(), logits_CS[:, :0]
             return
         output = self._decoder(input_ids=input_ids_BT, use_cache=False)
-        hidden_PD = output.last_hidden_state[row_P, position_P]
+        hidden_PD = output.last_hidden_state.to(self.device)[row_P, position_P]
         for start in range(0, len(row_P), step):
             span = slice(start, min(start + step, len(row_P)))
             yield span, _head(self._model, self._decoder, output, hidden_PD[span]).float(), hidden_PD[span]
 
+    @torch.no_grad()
+    def keep_step(self) -> None:
+        """Run once for nothing, because another rank that shares the teacher runs it once more."""
+        body = self._decoder or self._model
+        body(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device), use_cache=False)
 
-def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Teacher:
-    """Load the weights straight onto a device.
+
+def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_replicas: int = 1) -> Teacher:
+    """Load the weights straight to where they are used: no rank ever holds more of them than its part.
+
+    Args:
+        config: The run's options.
+        info: The teacher's configuration.
+        device: This rank's device.
+        num_replicas: How many copies of the teacher the ranks hold together.
 
     Raises:
         UsageError: The weights cannot be loaded, some of them are missing from the checkpoint, or the head is to be
@@ -206,9 +241,9 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             config.teacher,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            device_map={"": device},
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **_placement(config, device, num_replicas),
             **gguf,
             **attention,
         )
@@ -217,6 +252,10 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
             f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}"
         ) from error
     except Exception as error:
+        if "has no `tp_plan`" in str(error):
+            raise UsageError(
+                f"--tp_size: transformers does not know how to cut {config.teacher}. Share it with --fsdp_size."
+            ) from error
         raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if missing := sorted(loading["missing_keys"]):
@@ -232,29 +271,84 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device) -> Tea
     return Teacher(model.eval(), info.vocab_size, with_head=config.capture == "hidden")
 
 
-@torch.inference_mode()
-def _separable_decoder(model: PreTrainedModel, vocab_size: int) -> nn.Module | None:
+def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[str, Any]:
+    """Say to transformers where the weights belong."""
+    if config.replica_size == 1:
+        return {"device_map": config.device_map or {"": device}}
+    mesh = DistributedConfig(tp_size=config.tp_size, fsdp_size=config.fsdp_size, dp_replicate_size=num_replicas)
+    return {"distributed_config": mesh}
+
+
+def _device_of_logits(model: PreTrainedModel) -> torch.device:
+    """Return where a model's logits come out; its weights may be elsewhere until they are needed."""
+    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
+    return torch.device(hook.execution_device) if hook else model.device
+
+
+@torch.no_grad()
+def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -> VocabShard:
+    """Have a tensor-parallel model leave its vocabulary apart, if whatever it does after the head allows for that.
+
+    Its own plan joins the logits of all ranks right after the head. So what it makes of them is there to compare with.
+    """
+    whole = VocabShard(None, vocab_size)
+    mesh, head = model._device_mesh, model.get_output_embeddings()
+    if mesh is None or mesh["tp"].size() == 1 or "forward" not in vars(head):
+        return whole
+    group = mesh["tp"].get_group()
+    shard = VocabShard(group, vocab_size)
+    input_ids_BT = _some_ids(vocab_size, device)
+    try:
+        expected_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
+    except RuntimeError as error:
+        raise UsageError(
+            f"--tp_size {group.size()} does not fit the teacher: {first_line(error)}. Choose one that divides its "
+            "key-value heads, or share it with --fsdp_size."
+        ) from error
+    joining = head.forward
+    del head.forward
+    ALL_PARALLEL_STYLES["colwise"].install_forward(head, mesh["tp"])
+    try:
+        logits_BTV = shard.whole(model(input_ids=input_ids_BT, use_cache=False).logits)
+    except Exception as error:  # what follows the head may want all of it
+        reason = f"running it on a part of the vocabulary fails: {first_line(error)}"
+    else:
+        if _close(logits_BTV, expected_BTV, relative=4 * torch.finfo(expected_BTV.dtype).eps):
+            return shard
+        reason = "its logits differ otherwise"
+    head.forward = joining
+    logger.warning("The teacher's vocabulary is joined on every rank: %s.", reason)
+    return whole
+
+
+def _some_ids(vocab_size: int, device: torch.device) -> Tensor:
+    return torch.arange(16, device=device).view(2, 8) % vocab_size
+
+
+@torch.no_grad()
+def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.device) -> nn.Module | None:
     """Return the model's body if body and head apart give the plain forward's logits, else None.
 
     Raises:
         UsageError: The logits are not as wide as the teacher's configuration says, or depend on later tokens.
     """
-    input_ids_BT = torch.arange(16, device=model.device).view(2, 8) % vocab_size
-    plain_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
-    if plain_BTV.shape[-1] != vocab_size:
+    vocab_size = shard.vocab_size
+    input_ids_BT = _some_ids(vocab_size, device)
+    plain_BTS = model(input_ids=input_ids_BT, use_cache=False).logits
+    if plain_BTS.shape[-1] != shard.size:
         raise UsageError(
-            f"The teacher's logits are {plain_BTV.shape[-1]} wide, its configuration says {vocab_size}. "
+            f"The teacher's logits are {plain_BTS.shape[-1]} wide, its configuration says {vocab_size}. "
             "Correct vocab_size in its config.json."
         )
-    if not plain_BTV.logsumexp(-1).isfinite().all():
+    if not plain_BTS.logsumexp(-1).isfinite().all():
         raise UsageError(
             f"The teacher's logits are not finite in {str(model.dtype).removeprefix('torch.')}, whatever it reads. "
             "Try another --dtype; if that does not help, its weights are damaged."
         )
     other_last_BT = input_ids_BT.clone()
     other_last_BT[:, -1] = (other_last_BT[:, -1] + 1) % vocab_size
-    changed_BTV = model(input_ids=other_last_BT, use_cache=False).logits
-    if not _close(changed_BTV[:, :-1], plain_BTV[:, :-1], relative=max(16 * torch.finfo(plain_BTV.dtype).eps, 0.01)):
+    changed_BTS = model(input_ids=other_last_BT, use_cache=False).logits
+    if not _close(changed_BTS[:, :-1], plain_BTS[:, :-1], relative=max(16 * torch.finfo(plain_BTS.dtype).eps, 0.01)):
         raise UsageError(
             "The teacher's logits depend on later tokens: it is no causal language model, or is not set up as one "
             "(is_decoder in its config.json)."
@@ -262,11 +356,11 @@ def _separable_decoder(model: PreTrainedModel, vocab_size: int) -> nn.Module | N
     try:
         decoder = cast(nn.Module, model.get_decoder())
         output = decoder(input_ids=input_ids_BT, use_cache=False)
-        chunked_CV = _head(model, decoder, output, output.last_hidden_state.flatten(0, 1))
+        chunked_CS = _head(model, decoder, output, output.last_hidden_state.to(device).flatten(0, 1))
     except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
         reason = f"running it apart fails: {first_line(error)}"
     else:
-        if _close(chunked_CV, plain_BTV.flatten(0, 1), relative=4 * torch.finfo(plain_BTV.dtype).eps):
+        if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
             return decoder
         reason = "its logits differ from a plain forward"
     logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
@@ -295,8 +389,8 @@ def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Te
         return cast(Tensor, model(input_ids=any_ids_CT, use_cache=False).logits[0])
 
 
-@torch.inference_mode()
-def _find_head(model: PreTrainedModel, decoder: nn.Module | None, vocab_size: int) -> Head:
+@torch.no_grad()
+def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabShard, device: torch.device) -> Head:
     """Take a model's output head out of it, and prove that it gives the model's own logits.
 
     What a family does after the product is found without a list of families: the model's own forward is given numbers
@@ -306,28 +400,31 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, vocab_size: in
         UsageError: Its logits are not soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap).
     """
     module = model.get_output_embeddings()
-    weight_VD, bias_V = getattr(module, "weight", None), getattr(module, "bias", None)
-    if decoder is None or weight_VD is None:
+    if decoder is None or getattr(module, "weight", None) is None:
         raise _no_head("body and head cannot be run apart")
-    input_ids_BT = torch.arange(16, device=model.device).view(2, 8) % vocab_size
-    output = decoder(input_ids=input_ids_BT, use_cache=False)
-    hidden_PD = output.last_hidden_state.flatten(0, 1)
+    with align_module_device(module):
+        weight_VD = _whole(module.weight)
+        bias_V = None if getattr(module, "bias", None) is None else _whole(module.bias)
+    vocab_size = shard.vocab_size
+    output = decoder(input_ids=_some_ids(vocab_size, device), use_cache=False)
+    hidden_PD = output.last_hidden_state.to(device).flatten(0, 1)
     dtypes = {tensor.dtype for tensor in (hidden_PD, weight_VD, bias_V) if tensor is not None}
     if dtypes != {model.dtype} or dtype_name(model.dtype) not in STORED_DTYPES:
         names = " and ".join(sorted(map(dtype_name, dtypes | {model.dtype})))
         raise _no_head(f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)}")
     # Of both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
-    id_V = torch.arange(vocab_size, device=model.device)
+    id_V = torch.arange(vocab_size, device=device)
     probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
-    with _forward_returns(cast(nn.Module, module), probe_V.repeat(1, len(hidden_PD), 1)):
-        answer_V = _head(model, decoder, output, hidden_PD)[-1].float()
+    probe_S = probe_V[shard.start : shard.start + shard.size]
+    with _forward_returns(cast(nn.Module, module), probe_S.repeat(1, len(hidden_PD), 1)):
+        answer_V = shard.whole(_head(model, decoder, output, hidden_PD)[-1].float())
     scale, soft_cap = _scale_and_cap(probe_V, answer_V)
     head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, soft_cap=soft_cap)
     if not torch.allclose(head.after_product(probe_V), answer_V, rtol=_SCALE_ERROR, atol=0):
         raise _no_head("something else is done to the logits after the product")
-    own_PV = _head(model, decoder, output, hidden_PD)
+    own_PV = shard.whole(_head(model, decoder, output, hidden_PD))
     relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
-    if not _close(head.to(model.device, torch.float32)(hidden_PD), own_PV.float(), relative):
+    if not _close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
         raise _no_head("something is done to the hidden states before the product")
     return head
 
@@ -364,12 +461,27 @@ def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
 
 def _fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in _weights(model):
         values = tensor.flatten()
         sample = values[:: max(1, values.numel() // _FINGERPRINT_VALUES)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight whole, one at a time, wherever its parts are."""
+    for module_name, module in sorted(model.named_modules()):
+        of_children = tuple(f"{name}." for name, _ in module.named_children())
+        with align_module_device(module):
+            for name, tensor in sorted(module.state_dict().items()):
+                if not name.startswith(of_children):
+                    yield f"{module_name}.{name}", _whole(tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Join the parts of a weight that is spread over ranks."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _cause(error: Exception) -> str:

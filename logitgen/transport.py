@@ -62,10 +62,13 @@ _GRACE_SECONDS = 3.0
 """By how much longer the other ranks wait than the leader, which knows best who hangs."""
 
 _HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
+_GONE = "{} ended without a word: it was killed, or its connection was lost."
 _MOVES = "moves"
 
 _RUN_ME_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
+
+_TRAINING_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTICE_SECONDS = 0.5
@@ -95,6 +98,10 @@ class Ranks:
         num_ranks: How many there are.
         is_leader: Whether this is rank 0, the one that writes the file.
         device: Where this rank computes.
+        num_replicas: How many copies of the teacher the ranks hold together.
+        replica: Which of them this rank holds, or a part of.
+        stream: Which of the streams of batches this rank computes; several ranks compute one together if the teacher is
+            tensor parallel, and the first of them sends what is kept.
         ranks_of_machine: How many ranks share this rank's machine.
         patience_seconds: How long this rank waits for others of which none moves.
     """
@@ -119,6 +126,9 @@ class Ranks:
         self.num_ranks = accelerator.num_processes
         self.is_leader = accelerator.is_main_process
         self.device = accelerator.device
+        self.num_replicas = self.num_ranks
+        self.replica = self.stream = self.rank
+        self._ranks_of_stream = 1
         self.ranks_of_machine = _ranks_of_machine()
         self._first_of_machine = accelerator.is_local_main_process
         self._failures = thread_failures
@@ -131,13 +141,39 @@ class Ranks:
         """Refuse a launch whose processes do not see each other: each would believe to be the leader.
 
         Raises:
-            UsageError: The launcher started another number of processes than this one sees.
+            UsageError: The launcher started another number of processes than this one sees, or has Accelerate shard
+                models, which it only does for training.
         """
+        for engine in _TRAINING_ENGINES:
+            if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
+                raise UsageError(
+                    f"The launch profile turns on {engine}, with which Accelerate trains. For teachers larger than a "
+                    "GPU use accelerate_configs/tensor_parallel.yaml or fsdp.yaml."
+                )
         if _launched_ranks() != self.num_ranks:
             raise UsageError(
                 f"The launcher started {_launched_ranks()} processes, but they do not see each other "
                 f"(Accelerate reports {self.num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
             )
+
+    def form_replicas(self, tp_size: int, fsdp_size: int) -> None:
+        """Have ranks next to one another hold one teacher together.
+
+        Args:
+            tp_size: Ranks that compute a batch together.
+            fsdp_size: How many such groups share the weights.
+
+        Raises:
+            UsageError: They do not divide the number of ranks.
+        """
+        size = tp_size * fsdp_size
+        if self.num_ranks % size:
+            raise UsageError(
+                f"--tp_size {tp_size} and --fsdp_size {fsdp_size} make replicas of {size} ranks, the launcher started "
+                f"{self.num_ranks}. Start a multiple of {size}: accelerate launch --num_processes {size} ..."
+            )
+        self.num_replicas, self.replica = self.num_ranks // size, self.rank // size
+        self.stream, self._ranks_of_stream = self.rank // tp_size, tp_size
 
     def together(
         self, work: Callable[[], T], *, machine_by_machine: bool = False, patience_seconds: float | None = None
@@ -258,10 +294,10 @@ class Ranks:
         """Open the way of payloads into the file, for as long as the block runs.
 
         Args:
-            shares: Numbers of the batches that each rank computes, in order, by rank.
+            shares: Numbers of the batches of each stream, in the order in which they are computed.
             payload_bytes: Size of the payload of every batch of the plan, [num_batches].
             submit: Has the writer write a batch's payload, on the leader; None elsewhere.
-            on_waited: Called on the leader with a rank and how many seconds it has waited for a free buffer so far.
+            on_waited: Called on the leader with a stream and how many seconds it has waited for a free buffer so far.
 
         Yields:
             Where this rank puts its payloads. When the block ends, all of them have been written or, on a rank other
@@ -270,15 +306,16 @@ class Ranks:
         Raises:
             CaptureError: The writer failed, or a rank was lost.
         """
-        largest = int(payload_bytes[shares[self.rank]].max(initial=0))
+        largest = int(payload_bytes[shares[self.stream]].max(initial=0))
         if submit is None:
-            outbox = Outbox(largest, self._send, self.device)
+            first_of_stream = self.rank % self._ranks_of_stream == 0
+            outbox = Outbox(largest, self._send if first_of_stream else None, self.device)
             yield outbox
             outbox.flush()
             return
         inbox = _Inbox(self._group, submit, on_waited, payload_bytes, self.patience_seconds, self._failures)
         outbox = Outbox(largest, lambda batch, message: inbox.take(0, batch, message), self.device)
-        inbox.start(dict(enumerate(shares[1:], start=1)))
+        inbox.start(dict(enumerate(shares[1:], start=1)), self._ranks_of_stream)
         yield outbox
         outbox.flush()
         inbox.join()
@@ -375,13 +412,13 @@ class Outbox:
         waited_seconds: How long `put` has waited for a free buffer so far.
     """
 
-    def __init__(self, size_bytes: int, hand_over: Callable[[int, Tensor], Wait], device: torch.device) -> None:
+    def __init__(self, size_bytes: int, hand_over: Callable[[int, Tensor], Wait] | None, device: torch.device) -> None:
         """Allocate the ring.
 
         Args:
             size_bytes: Largest payload.
             hand_over: Starts to move a batch's message on, the payload and what follows it; returns how to wait until
-                its buffer is free again.
+                its buffer is free again. None drops them all: another rank has the same ones.
             device: Where payloads come from.
         """
         self._hand_over = hand_over
@@ -403,6 +440,8 @@ class Outbox:
             payload: uint8, on this rank's device.
             finish: Called with the payload once it is in host memory, before it travels.
         """
+        if self._hand_over is None:
+            return
         slot = self._num_put % NUM_BUFFERS
         self._num_put += 1
         start = time.monotonic()
@@ -412,7 +451,7 @@ class Outbox:
         message[:-_WAITED_BYTES].copy_(payload, non_blocking=self._on_gpu)
         arrived = torch.cuda.Event() if self._on_gpu else None
         if arrived is not None:
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(payload.device))
         self._copied.append(_Copied(batch, slot, message, finish, arrived))
         # On a GPU the newest copy has only been asked for: it leaves at the next call, so that nothing waits for it.
         self._leave(keep=1 if self._on_gpu else 0)
@@ -424,7 +463,7 @@ class Outbox:
             freed()
 
     def _leave(self, keep: int) -> None:
-        while len(self._copied) > keep:
+        while self._hand_over and len(self._copied) > keep:
             copied = self._copied.pop(0)
             if copied.arrived is not None:
                 copied.arrived.synchronize()  # which waits for the forward pass before the copy
@@ -444,7 +483,7 @@ class _Copied:
 
 
 class _Inbox:
-    """The leader's receivers: a thread for each other rank, so that a slow rank holds nobody up.
+    """The leader's receivers: a thread for each other stream, so that a slow rank holds nobody up.
 
     One more thread looks whether one of them waits for too long, and tells the other ranks that the run goes on.
     """
@@ -470,10 +509,10 @@ class _Inbox:
         self._num_written = 0
         self._received = threading.Event()
 
-    def take(self, rank: int, batch: int, message: Tensor) -> Wait:
-        """Have a rank's payload written, and count it once it is; return how to wait for that."""
+    def take(self, stream: int, batch: int, message: Tensor) -> Wait:
+        """Have a stream's payload written, and count it once it is; return how to wait for that."""
         payload, waited = message.numpy()[:-_WAITED_BYTES], message.numpy()[-_WAITED_BYTES:]
-        self._on_waited(rank, float(waited.copy().view("<f8")[0]))
+        self._on_waited(stream, float(waited.copy().view("<f8")[0]))
         future = self._submit(batch, payload)
         future.add_done_callback(self._count_written)
         return future.result
@@ -481,9 +520,10 @@ class _Inbox:
     def _count_written(self, future: Future[None]) -> None:
         self._num_written += 1
 
-    def start(self, shares: Mapping[int, Array]) -> None:
-        for peer, share in shares.items():
-            thread = threading.Thread(target=self._run, args=(peer, share), name=f"receive {peer}", daemon=True)
+    def start(self, shares: Mapping[int, Array], ranks_of_stream: int) -> None:
+        for stream, share in shares.items():
+            peer = stream * ranks_of_stream
+            thread = threading.Thread(target=self._run, args=(stream, peer, share), name=f"receive {peer}", daemon=True)
             self._threads.append(thread)
             thread.start()
         if shares:
@@ -496,9 +536,9 @@ class _Inbox:
         if self._failures:
             raise self._failures[0]
 
-    def _run(self, peer: int, share: Array) -> None:
+    def _run(self, stream: int, peer: int, share: Array) -> None:
         try:
-            self._receive(peer, share)
+            self._receive(stream, peer, share)
         except Exception as error:
             self._fail(error)
 
@@ -520,7 +560,7 @@ class _Inbox:
                     self._fail(LostRankError(_HUNG.format(f"Rank {peer}", self._patience_seconds)))
                     return
 
-    def _receive(self, peer: int, share: Array) -> None:
+    def _receive(self, stream: int, peer: int, share: Array) -> None:
         largest = int(self._sizes[share].max(initial=0)) + _WAITED_BYTES
         buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
         waits: list[Wait] = [lambda: None] * NUM_BUFFERS
@@ -532,7 +572,7 @@ class _Inbox:
             with _lost_connection_means(f"Rank {peer}"):
                 dist.recv(message, src=peer, group=self._group)
             self._waiting_since[peer] = None
-            waits[slot] = self.take(peer, int(batch), message)
+            waits[slot] = self.take(stream, int(batch), message)
         for freed in waits:
             freed()
 
@@ -557,6 +597,8 @@ class _Failure:
                 return cls(rank, error.exit_status, str(error))
             case LogitgenError():
                 return cls(rank, error.exit_status, where + str(error))
+        if (isinstance(error, RuntimeError) and "gloo" in str(error)) or isinstance(error, dist.DistError):
+            return cls(rank, 1, f"{where}{_GONE.format('Another rank')}")
         more = " (traceback in this rank's log file)" if logging.root.handlers else ""
         return cls(rank, 1, f"{where}{type(error).__name__}: {first_line(error)}{more}")
 
@@ -613,7 +655,7 @@ def _lost_connection_means(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"{who} ended without a word: it was killed, or its connection was lost.") from error
+        raise LostRankError(_GONE.format(who)) from error
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:

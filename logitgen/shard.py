@@ -1,0 +1,95 @@
+"""The vocabulary, cut among the ranks of a tensor-parallel teacher: each has the logits of some ids.
+
+What is kept of a position is found among the candidates of every shard, so no rank holds the logits of all ids.
+
+Shape letters: C positions of a chunk, V vocabulary, S ids of a shard, K candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The ids whose logits this rank has, cut as `torch.chunk` cuts: all shards are equally wide but for the last ones.
+
+    Attributes:
+        group: The ranks that have a shard each; None if this one has all ids.
+        vocab_size: How many ids there are in all, V.
+    """
+
+    group: dist.ProcessGroup | None
+    vocab_size: int
+
+    @property
+    def start(self) -> int:
+        """The first id."""
+        return min(self.group.rank() * self._width, self.vocab_size) if self.group else 0
+
+    @property
+    def size(self) -> int:
+        """How many ids they are, S."""
+        return min(self._width, self.vocab_size - self.start)
+
+    @property
+    def _width(self) -> int:
+        return -(-self.vocab_size // self.group.size()) if self.group else self.vocab_size
+
+    def whole(self, logits_CS: Tensor) -> Tensor:
+        """Join the logits of all shards: [C, S] to [C, V], or any other leading dimensions."""
+        if self.group is None:
+            return logits_CS
+        return self._gathered(_widened(logits_CS, self._width, 0.0))[..., : self.vocab_size]
+
+    def logsumexp(self, logsumexp_C: Tensor) -> Tensor:
+        """Combine the log-sum-exps of all shards."""
+        return logsumexp_C if self.group is None else self._gathered(logsumexp_C[:, None]).logsumexp(-1)
+
+    def pick(self, logits_CS: Tensor, ids_C: Tensor) -> Tensor:
+        """Take one logit of each position, [C], whichever shard has it."""
+        if self.group is None:
+            return logits_CS.gather(-1, ids_C[:, None])[:, 0]
+        size = logits_CS.shape[-1]
+        places_C = ids_C - self.start
+        elsewhere_C = (places_C < 0) | (places_C >= size)
+        picked_C = logits_CS.gather(-1, places_C.clamp(0, size - 1)[:, None])[:, 0]
+        return self._gathered(picked_C.masked_fill(elsewhere_C, -torch.inf)[:, None]).amax(-1)
+
+    def merge(self, k: int, values_CK: Tensor, places_CK: Tensor, *others_CK: Tensor) -> tuple[Tensor, ...]:
+        """Find the k largest among the candidates of all shards.
+
+        Args:
+            k: How many.
+            values_CK: The largest values of this shard, descending, at most k of each position.
+            places_CK: Where in the shard they are, int64.
+            others_CK: What belongs to them, of the values' dtype.
+
+        Returns:
+            The k largest values, descending, their ids, and what belongs to them, [C, k] each.
+        """
+        if self.group is None:
+            return values_CK, places_CK, *others_CK
+        fields = [_widened(values_CK, k, -torch.inf), *(_widened(other_CK, k, 0.0) for other_CK in others_CK)]
+        all_values, *all_others = (self._gathered(field) for field in fields)
+        all_ids = self._gathered(_widened(places_CK + self.start, k, 0))
+        largest_CK, chosen_CK = torch.topk(all_values, k)
+        return largest_CK, *(field.gather(1, chosen_CK) for field in (all_ids, *all_others))
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Put the equally shaped values of all shards beside one another."""
+        assert self.group is not None
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+
+WHOLE = VocabShard(None, 0)
+"""All ids on one rank, however many."""
+
+
+def _widened(values: Tensor, width: int, filler: float) -> Tensor:
+    """Fill up the last dimension."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=filler)
