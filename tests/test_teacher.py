@@ -1,5 +1,6 @@
 """Every family of causal language models gives the logits of a direct, unbatched, unpadded forward pass."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,26 @@ def test_a_changed_weight_changes_the_fingerprint() -> None:
     with torch.no_grad():
         model.model.norm.weight *= 1.01
     assert Teacher(model, VOCAB).fingerprint != before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it(
+    tmp_path: Path, capture: Callable[..., Path], bits: int
+) -> None:
+    """Quantised by transformers, saved, and loaded as any other teacher."""
+    plain = save_teacher(tmp_path / "plain", make_llama(hidden_size=64), None)
+    how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, device_map={"": "cpu"}).eval()
+    teacher = save_teacher(tmp_path / "teacher", model, None)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in ROWS])
+    file = LogitsFile(capture(teacher=teacher, dataset=data, top_k=11, batch_tokens=64))
+    recorded = json.loads(file.attributes["quantization"])
+    assert recorded["quant_method"] == "bitsandbytes"
+    assert [recorded["load_in_4bit"], recorded["load_in_8bit"]] == [bits == 4, bits == 8]
+    for index, ids in enumerate(ROWS):
+        with torch.no_grad():
+            logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        row = file.row(index)
+        own_PK = logprobs_TV[: len(ids) - 1].gather(-1, torch.from_numpy(row["kept_ids"].astype(np.int64))).numpy()
+        # To 8 bits a token is rounded together with the others of its batch.
+        np.testing.assert_allclose(row["kept_logprobs"], own_PK, atol={4: 0.02, 8: 0.5}[bits])
