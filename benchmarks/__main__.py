@@ -11,7 +11,7 @@ import sys
 
 from benchmarks.harness import ROOT
 
-ON_A_TEACHER = ("comparison", "overlap", "startup", "fidelity")
+ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity")
 ON_ITS_OWN = ("leader", "head", "growth", "reading")
 
 

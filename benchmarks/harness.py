@@ -29,10 +29,14 @@ _LAUNCHERS = re.compile(r"(/accelerate|/torchrun|-m (accelerate\.commands\.\w+|t
 
 
 class Process(NamedTuple):
-    """A process of a command's tree: its command line, and the most memory it was seen to hold."""
+    """A process of a command's tree: its command line, and the most memory it was seen to hold.
+
+    `peak_private_bytes` is without what it shares with others, such as mapped files.
+    """
 
     command: str
     peak_bytes: int
+    peak_private_bytes: int
 
     @property
     def is_rank(self) -> bool:
@@ -83,10 +87,13 @@ class _Peaks:
     def look(self, root: psutil.Process) -> None:
         for process in tree(root):
             try:
-                size_bytes = process.memory_info().rss
-                if (known := self.processes.get(process.pid)) is None or size_bytes > known.peak_bytes:
+                known = self.processes.get(process.pid, Process("", 0, 0))
+                memory = process.memory_info()
+                peaks = memory.rss, memory.rss - getattr(memory, "shared", 0)
+                if peaks[0] > known.peak_bytes or peaks[1] > known.peak_private_bytes:
                     # Read again each time: a forked child is its parent until it runs a program of its own.
-                    self.processes[process.pid] = Process(" ".join(process.cmdline()), size_bytes)
+                    highest = map(max, peaks, (known.peak_bytes, known.peak_private_bytes))
+                    self.processes[process.pid] = Process(" ".join(process.cmdline()), *highest)
             except psutil.Error:  # it has just ended
                 continue
 
