@@ -110,7 +110,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     if config.dry_run:
         pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout, lambda number: min(ranks.gathered(number))))
         if ranks.is_leader:
-            print_result(estimate_view(estimate(rows, plan, layout, about, pilots), output.free_bytes))
+            costs = estimate(rows, plan, layout, about, pilots, config.tp_size, config.fsdp_size)
+            print_result(estimate_view(costs, output.free_bytes))
         return
 
     # Every rank computes its share of the missing batches; what they yield goes to the leader and into the file.

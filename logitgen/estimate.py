@@ -198,8 +198,26 @@ class Estimate:
     buffer_bytes: int
 
 
-def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pilots: list[Pilot]) -> Estimate:
-    """Work out what a run would take from what every rank measured in its pilot."""
+def estimate(
+    rows: Rows,
+    plan: Plan,
+    layout: Layout,
+    attributes: Attributes,
+    pilots: list[Pilot],
+    tp_size: int = 1,
+    fsdp_size: int = 1,
+) -> Estimate:
+    """Work out what a run would take.
+
+    Args:
+        rows: The tokenised split.
+        plan: Which rows form a batch.
+        layout: The file's sizes.
+        attributes: What the file would say about itself.
+        pilots: What every rank measured.
+        tp_size: Ranks that compute a batch together.
+        fsdp_size: How many such groups share a teacher.
+    """
     seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
     largest_payload = int(layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions)).max())
     others = [
@@ -222,17 +240,22 @@ def estimate(rows: Rows, plan: Plan, layout: Layout, attributes: Attributes, pil
         num_batches=plan.num_batches,
         padding_share=plan.padding_share,
         tokens_per_second=(1 - plan.padding_share) / seconds_per_token,
-        seconds={num_ranks: _most_tokens(plan, num_ranks) * seconds_per_token for num_ranks in NUM_RANKS},
+        seconds={
+            num_ranks: _most_tokens(plan, num_ranks // (tp_size * fsdp_size), fsdp_size) * seconds_per_token
+            for num_ranks in NUM_RANKS
+            if num_ranks % (tp_size * fsdp_size) == 0
+        },
         pilots=pilots,
         size_bytes=file_bytes(layout, attributes),
         other_sizes={other.kept: file_bytes(other, _attributes_of(other, attributes)) for other in others},
-        buffer_bytes=NUM_BUFFERS * len(pilots) * largest_payload,
+        buffer_bytes=NUM_BUFFERS * (len(pilots) // tp_size) * largest_payload,
     )
 
 
-def _most_tokens(plan: Plan, num_ranks: int) -> int:
+def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
     """Tokens, padding included, of the rank that has most of them."""
-    return max(int(plan.padded_tokens[share].sum()) for share in plan.shares(np.arange(plan.num_batches), num_ranks))
+    shares = plan.shares(np.arange(plan.num_batches), num_replicas, fsdp_size)
+    return max(int(plan.padded_tokens[share].sum()) for share in shares)
 
 
 def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
