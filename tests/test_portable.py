@@ -112,6 +112,7 @@ def test_what_pretends_to_be_windows_refuses_what_windows_refuses(tmp_path: Path
         "with other.open('rb'):\n"
         "    path.touch()\n"
         "    refused(lambda: path.replace(other), PermissionError)\n"
+        "    refused(lambda: path.parent.rename(sys.argv[1] + '.folder'), PermissionError)\n"
         "path.replace(other)\n"
         "refused(lambda: __import__('fcntl'), ImportError)\n"
         "refused(lambda: pathlib.Path('/proc/meminfo').read_text(), FileNotFoundError)\n"

@@ -2,8 +2,9 @@
 
     python tests/windows.py generate.py --teacher ...
 
-What only POSIX has is gone, new processes are spawned, and a file that this process has open or mapped can be neither
-renamed, replaced nor removed. Libraries are imported before: on a real Windows they bring code of their own.
+What only POSIX has is gone, new processes are spawned, and a file that this process has open or mapped, or a folder
+with such a file, can be neither renamed, replaced nor removed. Libraries are imported before: on a real Windows they
+bring code of their own.
 """
 
 import errno
@@ -45,8 +46,8 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), arguments[0])
     if event in ("os.rename", "os.remove"):
         names = [Path(os.fsdecode(name)).absolute() for name in arguments[: 2 if event == "os.rename" else 1]]
-        if taken := sorted(str(name) for name in names if name in _open_files()):
-            raise PermissionError(errno.EACCES, "The file is being used by another process", taken[0])
+        if any(name in (file, *file.parents) for file in _open_files() for name in names):
+            raise PermissionError(errno.EACCES, "The file is being used by another process", *map(str, names))
 
 
 def _open_files() -> set[Path]:
