@@ -12,7 +12,7 @@ import sys
 from benchmarks.harness import ROOT
 
 ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity")
-ON_ITS_OWN = ("leader", "head", "growth", "reading")
+ON_ITS_OWN = ("leader", "head", "growth", "reading", "scaling")
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -170,9 +171,11 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
+    models: list[str] = []
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line][:1]
+    with suppress(OSError):  # only Linux tells
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in cpuinfo if "model name" in line][:1]
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "h5py")}
     cpu = models[0] if models else platform.processor()
     return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "python": sys.version.split()[0], "packages": packages}

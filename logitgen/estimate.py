@@ -68,13 +68,13 @@ def fitting_batch_tokens(
         rows: The tokenised split; the probe takes its longest rows.
         layout: What is kept.
         length_switch: See `Plan`.
-        ranks_of_machine: How many ranks share the memory of a CPU.
+        ranks_of_machine: How many ranks share the machine's memory, unless each has a GPU with its own.
     """
     plan = Plan(rows.forward_lengths, PROBE_TOKENS, length_switch)
     batch = rows.batch(plan.rows(0))
-    on_cpu = teacher.device.type == "cpu"
-    most = MOST_BATCH_TOKENS if on_cpu else MOST_BATCH_TOKENS_GPU
-    free_bytes = _free_bytes(teacher.device) / (ranks_of_machine if on_cpu else 1)
+    on_gpu = teacher.device.type == "cuda"  # Apple's shares the machine's memory, and does not say what is free
+    most = MOST_BATCH_TOKENS_GPU if on_gpu else MOST_BATCH_TOKENS
+    free_bytes = _free_bytes(teacher.device) / (1 if on_gpu else ranks_of_machine)
     capture_batch(teacher, batch, layout)  # the first one also sets up what stays
     taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))
     if free_bytes <= 0 or taken_bytes <= 0:

@@ -25,12 +25,13 @@ from logitgen.schema import PARTIAL_SUFFIX, Array, Layout
 
 try:
     import fcntl
-except ImportError:  # Windows, where an open file cannot be replaced anyway
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_UNLOCKED = "%s cannot be locked here: start only one run at a time that writes it."
 _CALLED = {
     "teacher_fingerprint": "the teacher's weights",
     "tokenizer_fingerprint": "the tokenizer",
@@ -255,11 +256,15 @@ def _refused_if_impossible(path: Path, done: str) -> Iterator[None]:
 def _locked(path: Path, flags: int) -> BinaryIO:
     """Open a file for this process alone, for as long as what is returned stays open.
 
+    Where there is no such lock, what is returned is closed: Windows neither renames nor removes a file that is open.
+
     Raises:
         UsageError: Another process has it.
     """
     file = os.fdopen(os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+b")
     if fcntl is None:
+        file.close()
+        logger.warning(_UNLOCKED, path)
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,7 +274,7 @@ def _locked(path: Path, flags: int) -> BinaryIO:
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
-        logger.warning("%s cannot be locked here: start only one run at a time that writes it.", path)
+        logger.warning(_UNLOCKED, path)
         taken = False
     if taken:
         raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.")

@@ -87,7 +87,8 @@ class Packing:
         ids_CK, order_CK = ids_CK.sort(-1)
         values_CK = logprobs_CK.gather(-1, order_CK)
         if self.has_tail:
-            tail_C = torch.log1p(-values_CK.double().exp().sum(-1).clamp(max=1)).float()
+            precise = torch.float32 if values_CK.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+            tail_C = torch.log1p(-values_CK.to(precise).exp().sum(-1).clamp(max=1)).float()
             values_CK = torch.cat([values_CK, tail_C[:, None]], dim=1)
         if self.value_bits == 16:
             stored_CK = values_CK.clamp(min=torch.finfo(torch.float16).min).half().view(torch.uint8)

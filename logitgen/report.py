@@ -192,7 +192,7 @@ def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
         "batches": f"{known.num_batches:,}, {known.padding_share:.1%} padding",
         "file": f"{known.size_bytes:,} bytes, {known.size_bytes / known.num_tokens:,.1f} per token; "
         f"{format_bytes(free_bytes)} free",
-        "memory per rank": format_bytes(host)
+        "memory per rank": (format_bytes(host) if host else "unknown on this system")
         + (f" and {format_bytes(device)} on the GPU" if device else "")
         + f"; the leader {format_bytes(known.buffer_bytes)} of buffers more",
         "speed": f"{known.tokens_per_second:,.0f} tokens/s per rank, {len(known.pilots)} measured at once",

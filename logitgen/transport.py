@@ -358,7 +358,7 @@ def _end_with(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_LOOK_SECONDS)
     logger.warning("The launcher is gone; its ranks stop too.")
-    os.kill(os.getpid(), signal.SIGTERM)
+    _interrupt_main(signal.SIGTERM)
 
 
 def _check_gpus() -> None:
@@ -531,7 +531,8 @@ class _Inbox:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(_LOOK_SECONDS)  # where no signal ends a wait, it is seen between two
         self._received.set()
         if self._failures:
             raise self._failures[0]
@@ -669,8 +670,8 @@ def _ignore_signals() -> None:
         signal.signal(number, lambda number, frame: None)
 
 
-def _interrupt_main() -> None:
+def _interrupt_main(number: signal.Signals = signal.SIGINT) -> None:
     if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)  # also ends a wait for a lock
+        signal.pthread_kill(cast(int, threading.main_thread().ident), number)  # also ends a wait for a lock
     else:
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)

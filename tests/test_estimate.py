@@ -520,6 +520,7 @@ PROBE = [33] * 100
         (1_000, 0, "cpu", 1, 4_096),
         (1_000, 0, "cuda", 4, 32_768),
         (0, 0, "cpu", 3, 4_096),
+        (0, 0, "mps", 1, 4_096),
     ],
 )
 def test_fitting_tokens_worked_by_hand(

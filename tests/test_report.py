@@ -284,6 +284,11 @@ def test_an_estimate_of_gpus_names_the_memory_of_the_largest() -> None:
     assert definitions(lines)["memory per rank"].startswith("900.0 MB and 9.0 GB on the GPU; the leader 5.6 MB")
 
 
+def test_an_estimate_does_not_make_up_memory_that_the_system_does_not_tell() -> None:
+    lines = drawn(estimate_view(make_estimate(pilots=[Pilot(0.5, 0, 0)]), 1))
+    assert definitions(lines)["memory per rank"] == "unknown on this system; the leader 5.6 MB of buffers more"
+
+
 def test_a_verdict_is_one_line_if_nothing_is_wrong(path: Path) -> None:
     assert definitions(drawn(verdict_view(LogitsFile(path), [], False, None))) == {
         "file": str(path),

@@ -1,0 +1,62 @@
+"""What docs/scaling.md computes: against sums by hand, and against a real file."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.scaling import KINDS, lines
+
+HEAD_BYTES = 100_000
+"""More than the head of any file, with the attributes of a real run."""
+
+DOC = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+TRILLION = {"num_rows": 10**8, "num_tokens": 10**12, "vocab_size": 151_936}
+
+
+def test_sizes_days_and_leaders_are_those_worked_out_by_hand() -> None:
+    found = {line["kind"]: line for line in lines(TRILLION, [64], 20_000, [225, 760])}
+    assert list(found) == list(KINDS)
+    num_positions = 10**12 - 10**8  # a row's last token has none
+    # A row: done 1, crc32 4, source_row 8, two offsets 16. A token: its id 4. A position: its index 4, two floats 8.
+    rest = 29 * 10**8 + 4 * 10**12 + 12 * num_positions
+    kept = {
+        "topk 64": 64 * (4 + 2),
+        "hidden 4096, bfloat16": 4096 * 2,
+        "full": 151_936 * 2,
+    }
+    for kind, size_bytes in kept.items():
+        head_bytes = 151_936 * 4096 * 2 if kind.startswith("hidden") else 0
+        assert found[kind]["position_bytes"] == size_bytes + 8
+        expected = rest + head_bytes + size_bytes * num_positions
+        assert expected < found[kind]["size_bytes"] < expected + HEAD_BYTES
+    topk = found["topk 64"]
+    assert topk["days"] == pytest.approx(10**12 / (64 * 20_000) / (24 * 60 * 60))
+    assert topk["bytes_per_second"] == pytest.approx(64 * 20_000 * 392, rel=1e-3)  # 502 MB/s
+    assert topk["leaders"] == {225: 3, 760: 1}
+
+
+def test_the_table_of_the_page_is_what_its_command_prints(tmp_path: Path) -> None:
+    command = re.search(r"```\n(python -m benchmarks\.scaling .*)\n```", DOC)
+    assert command
+    words = [sys.executable, *shlex.split(command[1])[1:], "--out", str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    table = (tmp_path / "scaling.md").read_text()
+    assert table.count("\n") == 2 + 3 * len(KINDS)
+    assert f"```\n\n{table}\n" in DOC
+
+
+def test_it_runs_with_all_others() -> None:
+    assert "scaling" in benchmarks.ON_ITS_OWN
+
+
+def test_the_page_is_linked() -> None:
+    assert "(docs/scaling.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    (anchor,) = re.findall(r"\(\.\./README\.md#([^)]*)\)", DOC)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
