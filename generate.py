@@ -51,7 +51,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         silence_stdout()
     config = ranks.together(lambda: parse_config(arguments))
     ranks.patience_seconds = config.rank_timeout
-    ranks.form_replicas(config.tp_size, config.fsdp_size)
+    ranks.form_replicas(config.tp_size, config.fsdp_size, config.device_map)
     ranks.same(facts_of_launch(config))
     ranks.together(lambda: start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks))
     output = Output(Path(config.output), config.overwrite, config.dry_run)

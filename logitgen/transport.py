@@ -156,16 +156,22 @@ class Ranks:
                 f"(Accelerate reports {self.num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
             )
 
-    def form_replicas(self, tp_size: int, fsdp_size: int) -> None:
+    def form_replicas(self, tp_size: int, fsdp_size: int, device_map: str | None = None) -> None:
         """Have ranks next to one another hold one teacher together.
 
         Args:
             tp_size: Ranks that compute a batch together.
             fsdp_size: How many such groups share the weights.
+            device_map: How the teacher of a single rank is spread over all devices of the machine, if it is.
 
         Raises:
-            UsageError: They do not divide the number of ranks.
+            UsageError: They do not fit the number of ranks.
         """
+        if device_map and self.num_ranks > 1:
+            raise UsageError(
+                f"--device_map has one rank use all GPUs of the machine, the launcher started {self.num_ranks} ranks. "
+                "Use accelerate_configs/single_gpu.yaml; for several ranks there are --tp_size and --fsdp_size."
+            )
         size = tp_size * fsdp_size
         if self.num_ranks % size:
             raise UsageError(

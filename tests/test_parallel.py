@@ -1,6 +1,7 @@
 """Teachers that several ranks, or several devices, hold together."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from test_teacher import ROWS, make
 from transformers import PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
+from logitgen.config import parse_config
 from logitgen.teacher import Teacher
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -98,6 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Ru
         runs.add(f"fsdp {family}", 2, **common, teacher=teacher, top_k=11, fsdp_size=2)
         runs.add(f"one {family}", 1, **common, teacher=teacher, top_k=11)
     runs.add("heads", 4, **own, tp_size=4)
+    runs.add("mapped", 2, **own, device_map="auto")
     runs.add("pilot", 2, **own, fsdp_size=2, dry_run=True)
     return runs.run()
 
@@ -172,6 +175,24 @@ def test_a_family_without_a_plan_is_refused_tensor_parallel_and_can_be_sharded(r
 def test_more_ranks_than_key_value_heads_are_refused(runs: Runs) -> None:
     assert runs.results["heads"]["statuses"] == [2] * 4
     assert "Choose one that divides its key-value heads" in runs.results["heads"]["stderr"]
+
+
+def test_several_ranks_do_not_each_take_all_devices(runs: Runs) -> None:
+    assert runs.results["mapped"]["statuses"] == [2, 2]
+    assert "--device_map has one rank use all GPUs" in runs.results["mapped"]["stderr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp_size=0"], "--tp_size must be at least 1, got 0."),
+        (["--fsdp_size=-1"], "--fsdp_size must be at least 1, got -1."),
+        (["--device_map=auto", "--tp_size=2"], "--device_map is for one rank that has the whole teacher"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_config(["--teacher=t", "--dataset=d", "--output=o", *options])
 
 
 def test_ranks_that_share_a_teacher_run_the_same_pilot(runs: Runs) -> None:
