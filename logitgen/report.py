@@ -1,5 +1,6 @@
 """What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
 
+import json
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -125,7 +126,7 @@ def overview(known: dict[str, Any]) -> RenderableType:
     source = " ".join(str(settings[name]) for name in ("dataset", "dataset_config", "split") if settings[name])
     lines = {
         "file": f"{known['path']}  {format_bytes(known['size_bytes'])}, format version {known['version']}",
-        "teacher": f"{known['teacher']}  {known['teacher_dtype']}"
+        "teacher": f"{known['teacher']}  {known['teacher_dtype']}{_quantized(known['quantization'])}"
         + (f", {known['commit']}" if known["commit"] else ""),
         "dataset": source,
         "rows": f"{known['rows']:,}, all complete  {known['shortest_row']:,} to {known['longest_row']:,} tokens each",
@@ -142,6 +143,13 @@ def overview(known: dict[str, Any]) -> RenderableType:
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
     return _definitions(lines)
+
+
+def _quantized(how: str) -> str:
+    try:
+        return f", quantised by {json.loads(how)['quant_method']}" if how else ""
+    except (ValueError, TypeError, KeyError, RecursionError):  # of another version, or forged
+        return ", quantised"
 
 
 def summary(

@@ -22,6 +22,9 @@ DEFAULTS: dict[str, Any] = {
     "teacher_gguf": None,
     "dtype": "auto",
     "attn_implementation": None,
+    "device_map": None,
+    "tp_size": 1,
+    "fsdp_size": 1,
     "dataset_config": None,
     "split": "train",
     "text_column": None,
@@ -49,6 +52,8 @@ OTHERS: dict[str, Any] = {
     "teacher_gguf": "q4.gguf",
     "dtype": "bfloat16",
     "attn_implementation": "eager",
+    "tp_size": 2,
+    "fsdp_size": 4,
     "dataset_config": "en",
     "split": "train[:10%]",
     "text_column": "body",
@@ -67,7 +72,7 @@ OTHERS: dict[str, Any] = {
     "log_dir": "my logs",
     "seed": 7,
 }
-"""Another value than the default for every option but `packing`, which `overflow` excludes."""
+"""Another value than the default for every option but `packing` and `device_map`, which `overflow` and `tp_size` exclude."""
 
 
 def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:
@@ -83,9 +88,9 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     shown = re.findall(r"^  (?:-h, )?--([a-z_]+)", capsys.readouterr().out, re.MULTILINE)
     assert shown == [
         "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
-        "dataset_config", "split", "text_column", "max_length", "overflow", "packing", "completion_only", "limit",
-        "capture", "top_k", "encoding", "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout",
-        "log_dir", "seed", "config",
+        "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "max_length", "overflow",
+        "packing", "completion_only", "limit", "capture", "top_k", "encoding", "batch_tokens", "overwrite", "dry_run",
+        "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
     ]  # fmt: skip
 
 
@@ -432,11 +437,12 @@ def test_what_has_no_kept_ids_cannot_be_packed(encoding: str) -> None:
         parse_config([*REQUIRED, f"--encoding={encoding}", "--capture=full"])
 
 
-HOW_TO_RUN = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir")
+HOW_TO_RUN = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "fsdp_size")
 
 
 def test_the_settings_leave_out_how_to_run_and_where_to_leave_things() -> None:
     expected = {name: value for name, value in OTHERS.items() if name not in HOW_TO_RUN}
+    assert "device_map" not in parse_config([*REQUIRED, "--device_map=auto"]).settings
     assert Config(**OTHERS).settings == expected | {"packing": False}
 
 

@@ -63,6 +63,7 @@ ATTRIBUTES: dict[str, Any] = {
     "tokenizer_size": 10,
     "teacher": "some/teacher",
     "teacher_dtype": "bfloat16",
+    "quantization": "",
     "commit": "c0ffee",
     "teacher_fingerprint": "a" * 64,
     "tokenizer_fingerprint": "b" * 64,

@@ -11,11 +11,13 @@ import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
 from test_generate import assert_row_is_right
+from test_report import drawn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from logitgen import LogitsFile, UsageError, teacher
 from logitgen.config import Config
+from logitgen.report import facts, overview
 from logitgen.teacher import Teacher, describe_teacher, load_teacher
 
 VOCAB = 97
@@ -274,6 +276,7 @@ def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it
     file = LogitsFile(capture(teacher=teacher, dataset=data, top_k=11, batch_tokens=64))
     recorded = json.loads(file.attributes["quantization"])
     assert recorded["quant_method"] == "bitsandbytes"
+    assert "float32, quantised by bitsandbytes" in drawn(overview(facts(file)))
     assert [recorded["load_in_4bit"], recorded["load_in_8bit"]] == [bits == 4, bits == 8]
     for index, ids in enumerate(ROWS):
         with torch.no_grad():
