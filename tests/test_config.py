@@ -72,7 +72,7 @@ OTHERS: dict[str, Any] = {
     "log_dir": "my logs",
     "seed": 7,
 }
-"""Another value than the default for every option but `packing` and `device_map`, which `overflow` and `tp_size` exclude."""
+"""Another value than the default for every option but `packing` and `device_map`, which others exclude."""
 
 
 def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:

@@ -276,7 +276,7 @@ def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it
     file = LogitsFile(capture(teacher=teacher, dataset=data, top_k=11, batch_tokens=64))
     recorded = json.loads(file.attributes["quantization"])
     assert recorded["quant_method"] == "bitsandbytes"
-    assert "float32, quantised by bitsandbytes" in drawn(overview(facts(file)))
+    assert "float32, quantised by bitsandbytes" in " ".join(drawn(overview(facts(file))))
     assert [recorded["load_in_4bit"], recorded["load_in_8bit"]] == [bits == 4, bits == 8]
     for index, ids in enumerate(ROWS):
         with torch.no_grad():
