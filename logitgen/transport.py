@@ -671,7 +671,9 @@ def _lost_connection_means(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"{who} ended without a word: it was killed, or its machine or connection was lost.") from error
+        raise LostRankError(
+            f"{who} ended without a word: it was killed, or its machine or connection was lost."
+        ) from error
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
