@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, SENTENCES, write_jsonl
 from test_ranks import ranks_that_ran
@@ -35,7 +36,7 @@ for task in $(jobs -p); do
 done
 exit $status
 """
-"""The command once per node, as a process of this machine; a signal goes to all of them."""
+"""The command once per node, as a process of this machine; a signal goes to all of them, as from SLURM itself."""
 
 
 @pytest.fixture
@@ -65,24 +66,24 @@ def job(tmp_path: Path, teacher: Path) -> Job:
     return start
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2])
-def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next(
-    job: Job, tmp_path: Path, num_nodes: int
-) -> None:
-    first = job(num_nodes)
+def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next(job: Job, tmp_path: Path) -> None:
+    """On two nodes at first, then on one."""
+    first = job(num_nodes=2)
     log = tmp_path / "logs" / "rank_0.log"
     while first.poll() is None and not (log.exists() and "Capturing" in log.read_text()):
         time.sleep(0.05)
     time.sleep(1)
-    first.send_signal(signal.SIGTERM)
+    [srun] = psutil.Process(first.pid).children()
+    srun.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=120)
     assert first.returncode != 0
     assert "rows are safe" in errors
     assert (tmp_path / "asked").read_text() == "requeue 42\n"
-    second = job(num_nodes, SLURM_RESTART_COUNT="1")
+    assert ranks_that_ran(tmp_path / "logs") == ["rank_0", "rank_1"]
+    second = job(SLURM_RESTART_COUNT="1")
     second.communicate(timeout=240)
     assert second.returncode == 0
-    assert ranks_that_ran(tmp_path / "logs") == ["rank_0", "rank_1"]
+    assert "Ranks: 2," in (tmp_path / "logs" / "rank_0.log").read_text().split("Capturing")[-1]
     assert len(LogitsFile(tmp_path / "out.h5")) == 1500
     assert (tmp_path / "asked").read_text() == "requeue 42\n"
 
