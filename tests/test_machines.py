@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -98,17 +98,15 @@ def ip(*words: str) -> str:
 def plugged() -> Iterator[Wire]:
     if shutil.which("ip") is None or not Path("/dev/net/tun").exists():
         pytest.skip("needs Linux, iproute2 and /dev/net/tun")
-    made = []
-    try:
-        for name in NAMES:
-            ip("netns", "add", name)
-            made.append(name)
-        wire = Wire()
-    except (subprocess.CalledProcessError, OSError) as error:
-        pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', error)}")
-    yield wire
-    for name in NAMES:
-        ip("netns", "del", name)
+    with ExitStack() as made:
+        try:
+            for name in NAMES:
+                ip("netns", "add", name)
+                made.callback(ip, "netns", "del", name)
+            wire = Wire()
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"network namespaces are not permitted here: {getattr(error, 'stderr', error)}")
+        yield wire
 
 
 @pytest.fixture
@@ -227,14 +225,14 @@ def test_a_machine_that_dies_while_the_leader_waits_without_limit_is_noticed(
         "import os, time, generate, logitgen.transport\nlogitgen.transport._SILENT_SECONDS = 3.0\n"
         "load = generate.load_split\n"
         "def slow(config):\n"
-        "    time.sleep(12 * int(os.environ['RANK']))\n"
+        "    time.sleep(8 * int(os.environ['RANK']))\n"
         "    return load(config)\n"
         "generate.load_split = slow"
     )
     runs = start([tmp_path / "cache_0", tmp_path / "cache_1"], change)
     log = tmp_path / "logs" / "rank_1.log"
     wait_until(lambda: log.exists() and "Reading" in log.read_text(), runs[0])
-    time.sleep(3)
+    time.sleep(2)
     wire.is_cut = True
     leader, worker = (ended(run) for run in runs)
     assert len(error_lines(leader)) == len(error_lines(worker)) == 1
