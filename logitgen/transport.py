@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -52,6 +54,9 @@ _WAITED_BYTES = 8
 _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
 
+_SILENT_SECONDS = 120.0
+"""A machine that dies closes nothing. When its kernel has not answered for so long, its connections are given up."""
+
 UNLIMITED = math.inf
 """Patience for what may take hours on one rank while the others wait."""
 
@@ -62,7 +67,7 @@ _GRACE_SECONDS = 3.0
 """By how much longer the other ranks wait than the leader, which knows best who hangs."""
 
 _HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
-_GONE = "{} ended without a word: it was killed, or its connection was lost."
+_GONE = "{} ended without a word: it was killed, or its machine or connection was lost."
 _MOVES = "moves"
 
 _RUN_ME_AGAIN = 75
@@ -76,6 +81,8 @@ _NOTICE_SECONDS = 0.5
 
 _STORE_TIMEOUT = timedelta(seconds=10)
 _JOIN_TIMEOUT = timedelta(minutes=30)
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class Stopped(KeyboardInterrupt):
@@ -103,7 +110,6 @@ class Ranks:
         stream: Which of the streams of batches this rank computes; several ranks compute one together if the teacher is
             tensor parallel, and the first of them sends what is kept.
         ranks_of_machine: How many ranks share this rank's machine.
-        patience_seconds: How long this rank waits for others of which none moves.
     """
 
     def __init__(self, thread_failures: list[BaseException]) -> None:
@@ -117,6 +123,8 @@ class Ranks:
         # serves a single rank only.
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         cpu = found is None or (found.type == "mps" and _launched_ranks() > 1)
+        if _on_several_machines() and _INTERFACE not in os.environ:
+            _use_interface_to(os.environ["MASTER_ADDR"])
         if _launched_ranks() > 1 and not dist.is_initialized():
             # Not left to Accelerate: with its static rendezvous ranks that were restarted find the addresses of the
             # dead ones in the launcher's store (torch 2.13).
@@ -136,6 +144,17 @@ class Ranks:
         self.patience_seconds = UNLIMITED
         self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wait")
         self._num_met = 0
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long this rank waits for others of which none moves."""
+        return self._patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._patience_seconds = seconds
+        if _on_several_machines():
+            _give_up_silent_machines(min(seconds, _SILENT_SECONDS))
 
     def check_launch(self) -> None:
         """Refuse a launch whose processes do not see each other: each would believe to be the leader.
@@ -411,6 +430,43 @@ def _launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _on_several_machines() -> bool:
+    return _launched_ranks() > _ranks_of_machine()
+
+
+def _use_interface_to(host: str) -> None:
+    """Have gloo use the network interface that leads to a host.
+
+    By itself it takes the one with the address of this machine's own name, often a loopback no other machine reaches.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # which sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == own for found in addresses):
+            os.environ[_INTERFACE] = name
+
+
+def _give_up_silent_machines(seconds: float) -> None:
+    """Have the system break connections to a machine that answers nothing for so long; gloo and torch do not ask it to.
+
+    A machine whose ranks hang still answers. Only on Linux.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    step = max(1, int(seconds) // 5)
+    for connection in psutil.Process().net_connections("tcp"):
+        with socket.fromfd(connection.fd, connection.family, connection.type) as ours:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, step)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, step)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            # Ranks that wait ask the store. On payloads this would also count a leader that is slow to take them.
+            if connection.raddr and connection.raddr.port == int(os.environ["MASTER_PORT"]):
+                ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
 class Outbox:
     """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
 
@@ -653,7 +709,9 @@ def _count(key: str, more: int = 0) -> int:
     try:
         return int(_store().add(key, more))
     except RuntimeError as error:
-        raise LostRankError("The launcher is gone, or its machine is.") from error
+        raise LostRankError(
+            "The leader's launcher is out of reach: it has ended, or its machine or the network to it is down."
+        ) from error
 
 
 @contextmanager
