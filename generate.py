@@ -126,7 +126,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         "threads each."
     )
     progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, shares)
-    writer = Writer(output.partial, header, rows, plan, done, progress.written) if header else None
+    writer = Writer(output.partial, header, rows, plan, done, progress.written, progress.snapshot) if header else None
     with writer or nullcontext():
         with (
             progress if writer else nullcontext(),
