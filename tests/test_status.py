@@ -1,5 +1,6 @@
 """A run seen from elsewhere: what its files tell of it, while it goes on, once it was killed, and when it is done."""
 
+import errno
 import json
 import math
 import os
@@ -120,6 +121,15 @@ def test_nothing_is_a_run_that_has_not_started(path: Path) -> None:
     assert Watch(path).look() == Status(path=path, state="not started")
     with pytest.raises(UsageError, match=r"The folder .*missing does not exist\. Give the run's --output\.$"):
         Watch(path.parent / "missing" / "out.h5").look()
+
+
+def test_a_folder_that_may_not_be_looked_into_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(found: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(UsageError, match=r"out\.h5 cannot be looked at: Permission denied\.$"):
+        Watch(path).look()
 
 
 @pytest.mark.parametrize("content", [b"", bytes(9000)])
