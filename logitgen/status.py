@@ -134,7 +134,7 @@ class Watch:
         idle_seconds = self._idle_seconds(found)
         return Status(
             path=path,
-            state=_state(snapshot, head, idle_seconds),
+            state=_state(snapshot, num_done == num_rows, head, idle_seconds),
             num_rows=num_rows,
             num_done=num_done,
             idle_seconds=idle_seconds,
@@ -151,12 +151,12 @@ class Watch:
         return now - self._written
 
 
-def _state(snapshot: Snapshot | None, head: Header, idle_seconds: float) -> State:
-    if snapshot is None:
+def _state(snapshot: Snapshot | None, is_full: bool, head: Header, idle_seconds: float) -> State:
+    if snapshot is None and not is_full:  # a full file has lost its line, and is about to get its own name
         return "stopped"
     patience = _FIRST_BATCH_SECONDS
     batch_tokens = head.attributes["settings"].get("batch_tokens")
-    if snapshot.rate and isinstance(batch_tokens, int):
+    if snapshot and snapshot.rate and isinstance(batch_tokens, int):
         batch_seconds = batch_tokens * len(snapshot.source_totals) / snapshot.rate
         patience = max(_STALLED_SECONDS, _STALLED_BATCHES * batch_seconds)
     return "stalled" if idle_seconds > patience else "running"

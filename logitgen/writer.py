@@ -104,7 +104,7 @@ class Writer:
             )
         self._work.put(None)
         self._thread.join()
-        if error:
+        if error and self._snapshot:
             self._put_line(b"\0")  # the run is not under way any more
         self._file.close()
 

@@ -27,7 +27,7 @@ from test_reader import ARRAYS, ATTRIBUTES, write_file
 
 import generate
 import logitgen.__main__
-from logitgen import FormatError, UsageError, status
+from logitgen import FormatError, LogitsFile, UsageError, status
 from logitgen.__main__ import main
 from logitgen.console import Snapshot
 from logitgen.plan import Plan
@@ -160,6 +160,13 @@ def test_without_a_line_no_run_is_under_way(path: Path, line: bytes) -> None:
     write_unfinished(path, line)
     found = Watch(path).look()
     assert (found.state, found.num_done, found.snapshot) == ("stopped", 1, None)
+
+
+def test_a_full_file_without_a_line_is_about_to_be_renamed(path: Path) -> None:
+    partial = write_file(path).rename(path.with_name("out.h5.partial"))
+    assert Watch(path).look().state == "running"
+    os.utime(partial, (time.time() - 700,) * 2)  # killed between the two
+    assert Watch(path).look().state == "stalled"
 
 
 @pytest.mark.parametrize(
@@ -382,6 +389,23 @@ def test_a_run_that_is_stopped_says_so_and_is_seen_under_way_again(
     assert Watch(path).look().state == "complete"
 
 
+def test_a_disk_that_has_no_room_for_the_line_does_not_matter(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def refuse(descriptor: int, data: bytes, offset: int) -> int:
+        refused.append(data)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = options_of(teacher, ragged, tmp_path)
+    undisturbed = capture(output=tmp_path / "undisturbed.h5", **options)
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert capture(**options).read_bytes() == undisturbed.read_bytes()
+    num_tokens = LogitsFile(undisturbed).layout.num_positions
+    assert [decode(data).tokens for data in (refused[0], refused[-1])] == [0, num_tokens]
+
+
 GATED = (
     "import os, sys, time\nimport logitgen.writer, generate\nlogitgen.writer.COMMIT_SECONDS = 0.2\n"
     "gate, most = {gate!r}, {most}[int(os.environ['RANK'])]\n"
@@ -497,20 +521,18 @@ def test_a_run_that_is_watched_from_before_its_start_to_its_end_has_the_same_byt
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(logitgen.__main__, "WATCH_SECONDS", 0.01)
-    gate, looks = tmp_path / "gate", []
 
     class Opening(Watch):
         def look(self) -> Status:
+            assert gated.poll() in (None, 0), (tmp_path / "run.log").read_text()
             found = super().look()
-            looks.append(found)
             if found.snapshot and all(found.snapshot.source_tokens):
-                gate.touch()
+                (tmp_path / "gate").touch()
             return found
 
     monkeypatch.setattr(logitgen.__main__, "Watch", Opening)
     assert main(["status", str(tmp_path / "out.h5"), "--watch", "--json"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(printed) == len(looks)
     states = [line["state"] for line in printed]
     assert (states[0], states[-1]) == ("not started", "complete")
     assert "running" in states
