@@ -128,8 +128,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         f"{len(batches):,} batches. Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU "
         "threads each."
     )
-    progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, shares)
-    writer = Writer(output.partial, header, rows, plan, done, progress.written) if header else None
+    progress = Progress(plan.num_rows, tokens_of_batch, payload_bytes, shares, config.tp_size)
+    writer = Writer(output.partial, header, rows, plan, done, progress.written, progress.snapshot) if header else None
     with writer or nullcontext():
         with (
             progress if writer else nullcontext(),

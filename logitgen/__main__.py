@@ -1,22 +1,38 @@
-"""`python -m logitgen`: look into a file, prove it right, hand it over to other trainers."""
+"""`python -m logitgen`: watch a run, look into a file, prove it right, hand it over to other trainers."""
 
 import argparse
 import json
+import shutil
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from rich.text import Text
 
-from logitgen.console import print_error, print_result, quiet_libraries
+from logitgen.console import print_error, print_result, quiet_libraries, redrawn
 from logitgen.errors import LogitgenError, UsageError
 from logitgen.reader import LogitsFile
-from logitgen.report import Decoder, facts, overview, row_facts, row_view, verdict_view
+from logitgen.report import (
+    Decoder,
+    facts,
+    overview,
+    row_facts,
+    row_view,
+    status_facts,
+    status_line,
+    status_view,
+    verdict_view,
+)
+from logitgen.status import Watch
 from logitgen.verify import problems
 
 MOST_PROBLEMS = 20
 """Problems after which `verify` gives up on a file."""
+
+WATCH_SECONDS = 5.0
+"""Time between two looks of `status --watch`: the writer commits no more often."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,8 +45,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    parser = _Parser(prog="python -m logitgen", description="Look into logitgen files, and export them.")
+    parser = _Parser(prog="python -m logitgen", description="Watch runs, look into their files, export them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about = "Show how far a run is, from any machine that sees its output, without disturbing it."
+    status = commands.add_parser("status", help="Show how far a run is.", description=about)
+    status.add_argument("file", type=Path, help="The run's --output, there already or not, or its .partial.")
+    status.add_argument("--watch", action="store_true", help="Look again every few seconds until the file is complete.")
+    status.add_argument("--json", action="store_true", help="Print JSON for scripts; with --watch, a line at a time.")
+    status.set_defaults(run=_status)
     inspect = commands.add_parser("inspect", help="Show what is in a file.", description="Show what is in a file.")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--row", type=int, help="Show this row position by position, with the teacher's best guesses.")
@@ -58,6 +80,34 @@ def main(arguments: list[str] | None = None) -> int:
     except LogitgenError as error:
         print_error(str(error))
         return error.exit_status
+
+
+def _status(options: argparse.Namespace) -> int:
+    watch = Watch(options.file)
+    if options.watch:
+        try:
+            _watch(watch, options.json)
+        except KeyboardInterrupt:
+            return 130
+        return 0
+    status = watch.look()
+    if options.json:
+        sys.stdout.write(json.dumps(status_facts(status), indent=2) + "\n")
+    else:
+        print_result(status_view(status))
+    return 0
+
+
+def _watch(watch: Watch, as_json: bool) -> None:
+    """Show how a run is doing until its file is complete."""
+    with redrawn(plain=as_json) as draw:
+        while True:
+            status = watch.look()
+            line = json.dumps(status_facts(status)) if as_json else status_line(status)
+            draw(status_view(status, *shutil.get_terminal_size()), line)
+            if status.state == "complete":
+                return
+            time.sleep(WATCH_SECONDS)
 
 
 def _inspect(options: argparse.Namespace) -> int:

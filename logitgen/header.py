@@ -28,6 +28,7 @@ from logitgen.schema import (
     HEAD_ATTRIBUTES,
     PARTIAL_SUFFIX,
     SETTINGS_READ,
+    STATUS_BYTES,
     STORED_DTYPES,
     TEACHER_DTYPES,
     WITH_KEPT_IDS,
@@ -65,6 +66,11 @@ class Header:
     attributes: dict[str, Any]
     layout: Layout
     places: Places
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the complete file."""
+        return min(self.places.values()) + self.layout.data_bytes
 
 
 def create(path: Path, layout: Layout, attributes: Attributes) -> Places:
@@ -153,7 +159,8 @@ def read(path: Path) -> Header:
         if places[name] != end:
             raise FormatError(f"{path} is damaged: {name} is not where it belongs. Copy it again.")
         end += nbytes(field)
-    if path.stat().st_size != end:
+    most_bytes = end + STATUS_BYTES if path.suffix == PARTIAL_SUFFIX else end
+    if not end <= path.stat().st_size <= most_bytes:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, {end:,} belong to it. Copy it again.")
     return Header(attributes, layout, places)
 

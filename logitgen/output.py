@@ -21,7 +21,7 @@ from logitgen import header
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError, FormatError, UsageError
 from logitgen.header import Attributes, Header, Places
-from logitgen.schema import PARTIAL_SUFFIX, Array, Layout
+from logitgen.schema import PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
 
 try:
     import fcntl
@@ -46,6 +46,7 @@ class Output:
     Attributes:
         path: Where the complete file will be, or is.
         partial: Where it is until then.
+        new: Where it is while it is created.
         found: The head of the complete file, or of the partial one that is resumed; None where there is none yet.
     """
 
@@ -59,7 +60,7 @@ class Output:
         """
         self.path = path
         self.partial = path.parent / (path.name + PARTIAL_SUFFIX)
-        self._new = path.parent / (path.name + PARTIAL_SUFFIX + ".new")
+        self.new = path.parent / (path.name + PARTIAL_SUFFIX + ".new")
         self.found: Header | None = None
         self._place = self.partial
         self._overwrite = overwrite
@@ -93,11 +94,11 @@ class Output:
     def _check_names(self) -> None:
         if not self.path.parent.is_dir():
             raise UsageError(f"--output {self.path}: the folder {self.path.parent} does not exist. Create it.")
-        for path in (self.path, self.partial, self._new):
+        for path in (self.path, self.partial, self.new):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UsageError(f"--output {self.path}: {path} is not a plain file. Give the name of one.")
-        for path in (self.path, self.partial, self._new):
-            if path.exists() and not header.begins_as_ours(path, unfinished=path == self._new):
+        for path in (self.path, self.partial, self.new):
+            if path.exists() and not header.begins_as_ours(path, unfinished=path == self.new):
                 raise UsageError(
                     f"--output {self.path}: {path} exists and is no file of logitgen, so it is not touched. "
                     "Choose another name, or remove it."
@@ -105,9 +106,9 @@ class Output:
 
     def _remove_unfinished(self) -> None:
         """Free the space of a file whose creation was killed."""
-        if self._new.exists():
-            lock = _locked(self._new, os.O_RDWR)
-            self._new.unlink()
+        if self.new.exists():
+            lock = _locked(self.new, os.O_RDWR)
+            self.new.unlink()
             lock.close()
 
     def _refuse(self, why: str) -> None:
@@ -185,7 +186,7 @@ class Output:
         """
         if self.found:
             return self.found
-        new = self._new
+        new = self.new
         with _refused_if_impossible(self.path, "created"):
             lock = _locked(new, os.O_RDWR | os.O_CREAT)
             try:
@@ -219,6 +220,8 @@ class Output:
             return
         try:
             with self.partial.open("r+b") as file:  # a run that was killed may have left flags that are in memory only
+                if self.found:
+                    os.ftruncate(file.fileno(), self.found.size_bytes)  # the line about the run does not stay
                 os.fsync(file.fileno())
             self.partial.replace(self.path)
             _sync_folder(self.path.parent)
@@ -284,7 +287,7 @@ def _locked(path: Path, flags: int) -> BinaryIO:
 def _reserve(descriptor: int) -> None:
     """Have the file system set the file's blocks aside, so that the disk cannot be full later."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size + STATUS_BYTES)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,10 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.console import format_bytes, format_seconds, printable
+from logitgen.console import bars, format_bytes, format_seconds, printable
 from logitgen.errors import FormatError, UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import Array
+from logitgen.status import Status
 from logitgen.verify import row_problems
 
 if TYPE_CHECKING:
@@ -238,6 +239,74 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
     lines["verdict"] = f"NOT verified, {count}" if found else verified
     return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
+
+
+def status_facts(status: Status) -> dict[str, Any]:
+    """How a run is doing; times in seconds, None for what is not known."""
+    known = status.snapshot
+    ranks = zip(known.source_tokens, known.source_totals, strict=True) if known else ()
+    return {
+        "path": str(status.path),
+        "state": status.state,
+        "rows_done": status.num_done,
+        "rows": status.num_rows,
+        "seconds_since_write": status.idle_seconds,
+        "seconds": known.seconds if known else None,
+        "tokens_done": known.tokens if known else None,
+        "tokens": known.total if known else None,
+        "tokens_per_second": known.rate if known else None,
+        "tokens_per_second_of_late": known.rate_of_late if known else None,
+        "eta_seconds": known.eta_seconds if known else None,
+        "ranks": [{"tokens_done": done, "tokens": goal} for done, goal in ranks],
+    }
+
+
+def status_line(status: Status) -> str:
+    """Say in one line how a run is doing."""
+    known = status.snapshot
+    line = ", ".join([f"{status.path}: {_state_words(status)}", *_numbers(status)])
+    return printable(f"{line}, {_eta(status)}{known.slowest}" if known else line)
+
+
+def status_view(status: Status, width: int = 80, height: int | None = None) -> RenderableType:
+    """Draw how a run is doing.
+
+    Args:
+        status: What was found.
+        width: Columns there are.
+        height: Lines there are, if not all ranks fit; None if there is no limit.
+    """
+    lines = [f"{status.path}: {_state_words(status)}", ", ".join(_numbers(status))]
+    texts = [Text(printable(line)) for line in lines if line]
+    if status.snapshot is None:
+        return Group(*texts)
+    num_ranks = len(status.snapshot.source_totals)
+    most = num_ranks if height is None else max(1, height - 3 - sum(1 + len(text) // width for text in texts))
+    return Group(*texts, bars(status.snapshot, _eta(status), most))
+
+
+def _state_words(status: Status) -> str:
+    words = {
+        "not started": "not started: there is no file yet",
+        "stalled": "stalled or killed (the same command goes on)",
+        "stopped": "stopped or starting (the same command goes on)",
+    }.get(status.state, status.state)
+    ago = "" if status.idle_seconds is None else f", last written to {format_seconds(status.idle_seconds)} ago"
+    return words + ago
+
+
+def _numbers(status: Status) -> list[str]:
+    if status.num_done is None or status.num_rows is None:
+        return []
+    rows = f"{status.num_done:,}/{status.num_rows:,} rows"
+    if status.snapshot is None:
+        return [f"{rows} ({status.num_done / status.num_rows:.0%})"]
+    known = status.snapshot
+    return [rows, f"{known.speed} over {format_seconds(known.seconds)}", f"{known.rate_of_late:,.0f} of late"]
+
+
+def _eta(status: Status) -> str:
+    return status.snapshot.eta if status.snapshot and status.state == "running" else "ETA -:--"
 
 
 def _grid(*headings: str) -> Table:

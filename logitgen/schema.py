@@ -32,6 +32,8 @@ from logitgen.packing import Packing
 FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
+STATUS_BYTES = 2**16
+"""Room behind the data of an unfinished file for a line about the run; the complete file has none."""
 
 CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from logitgen.console import Snapshot
 from logitgen.errors import CaptureError
 from logitgen.head import Head
 from logitgen.header import Header, Places
@@ -29,6 +30,7 @@ from logitgen.output import reason
 from logitgen.plan import Plan
 from logitgen.rows import Rows
 from logitgen.schema import Array, Layout, nbytes, row_crc32
+from logitgen.status import encode
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Writer:
         plan: Plan,
         done: Array,
         on_written: OnWritten = lambda *_: None,
+        snapshot: Callable[[], Snapshot] | None = None,
     ) -> None:
         """Start the thread.
 
@@ -64,6 +67,7 @@ class Writer:
             done: Which rows are in the file already, bool[N].
             on_written: Called with the number of every batch that has been written, and how many seconds writing and
                 syncing have taken so far, in the writer's thread.
+            snapshot: Says how far the run is, for whoever watches it: at the start, and after every commit.
         """
         self._partial = partial
         self._plan = plan
@@ -73,6 +77,8 @@ class Writer:
         self._num_positions = rows.num_positions
         self._position_offsets = _offsets(rows.num_positions)
         self._on_written = on_written
+        self._snapshot = snapshot
+        self._end = header.size_bytes
         self._times_written = done.astype(np.uint8)
         self._done = done
         self._uncommitted: list[Array] = []
@@ -81,6 +87,7 @@ class Writer:
         self._error: CaptureError | None = None
         self._work: queue.SimpleQueue[tuple[Work, Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._say_how_far()
         self._thread.start()
 
     def __enter__(self) -> "Writer":
@@ -97,6 +104,8 @@ class Writer:
             )
         self._work.put(None)
         self._thread.join()
+        if error and self._snapshot:
+            self._put_line(b"\0")  # the run is not under way any more
         self._file.close()
 
     @property
@@ -183,6 +192,18 @@ class Writer:
         self._uncommitted.clear()
         self._last_commit = time.monotonic()
         self._busy_seconds += self._last_commit - start
+        self._say_how_far()
+
+    def _say_how_far(self) -> None:
+        """Let whoever watches the run know how far it is."""
+        if self._snapshot:
+            self._put_line(encode(self._snapshot()))
+
+    def _put_line(self, line: bytes) -> None:
+        """Overwrite the line behind the data; no row depends on it, so the disk may refuse it."""
+        with suppress(OSError):
+            self._file.seek(self._end)
+            self._file.write(line)
 
     def _keep(self) -> None:
         """Commit, and have even the `done` flags on the disk."""

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,27 @@ def test_rows_that_need_no_forward_pass_are_no_part_of_the_speed(
         clock.now += 13
         progress.written(1, 0.0)
     assert caplog.messages == ["3/3 rows, 20/20 tokens, 1 tok/s, ETA 0:00, 300 B written, bottleneck forward"]
+
+
+def test_a_snapshot_says_how_far_every_source_is_and_how_fast_of_late(clock: Clock) -> None:
+    clock.tick = 0.0
+    progress = make_progress(8, 1, 100, 1000, 2, batches=range(2, 8))  # two are in the file already
+    with progress:
+        clock.now += 20
+        progress.written(2, 0.0)
+        assert progress.snapshot().rate_of_late == 5
+        clock.now += 20
+        progress.written(3, 0.0)
+        clock.now += 5
+    assert asdict(progress.snapshot()) == {
+        "seconds": 45,
+        "rate_of_late": 4,  # the second batch, over the 25 s since the first
+        "tokens_before": 200,
+        "source_tokens": [100, 100],
+        "source_totals": [300, 300],
+    }
+    assert (progress.snapshot().tokens, progress.snapshot().total) == (400, 800)
+    assert progress.snapshot().eta_seconds == pytest.approx(90)
 
 
 def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from test_reader import ARRAYS, ATTRIBUTES, plain_attributes, stored_attributes,
 from logitgen import CaptureError, UsageError
 from logitgen.header import Places
 from logitgen.output import Output
-from logitgen.schema import Layout
+from logitgen.schema import STATUS_BYTES, Layout
 
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 LAYOUT = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2, tokenizer_size=10)
@@ -195,7 +195,7 @@ def test_all_the_space_is_taken_before_the_first_batch(path: Path, partial: Path
 
 def test_a_completed_file_has_its_own_name_and_nothing_else_is_left(path: Path, partial: Path, tmp_path: Path) -> None:
     output = created(path, done=(1, 1, 1))
-    content = partial.read_bytes()
+    content = partial.read_bytes()[:-STATUS_BYTES]
     assert output.is_complete()
     output.complete()
     assert names(tmp_path) == ["out.h5"]
@@ -209,15 +209,19 @@ def test_a_rename_that_fails_is_reported_and_loses_nothing(
     path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = created(path)
-    content = partial.read_bytes()
+    content = partial.read_bytes()[:-STATUS_BYTES]
 
     def refuse(path: Path, target: Path) -> Path:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(CaptureError, match=r"out\.h5\.partial cannot be renamed to out\.h5: Permission denied\.$"):
-        output.complete()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(CaptureError, match=r"out\.h5\.partial cannot be renamed to out\.h5: Permission denied\.$"):
+            output.complete()
     assert partial.read_bytes() == content
+    del output
+    claimed(path).complete()  # as after a kill between cutting off the line about the run and the rename
+    assert path.read_bytes() == content
 
 
 def test_the_done_flags_of_no_file_are_not_asked_for(path: Path) -> None:

@@ -24,6 +24,7 @@ from conftest import ROOT, SENTENCES, write_jsonl
 import generate
 from logitgen import LogitsFile
 from logitgen.output import Output
+from logitgen.status import Watch
 from logitgen.transport import Ranks
 from logitgen.writer import Writer, write_known
 
@@ -116,7 +117,8 @@ def calls_on(folder: Path, lines: Iterator[str]) -> Iterator[Call]:
             elif name == "pwrite64":
                 yield Call("write", inode, int(arguments.rsplit(",", 1)[1]), texts[0][:result])
             elif name in ("ftruncate", "fallocate"):
-                yield Call("size", inode, int(arguments.rsplit(",", 1)[-1]))
+                size = int(arguments.rsplit(",", 1)[-1])
+                yield Call("cut" if name == "ftruncate" else "size", inode, size)
             else:
                 yield Call("sync", inode)
 
@@ -136,8 +138,10 @@ class Disk:
             self.names[call.names[1]] = self.names.pop(call.names[0])
         elif call.name == "unlink":
             self.names.pop(call.names[0], None)
-        elif call.name == "size":
+        elif call.name in ("size", "cut"):
             self._grow(call.inode, call.offset)
+            if call.name == "cut":
+                del self.files[call.inode][call.offset :]
         elif call.name == "write":
             self._grow(call.inode, call.offset + len(call.data))
             for start, end in sectors(call.offset, len(call.data)):
@@ -287,6 +291,7 @@ def test_every_state_after_a_power_cut_is_opened_and_resumed_right(run: Run, tmp
             assert path.read_bytes() == expected, f"cut {cut}"
         if (left := path.with_name("out.h5.partial")).exists():
             file = LogitsFile(left, partial=True)
+            assert Watch(path).look().num_done == np.count_nonzero(file.arrays["done"])
             for row in np.flatnonzero(file.arrays["done"]):
                 for name, values in run.complete.row(row).items():
                     np.testing.assert_array_equal(file.row(row)[name], values, err_msg=f"cut {cut}, row {row}")

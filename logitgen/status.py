@@ -1,0 +1,167 @@
+"""How a run is doing, seen from elsewhere: its files are read, and neither locked nor written to.
+
+Behind the data of an unfinished file is room for one line of text. At every commit the writer says there how far each
+rank is; before the file gets its own name the line is cut off, so a complete file has nothing of it. A file beside it
+would outlive a run that was killed, and would not move along with it.
+"""
+
+import json
+import math
+import re
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from logitgen import header
+from logitgen.console import Snapshot
+from logitgen.errors import FormatError, UsageError
+from logitgen.header import Header
+from logitgen.output import Output, reason
+from logitgen.schema import PARTIAL_SUFFIX, STATUS_BYTES
+
+State = Literal["not started", "being created", "running", "stalled", "stopped", "complete"]
+
+_LINE = re.compile(rb"logitgen status ([0-9a-f]{8}) (.*)\n")
+
+_STALLED_SECONDS = 60.0
+_STALLED_BATCHES = 3
+"""A run is stalled once it has written nothing for so long, and for as long as so many batches of each rank take."""
+
+_FIRST_BATCH_SECONDS = 600.0
+"""How long the first batch may take, before it is known how long one does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a run is doing.
+
+    Attributes:
+        path: Where its complete file will be, or is.
+        state: Stalled means that nothing has been written for long, as after a kill. A run that is stopped has said so,
+            or its first forward pass is still to come.
+        num_rows: Rows of the file; None where there is none yet.
+        num_done: Rows that are in it.
+        idle_seconds: How long ago it was last written to; None where nothing will write to it.
+        snapshot: How far each rank is; None unless the run is under way.
+    """
+
+    path: Path
+    state: State
+    num_rows: int | None = None
+    num_done: int | None = None
+    idle_seconds: float | None = None
+    snapshot: Snapshot | None = None
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """Turn a snapshot into the line behind the data; into nothing if it is of more ranks than there is room for."""
+    text = json.dumps(asdict(snapshot), separators=(",", ":")).encode()
+    line = b"logitgen status %08x %b\n" % (zlib.crc32(text), text)
+    return line if len(line) <= STATUS_BYTES else b""
+
+
+def decode(data: bytes) -> Snapshot | None:
+    """Turn the line behind the data back into a snapshot; None if there is none, or only a torn one."""
+    line = _LINE.match(data)
+    if line is None or zlib.crc32(line[2]) != int(line[1], 16):
+        return None
+    try:
+        snapshot = Snapshot(**json.loads(line[2]))
+        numbers = [snapshot.rate_of_late, snapshot.tokens_before, *snapshot.source_tokens, *snapshot.source_totals]
+        pairs = zip(snapshot.source_tokens, snapshot.source_totals, strict=True)
+        sane = 0 < snapshot.seconds < 2**63 and snapshot.total > 0 and all(done <= goal for done, goal in pairs)
+        return snapshot if sane and all(0 <= number < 2**63 for number in numbers) else None
+    except (TypeError, ValueError, RecursionError):  # of another version, or forged
+        return None
+
+
+class Watch:
+    """Looks at an output as often as it is asked to.
+
+    The clock of the file's machine may differ from the own one. So only the first look believes both; from then on
+    it counts when a change is seen.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Name an output, by its own name or that of its `.partial`; nothing is looked at yet."""
+        self._output = Output(path.parent / path.name.removesuffix(PARTIAL_SUFFIX), overwrite=False)
+        self._looked = -math.inf
+        self._written = 0.0
+        self._mtime = math.nan
+
+    def look(self) -> Status:
+        """Read the head of the file, one byte per row and the line behind the data.
+
+        Raises:
+            UsageError: The folder does not exist, or a file in it cannot be read.
+            FormatError: What is there is no file of logitgen, is damaged, or is no unfinished one and lacks rows.
+        """
+        output = self._output
+        try:
+            found = next((path for path in (output.new, output.partial, output.path) if path.exists()), None)
+            if found is None and not output.path.parent.is_dir():
+                raise UsageError(f"The folder {output.path.parent} does not exist. Give the run's --output.")
+            try:
+                return self._look(found)
+            except (FormatError, OSError):
+                if found and found.exists():
+                    raise
+                return self.look()  # it got its next name meanwhile
+        except OSError as error:
+            raise UsageError(f"{output.path} cannot be looked at: {reason(error)}.") from error
+
+    def _look(self, found: Path | None) -> Status:
+        path = self._output.path
+        if found is None:
+            return Status(path=path, state="not started")
+        if found == self._output.new:
+            if not (found.is_file() and header.begins_as_ours(found, unfinished=True)):
+                raise FormatError(f"{found} is not a file of logitgen. Give the run's --output.")
+            return Status(path=path, state="being created", idle_seconds=self._idle_seconds(found))
+        head = header.read(found)
+        num_rows, num_done = head.layout.num_rows, _num_done(found, head)
+        if found == path:
+            if num_done < num_rows:
+                raise FormatError(f"{path} has the name of a complete file, but lacks {num_rows - num_done:,} rows.")
+            return Status(path=path, state="complete", num_rows=num_rows, num_done=num_done)
+        with found.open("rb") as file:
+            file.seek(head.size_bytes)
+            snapshot = decode(file.read(STATUS_BYTES))
+        idle_seconds = self._idle_seconds(found)
+        return Status(
+            path=path,
+            state=_state(snapshot, num_done == num_rows, head, idle_seconds),
+            num_rows=num_rows,
+            num_done=num_done,
+            idle_seconds=idle_seconds,
+            snapshot=snapshot,
+        )
+
+    def _idle_seconds(self, path: Path) -> float:
+        """How long ago a file was last written to."""
+        now, mtime = time.monotonic(), path.stat().st_mtime
+        if mtime != self._mtime:
+            self._mtime = mtime
+            self._written = now - min(max(time.time() - mtime, 0.0), now - self._looked)
+        self._looked = now
+        return now - self._written
+
+
+def _state(snapshot: Snapshot | None, is_full: bool, head: Header, idle_seconds: float) -> State:
+    if snapshot is None and not is_full:  # a full file has lost its line, and is about to get its own name
+        return "stopped"
+    patience = _FIRST_BATCH_SECONDS
+    batch_tokens = head.attributes["settings"].get("batch_tokens")
+    if snapshot and snapshot.rate and isinstance(batch_tokens, int):
+        batch_seconds = batch_tokens * len(snapshot.source_totals) / snapshot.rate
+        patience = max(_STALLED_SECONDS, _STALLED_BATCHES * batch_seconds)
+    return "stalled" if idle_seconds > patience else "running"
+
+
+def _num_done(path: Path, head: Header) -> int:
+    done = np.fromfile(path, "u1", head.layout.num_rows, offset=head.places["done"])
+    return int(np.count_nonzero(done == 1))
