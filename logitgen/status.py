@@ -73,6 +73,7 @@ def decode(data: bytes) -> Snapshot | None:
         snapshot = Snapshot(**json.loads(line[2]))
         numbers = [snapshot.rate_of_late, snapshot.tokens_before, *snapshot.source_tokens, *snapshot.source_totals]
         pairs = zip(snapshot.source_tokens, snapshot.source_totals, strict=True)
+        numbers.append(snapshot.ranks_of_source)
         sane = 0 < snapshot.seconds < 2**63 and snapshot.total > 0 and all(done <= goal for done, goal in pairs)
         return snapshot if sane and all(0 <= number < 2**63 for number in numbers) else None
     except (TypeError, ValueError, RecursionError):  # of another version, or forged

@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,7 +304,10 @@ def test_a_snapshot_says_how_far_every_source_is_and_how_fast_of_late(clock: Clo
         "tokens_before": 200,
         "source_tokens": [100, 100],
         "source_totals": [300, 300],
+        "ranks_of_source": 1,
     }
+    assert replace(progress.snapshot(), ranks_of_source=4).slowest == ", slowest rank 0 at 33%"
+    assert replace(progress.snapshot(), ranks_of_source=4).name(1) == "rank 4"
     assert (progress.snapshot().tokens, progress.snapshot().total) == (400, 800)
     assert progress.snapshot().eta_seconds == pytest.approx(90)
 
