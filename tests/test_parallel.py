@@ -141,6 +141,9 @@ def test_a_shared_teacher_says_what_a_direct_forward_pass_says(
     if "tensor" not in layout:
         assert path.read_bytes() == one.read_bytes()
         return
+    about, about_one = LogitsFile(path).attributes, LogitsFile(one).attributes
+    assert about.pop("settings") == about_one.pop("settings") | {"tp_size": 2}
+    assert about == about_one  # the teacher's fingerprint among them
     shared, alone = LogitsFile(path).arrays, LogitsFile(one).arrays
     if kind == "hidden":
         np.testing.assert_allclose(shared["hidden"], alone["hidden"], atol=BOUND)
