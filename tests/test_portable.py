@@ -180,7 +180,8 @@ def test_apples_gpu_serves_a_single_rank(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(found))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(transport, "Accelerator", accelerator)
-    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(num_ranks))
     assert Ranks([]).device.type == ("cpu" if cpu else found)
     assert asked == [cpu]
 
@@ -243,7 +244,7 @@ def test_what_stands_for_apples_gpu_refuses_float64(apple_gpu: None) -> None:
 
 def commands_of_make(target: str) -> list[list[str]]:
     """The words of every command a target runs from nothing on, as one types them in the environment made by it."""
-    dry_run = ["make", "-n", "-B", "PYTHON=python", target]
+    dry_run = ["make", "--no-print-directory", "-n", "-B", "PYTHON=python", target]
     lines = subprocess.run(dry_run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     typed = lines.replace("\\\n", " ").replace(".venv/bin/", "")
     hidden = {"TQDM_DISABLE=1", "--quiet", "--disable-pip-version-check"}
