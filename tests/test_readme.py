@@ -27,11 +27,12 @@ def table_rows(heading: str) -> list[list[str]]:
 
 def test_the_option_table_is_the_option_list() -> None:
     expected = []
+    types = typing.get_type_hints(Config)  # the fields' own are changed by the parser
     for field in dataclasses.fields(Config):
         default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
         meaning = field.metadata["help"].replace("%%", "%")
-        choices = typing.get_args(field.type)
-        if typing.get_origin(field.type) is typing.Literal and "float32" not in choices:
+        choices = typing.get_args(types[field.name])
+        if typing.get_origin(types[field.name]) is typing.Literal and "float32" not in choices:
             meaning += f" ({', '.join(choices)})"
         expected.append([f"`--{field.name}`", default, meaning])
     assert table_rows("option") == expected

@@ -253,7 +253,7 @@ def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest
         with pytest.raises(FormatError, match=r"is damaged: its attributes or structures were changed\. Copy"):
             LogitsFile(bad, partial=True)
         assert main(["verify", str(bad)]) == 2
-    assert len(attributes) == 15
+    assert len(attributes) == 16
 
 
 def test_an_attribute_that_was_added_is_found(topk: Path) -> None:
