@@ -8,8 +8,8 @@ transport and the real writer into a real file, and to the disk. In turns with i
 - `sealed`: the ranks also collect and checksum their batches, as a run does; on GPU machines, on cores of their own;
 - `wire`: plain send and recv to rank 0, which throws them away;
 - `disk`: rank 0 writes them one after the other into one file, and syncs it;
-- `places`: the same bytes, but every row's parts where they belong in the file, by one bare `pwrite` each: rows are
-  computed by length and stored in split order, so this is what the format asks of any writer;
+- `places`: the same bytes, but every row's parts where they belong in the file, by one bare `pwrite` each, and synced
+  meanwhile as ours are: rows are computed by length and stored in split order, so the format asks it of any writer;
 - `both`: rank 0 receives them and writes them one after the other, which is all that these cores can do at once.
 
 A rank is not starved if all of them are near 50 % of their batches when half of all are in the file.
@@ -37,7 +37,7 @@ from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.header import Places
 from logitgen.schema import nbytes
 from logitgen.transport import Ranks, launched
-from logitgen.writer import Writer
+from logitgen.writer import COMMIT_BYTES, Writer
 
 VOCAB_SIZE = 151_936
 GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)
@@ -219,9 +219,13 @@ def scatter(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> float:
             head = job.create_file(path)
             parts, view = list(parts_of(job, head.places)), memoryview(payload.numpy())
             start = seconds()
-            with path.open("r+b", buffering=0) as file:
+            with path.open("r+b", buffering=0) as file, ThreadPoolExecutor(1) as syncer:
+                sync, unsynced = syncer.submit(int), 0
                 for place, size in parts:
-                    os.pwrite(file.fileno(), view[:size], place)
+                    unsynced += os.pwrite(file.fileno(), view[:size], place)
+                    if unsynced > COMMIT_BYTES and sync.done():
+                        sync, unsynced = syncer.submit(os.fsync, file.fileno()), 0
+                sync.result()
                 os.fsync(file.fileno())
             took = seconds() - start
             path.unlink()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import ROOT, Measured, launch, measure, plot_style, write_report
 
-_COLORS = {"forward": "#1f5fa8", "checksum": "#e0a030", "wait": "#c03030", "write": "#60a060", "commit": "#204020"}
+_COLORS = {"forward": "#1f5fa8", "checksum": "#e0a030", "wait": "#c03030", "write": "#60a060", "sync": "#204020"}
 
 Trace = dict[int, list[tuple[str, float, float]]]
 
@@ -55,7 +55,7 @@ def shares(trace: list[tuple[str, float, float]]) -> dict[str, float]:
 
 
 def draw(traces: dict[str, Trace], path: Path) -> None:
-    """Draw what happened when, a line for each rank and one for the leader's writer."""
+    """Draw what happened when: a line for each rank, and one for each thread of the leader's writer."""
     plot_style()
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
@@ -63,11 +63,11 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
     figure, panels = plt.subplots(len(traces), 1, figsize=(9, 1.8 * len(traces) + 0.8))
     for axes, (title, trace) in zip(panels, traces.items(), strict=True):
         start = min(event[1] for events in trace.values() for event in events)
-        lines = [f"rank {rank}" for rank in sorted(trace)] + ["writer"]
+        lines = [f"rank {rank}" for rank in sorted(trace)] + ["write", "sync"]
         for rank, events in trace.items():
             for kind, begin, end in events:
                 if kind in _COLORS:
-                    line = len(lines) - 1 if kind in ("write", "commit") else rank
+                    line = lines.index(kind) if kind in lines else rank
                     axes.barh(line, end - begin, left=begin - start, color=_COLORS[kind], height=0.7)
         axes.set_yticks(range(len(lines)), lines)
         axes.invert_yaxis()

@@ -61,7 +61,7 @@ def main(folder: Path, arguments: list[str]) -> None:
     generate.seal = traced("checksum", generate.seal)
     transport.Outbox.put = traced("hand over", waits_traced(transport.Outbox.put))  # type: ignore[method-assign]
     writer.Writer._write_batch = traced("write", writer.Writer._write_batch)  # type: ignore[method-assign]
-    writer.Writer._commit = traced("commit", writer.Writer._commit)  # type: ignore[method-assign]
+    os.fsync = traced("sync", os.fsync)
     if "--slow_disk" in arguments:
         arguments.remove("--slow_disk")
         writer._Datasets.put_parts = slowed(writer._Datasets.put_parts)  # type: ignore[method-assign]

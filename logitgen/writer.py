@@ -5,7 +5,9 @@ without HDF5's bookkeeping. So the metadata never changes, and a killed writer c
 rows of 100 positions with k=64 in random order: 0.9 to 2.2 million positions a second this way, 0.12 to 0.15 million
 through h5py.
 
-The order is: rows, fsync, and only then their `done` flags. A row that is marked done is never written again.
+The order is: rows, fsync, and only then their `done` flags. A row that is marked done is never written again. A second
+thread does the syncing and nothing else, so that rows are written meanwhile: 300 MB with k=64 come onto the disk with
+1,330 to 1,500 MB/s, with one sync at the end with 950 to 1,070.
 """
 
 import logging
@@ -14,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +37,13 @@ from logitgen.status import encode
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 5.0
-"""How much work a kill or a power cut may cost."""
+"""After so long what has been written is synced; a kill or a power cut costs at most twice that."""
+
+COMMIT_BYTES = 32 * 2**20
+"""After so much it is synced earlier, if the sync before has ended."""
+
+_HAS_PWRITE = hasattr(os, "pwrite")
+"""Not on Windows."""
 
 OnWritten = Callable[[int, float], None]
 Work = Callable[[], None]
@@ -81,10 +89,14 @@ class Writer:
         self._end = header.size_bytes
         self._times_written = done.astype(np.uint8)
         self._done = done
-        self._uncommitted: list[Array] = []
-        self._last_commit = time.monotonic()
+        self._unsynced: list[Array] = []
+        self._unsynced_bytes = 0
+        self._syncing: list[Array] = []
+        self._sync: Future[None] | None = None
+        self._last_sync = time.monotonic()
+        self._syncer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")
         self._busy_seconds = 0.0
-        self._error: CaptureError | None = None
+        self._error: BaseException | None = None  # after which the file is not trusted to take anything
         self._work: queue.SimpleQueue[tuple[Work, Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._say_how_far()
@@ -104,6 +116,7 @@ class Writer:
             )
         self._work.put(None)
         self._thread.join()
+        self._syncer.shutdown()
         if error and self._snapshot:
             self._put_line(b"\0")  # the run is not under way any more
         self._file.close()
@@ -141,18 +154,24 @@ class Writer:
             try:
                 if self._error:
                     raise self._error
-                future.set_result(work())
+                self._do(work)
+                future.set_result(None)
             except BaseException as error:  # else whoever waits for it waits for ever
+                self._error = error
                 future.set_exception(error)
 
+    def _do(self, work: Work) -> None:
+        try:
+            work()
+        except OSError as error:
+            raise CaptureError(f"{self._partial} cannot be written: {reason(error)}.") from error
+
     def _next(self) -> tuple[Work, Future[None]] | None:
-        """Wait for work, and commit when it is time, whether any comes or not."""
-        while self._uncommitted and not self._error:
-            left = self._last_commit + COMMIT_SECONDS - time.monotonic()
-            if left <= 0:
-                with suppress(CaptureError):  # kept, and raised by whatever is asked for next
-                    self._commit()
-                break
+        """Wait for work; a commit, when it is time, comes first, and even if there is nothing else to do."""
+        while self._unsynced and not self._error:
+            left = self._last_sync + COMMIT_SECONDS - time.monotonic()
+            if left <= 0 or (self._unsynced_bytes >= COMMIT_BYTES and not self._sync):
+                return self._begin_commit, Future()
             with suppress(queue.Empty):
                 return self._work.get(timeout=left)
         return self._work.get()
@@ -168,30 +187,34 @@ class Writer:
         of_rows = list(zip(missing.tolist(), (missing + 1).tolist(), rows.tolist(), strict=True))
         places = self._position_offsets[rows].tolist()
         of_positions = list(zip(starts.tolist(), ends[missing].tolist(), places, strict=True))
-        try:
-            self._datasets.put_parts("crc32", payload[slices["crc32"]], of_rows)
-            for name in self._layout.captured:
-                self._datasets.put_parts(name, payload[slices[name]], of_positions)
-        except OSError as error:
-            raise self._failure(error) from error
+        self._datasets.put_parts("crc32", payload[slices["crc32"]], of_rows)
+        for name in self._layout.captured:
+            self._datasets.put_parts(name, payload[slices[name]], of_positions)
         self._times_written[rows] += 1
-        self._uncommitted.append(rows)
+        self._unsynced.append(rows)
+        self._unsynced_bytes += len(payload)
         self._busy_seconds += time.monotonic() - start
         self._on_written(batch, self._busy_seconds)
 
-    def _commit(self) -> None:
+    def _begin_commit(self) -> None:
+        """Have what has been written so far synced, while more is written; the commit before ends first."""
+        self._end_commit(self._sync)
+        self._syncing, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
+        self._last_sync = time.monotonic()
+        self._sync = self._syncer.submit(os.fsync, self._file.fileno())
+        self._sync.add_done_callback(lambda sync: self._submit(lambda: self._end_commit(sync)))
+
+    def _end_commit(self, sync: Future[None] | None) -> None:
         """Say of rows that they are done, once their data is on the disk."""
+        if sync is None or sync is not self._sync:  # it has been waited for before
+            return
         start = time.monotonic()
-        try:
-            os.fsync(self._file.fileno())
-            for rows in self._uncommitted:
-                self._datasets.put_parts("done", np.ones(1, np.uint8), ((0, 1, row) for row in rows.tolist()))
-                self._done[rows] = True
-        except OSError as error:
-            raise self._failure(error) from error
-        self._uncommitted.clear()
-        self._last_commit = time.monotonic()
-        self._busy_seconds += self._last_commit - start
+        sync.result()
+        for rows in self._syncing:
+            self._datasets.put_parts("done", np.ones(1, np.uint8), ((0, 1, row) for row in rows.tolist()))
+            self._done[rows] = True
+        self._sync = None
+        self._busy_seconds += time.monotonic() - start
         self._say_how_far()
 
     def _say_how_far(self) -> None:
@@ -202,21 +225,13 @@ class Writer:
     def _put_line(self, line: bytes) -> None:
         """Overwrite the line behind the data; no row depends on it, so the disk may refuse it."""
         with suppress(OSError):
-            self._file.seek(self._end)
-            self._file.write(line)
+            _write_at(self._file, self._end, memoryview(line))
 
     def _keep(self) -> None:
         """Commit, and have even the `done` flags on the disk."""
-        self._commit()
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> CaptureError:
-        """Note that the file can no longer be trusted to take what it is given: nothing more is marked done."""
-        self._error = CaptureError(f"{self._partial} cannot be written: {reason(error)}.")
-        return self._error
+        self._begin_commit()
+        self._end_commit(self._sync)
+        os.fsync(self._file.fileno())
 
 
 class _Datasets:
@@ -244,14 +259,22 @@ class _Datasets:
         place, size = self._places[name], self._entry_bytes(name)
         view = memoryview(data)  # type: ignore[arg-type]
         for start, end, at in parts:
-            part = view[start * size : end * size]
-            self._file.seek(place + at * size)
-            while len(part):
-                part = part[self._file.write(part) :]
+            _write_at(self._file, place + at * size, view[start * size : end * size])
 
     def _entry_bytes(self, name: str) -> int:
         (_, *entry), dtype = self._fields[name]
         return nbytes((tuple(entry), dtype))
+
+
+def _write_at(file: BinaryIO, place: int, data: memoryview) -> None:
+    """Overwrite bytes of a file, from one of them on."""
+    if _HAS_PWRITE:  # one system call instead of two, of which there are five for every row
+        written = os.pwrite(file.fileno(), data, place)
+    else:
+        file.seek(place)
+        written = file.write(data)
+    if written < len(data):
+        _write_at(file, place + written, data[written:])
 
 
 def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head: Head | None = None) -> None:

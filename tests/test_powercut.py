@@ -1,7 +1,7 @@
 """A power cut at any moment: every state the disk can be in is made, opened and resumed.
 
-The system calls of a real run are recorded. What had been synced is on the disk; of what had not, each write may be
-there, missing or torn, and a rename may have happened or not.
+The system calls of a real run are recorded. What had been written before a sync began that has ended is on the disk;
+of what had not, each write may be there, missing or torn, and a rename may have happened or not.
 """
 
 import os
@@ -62,12 +62,14 @@ def system_calls(folder: Path, arguments: list[str]) -> list[Call]:
 
 
 def joined_lines(log: Path) -> Iterator[str]:
-    """Lines of a trace, calls that another thread's interrupted put together again."""
+    """Lines of a trace, calls that another thread's interrupted put together again; of a sync also where it began."""
     begun: dict[str, str] = {}
     for line in log.read_text().splitlines():
         thread, text = line.split(maxsplit=1)
         if text.endswith("<unfinished ...>"):
             begun[thread] = text.removesuffix("<unfinished ...>").rstrip()
+            if text.startswith("fsync"):
+                yield begun[thread].replace("fsync", "begin") + ") = 0"
         elif resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", text):
             yield begun.pop(thread) + resumed[1]
         else:
@@ -120,7 +122,7 @@ def calls_on(folder: Path, lines: Iterator[str]) -> Iterator[Call]:
                 size = int(arguments.rsplit(",", 1)[-1])
                 yield Call("cut" if name == "ftruncate" else "size", inode, size)
             else:
-                yield Call("sync", inode)
+                yield Call("begin" if name == "begin" else "sync", inode)
 
 
 @dataclass
@@ -170,10 +172,13 @@ def sectors(offset: int, size: int) -> Iterator[tuple[int, int]]:
 
 def disk_after(calls: list[Call], cut: int, chance: random.Random) -> Disk:
     """A state of the disk after a power cut behind so many calls."""
+    begun: dict[int, int] = {}
     last_sync: dict[int, int] = {}
     for index, call in enumerate(calls[:cut]):
-        if call.name == "sync":
-            last_sync[call.inode] = index
+        if call.name == "begin":
+            begun[call.inode] = index
+        elif call.name == "sync":
+            last_sync[call.inode] = begun.pop(call.inode, index)
     fate = chance.choice(["all", "none", "some", "torn"])
     names_kept = chance.random() < 0.5
     disk = Disk()
@@ -266,17 +271,36 @@ def test_the_record_is_the_whole_run(run: Run) -> None:
 
 def test_rows_are_on_the_disk_before_they_are_marked_done(run: Run) -> None:
     with h5py.File(run.complete.path) as file:
-        done = file["done"].id.get_offset()
-    num_rows, unsynced, flags = len(run.complete), 0, 0
+        first_positions = file["position_offsets"][()]
+        places = {name: (item.id.get_offset(), item.nbytes, item.nbytes // len(item)) for name, item in file.items()}
+
+    def written(call: Call) -> tuple[str, int]:
+        """The dataset in which a call wrote, and the row."""
+        for name, (start, num_bytes, entry_bytes) in places.items():
+            if start <= call.offset < start + num_bytes:
+                entry = (call.offset - start) // entry_bytes
+                of_row = name in ("done", "crc32")
+                return name, entry if of_row else int(np.searchsorted(first_positions, entry, "right")) - 1
+        return "status", -1
+
+    unsynced: set[int] = set()
+    syncing: set[int] | None = None
+    num_flags = 0
     for call in run.calls[next(index for index, call in enumerate(run.calls) if call.name == "rename") :]:
-        if call.name == "sync":
-            unsynced = 0
-        elif call.name == "write" and done <= call.offset < done + num_rows:
-            assert not unsynced
-            flags += 1
+        if call.name == "begin":
+            syncing, unsynced = unsynced, set()
+        elif call.name == "sync" and syncing is None:
+            unsynced = set()
+        elif call.name == "sync":
+            syncing = None
         elif call.name == "write":
-            unsynced += 1
-    assert flags >= len(run.payloads)
+            name, row = written(call)
+            if name == "done":
+                assert row not in unsynced | (syncing or set())
+                num_flags += 1
+            elif name != "status":
+                unsynced.add(row)
+    assert num_flags >= len(run.payloads)
 
 
 def test_every_state_after_a_power_cut_is_opened_and_resumed_right(run: Run, tmp_path: Path) -> None:
