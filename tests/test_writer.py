@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -484,6 +484,59 @@ def test_rows_become_durable_by_themselves_though_no_further_batch_comes(
     wait_for(lambda: flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0])
 
 
+def test_rows_become_durable_once_there_are_many_bytes_of_them(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_BYTES", len(job.payloads[0]) + len(job.payloads[1]))
+    made = job.writer(tmp_path / "out.h5")
+    made.submit(0, job.payloads[0]).result()
+    time.sleep(0.1)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
+    made.submit(1, job.payloads[1]).result()
+    wait_for(lambda: flags(tmp_path / "out.h5") == [1, 1, 1, 0, 1])
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Syncs do not end before this is set."""
+    event, fsync = threading.Event(), os.fsync
+
+    def wait_and_sync(descriptor: int) -> None:
+        assert event.wait(10)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", wait_and_sync)
+    yield event
+    event.set()
+
+
+def test_rows_are_written_while_others_are_synced_and_none_is_called_done_before_its_own_sync(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1, 2):
+        made.submit(batch, job.payloads[batch]).result(10)
+    assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
+    held.set()
+    made.finish()
+    assert_file_holds(tmp_path / "out.h5", job.expected)
+
+
+def test_the_writer_waits_for_a_sync_that_is_not_over_when_the_next_is_due(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", -1.0)
+    made = job.writer(tmp_path / "out.h5")
+    for batch in (0, 1):
+        made.submit(batch, job.payloads[batch]).result(10)
+    last = made.submit(2, job.payloads[2])
+    with pytest.raises(TimeoutError):
+        last.result(0.2)
+    held.set()
+    assert last.result(10) is None
+
+
 def test_an_idle_writer_does_not_keep_the_disk_busy(
     job: Job, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,6 +636,17 @@ def test_a_disk_that_fails_while_rows_are_marked_marks_no_more(
         made.finish()
     disk.write_error = None
     assert_nothing_more_is_taken(made, job, tmp_path / "out.h5", caught.value)
+
+
+def test_an_error_nobody_expects_ends_the_run_too(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.01)
+    made = job.writer(tmp_path / "out.h5")
+    made._snapshot = lambda: 1 / 0
+    made.submit(0, job.payloads[0]).result(10)
+    wait_for(lambda: made._error is not None)
+    for work in (lambda: made.submit(1, job.payloads[1]).result(10), made.finish):
+        with pytest.raises(ZeroDivisionError):
+            work()
 
 
 def test_a_block_that_fails_keeps_what_was_written_and_says_how_much(
