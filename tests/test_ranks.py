@@ -165,7 +165,7 @@ def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, rag
         "import errno, os\nfrom logitgen.writer import Writer\n"
         "def full_disk(self, batch, payload):\n"
         "    if batch < 9: return write(self, batch, payload)\n"
-        "    raise self._failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))\n"
+        "    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
         "write, Writer._write_batch = Writer._write_batch, full_disk"
     )
     result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged, batch_tokens=40)
