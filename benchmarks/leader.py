@@ -8,9 +8,10 @@ transport and the real writer into a real file, and to the disk. In turns with i
 - `sealed`: the ranks also collect and checksum their batches, as a run does; on GPU machines, on cores of their own;
 - `wire`: plain send and recv to rank 0, which throws them away;
 - `disk`: rank 0 writes them one after the other into one file, and syncs it;
-- `places`: the same bytes, but every row's parts where they belong in the file, by one bare `pwrite` each, and synced
+- `both`: rank 0 receives them and writes them one after the other;
+- `places`: like `disk`, but every row's parts where they belong in the file, by one bare `pwrite` each, and synced
   meanwhile as ours are: rows are computed by length and stored in split order, so the format asks it of any writer;
-- `both`: rank 0 receives them and writes them one after the other, which is all that these cores can do at once.
+- `bare`: rank 0 receives them and writes them to their places, which is all that a run needs of these cores.
 
 A rank is not starved if all of them are near 50 % of their batches when half of all are in the file.
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,15 +111,21 @@ def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: arg
         for size in (size_bytes, 2 * size_bytes)
     )
     payload = torch.from_numpy(random_payload(int(max(job.payload_bytes.max(), long_job.payload_bytes.max()))))
-    seconds: dict[str, list[float]] = {"ours": [], "sealed": [], "wire": [], "disk": [], "places": [], "both": []}
+    moves: dict[str, Callable[[], float]] = {
+        "wire": lambda: move(ranks, job, payload, wire, None, path),
+        "disk": lambda: move(ranks, job, payload, None, Plain, path),
+        "both": lambda: move(ranks, job, payload, wire, Plain, path),
+        "places": lambda: move(ranks, job, payload, None, InPlaces, path),
+        "bare": lambda: move(ranks, job, payload, wire, InPlaces, path),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sealed", *moves)}
     runs = []
     for _ in range(options.rounds):
         runs.append(deliver(ranks, job, payload, path))
         seconds["ours"].append(runs[-1]["seconds"])
         seconds["sealed"].append(deliver(ranks, job, payload, path, sealed=True)["seconds"])
-        seconds["places"].append(scatter(ranks, job, payload, path))
-        for name, group, file in (("wire", wire, None), ("disk", None, path), ("both", wire, path)):
-            seconds[name].append(move(ranks, job, payload, group, file))
+        for name, measured in moves.items():
+            seconds[name].append(measured())
     return {
         "kind": kind.name,
         "position_bytes": job.layout.bytes_per_position,
@@ -165,7 +172,78 @@ def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path, *, sealed: bool
     }
 
 
-def move(ranks: Ranks, job: Job, payload: Tensor, wire: dist.ProcessGroup | None, path: Path | None) -> float:
+class Plain:
+    """A file, its space reserved, that takes blocks one after the other."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        """Make the file."""
+        self._create(path, job)
+        self._file = path.open("r+b", buffering=0)
+        self._one_by_one = threading.Lock()
+
+    def _create(self, path: Path, job: Job) -> None:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, int(job.payload_bytes.sum()))
+        prepare_memory(path)
+
+    def write(self, number: int, block: Tensor) -> None:
+        """Take a block, from any thread."""
+        left = memoryview(block.numpy())
+        with self._one_by_one:
+            while len(left):
+                left = left[self._file.write(left) :]
+
+    def close(self) -> None:
+        """Have all on the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class InPlaces(Plain):
+    """A file of a run, in which every part of a block has its place; synced while it is written."""
+
+    def _create(self, path: Path, job: Job) -> None:
+        self._parts = list(parts_of(job, job.create_file(path).places))
+        self._syncer = ThreadPoolExecutor(1)
+        self._sync, self._unsynced = self._syncer.submit(lambda: None), 0
+
+    def write(self, number: int, block: Tensor) -> None:
+        """Take a block, from any thread."""
+        view, descriptor = memoryview(block.numpy()), self._file.fileno()
+        with self._one_by_one:
+            for place, start, end in self._parts[number]:
+                self._unsynced += os.pwrite(descriptor, view[start:end], place)
+            if self._unsynced > COMMIT_BYTES and self._sync.done():
+                self._sync, self._unsynced = self._syncer.submit(os.fsync, descriptor), 0
+
+    def close(self) -> None:
+        """Have all on the disk."""
+        self._syncer.shutdown()
+        super().close()
+
+
+def parts_of(job: Job, places: Places) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield of every batch where in the file each part of its payload goes, and from where to where in it it is."""
+    counts = job.rows.num_positions
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    for batch in range(job.plan.num_batches):
+        rows = job.plan.rows(batch).tolist()
+        sizes = [(places["crc32"] + 4 * row, 4) for row in rows]
+        for name, field in job.layout.captured.items():
+            entry_bytes = nbytes(field)
+            sizes += [(places[name] + int(offsets[row]) * entry_bytes, int(counts[row]) * entry_bytes) for row in rows]
+        ends = np.cumsum([size for _, size in sizes]).tolist()
+        yield [(place, end - size, end) for (place, size), end in zip(sizes, ends, strict=True)]
+
+
+def move(
+    ranks: Ranks,
+    job: Job,
+    payload: Tensor,
+    wire: dist.ProcessGroup | None,
+    kind: type[Plain] | None,
+    path: Path,
+) -> float:
     """Move the same blocks with nothing around them, and return the seconds it took.
 
     Args:
@@ -173,22 +251,18 @@ def move(ranks: Ranks, job: Job, payload: Tensor, wire: dist.ProcessGroup | None
         job: Which blocks there are.
         payload: What is in them.
         wire: How they come to rank 0; None if it has them all.
-        path: Where rank 0 writes them one after the other; None if it throws them away.
+        kind: What file takes them on rank 0; None if it throws them away.
+        path: Where that file is, while it is.
     """
     sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
-    one_by_one = threading.Lock()
-    file = create_plain(path, int(sizes.sum())) if path and ranks.is_leader else None
-
-    def write(block: Tensor) -> None:
-        if file:
-            with one_by_one:
-                write_all(file, block)
+    file = kind(path, job) if kind and ranks.is_leader else None
+    write = file.write if file else lambda number, block: None
 
     def receive(peer: int) -> None:
         block = torch.empty_like(payload)
         for number in shares[peer]:
             dist.recv(block[: sizes[number]], src=peer, group=wire)
-            write(block[: sizes[number]])
+            write(number, block[: sizes[number]])
 
     with timed(ranks) as seconds:
         if not ranks.is_leader:
@@ -198,66 +272,18 @@ def move(ranks: Ranks, job: Job, payload: Tensor, wire: dist.ProcessGroup | None
             with ThreadPoolExecutor(ranks.num_ranks) as pool:
                 received = [pool.submit(receive, peer) for peer in range(1, ranks.num_ranks)]
                 for number in shares[0]:
-                    write(payload[: sizes[number]])
+                    write(number, payload[: sizes[number]])
             for future in received:
                 future.result()
         else:
-            for size in sizes:
-                write(payload[:size])
-        if file and path:
-            os.fsync(file.fileno())
+            for number, size in enumerate(sizes):
+                write(number, payload[:size])
+        if file:
             file.close()
-            path.unlink()
         ranks.gathered(None)
+    if file:
+        path.unlink()
     return seconds()
-
-
-def scatter(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> float:
-    """Write all parts of all rows to their places with nothing around it, on rank 0; return the seconds it took."""
-    with timed(ranks) as seconds:
-        if ranks.is_leader:
-            head = job.create_file(path)
-            parts, view = list(parts_of(job, head.places)), memoryview(payload.numpy())
-            start = seconds()
-            with path.open("r+b", buffering=0) as file, ThreadPoolExecutor(1) as syncer:
-                sync, unsynced = syncer.submit(int), 0
-                for place, size in parts:
-                    unsynced += os.pwrite(file.fileno(), view[:size], place)
-                    if unsynced > COMMIT_BYTES and sync.done():
-                        sync, unsynced = syncer.submit(os.fsync, file.fileno()), 0
-                sync.result()
-                os.fsync(file.fileno())
-            took = seconds() - start
-            path.unlink()
-        ranks.gathered(None)
-    return took if ranks.is_leader else seconds()
-
-
-def parts_of(job: Job, places: Places) -> Iterator[tuple[int, int]]:
-    """Yield place and size in bytes of everything that is written of every row, batch by batch, field by field."""
-    counts = job.rows.num_positions
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    for batch in range(job.plan.num_batches):
-        rows = job.plan.rows(batch)
-        yield from ((places["crc32"] + 4 * row, 4) for row in rows.tolist())
-        for name, (entry, dtype) in job.layout.captured.items():
-            size = nbytes((entry, dtype))
-            yield from ((places[name] + int(offsets[row]) * size, int(counts[row]) * size) for row in rows)
-
-
-def create_plain(path: Path, size_bytes: int) -> BinaryIO:
-    """Make a file, its space reserved."""
-    file = open(path, "wb", buffering=0)
-    os.posix_fallocate(file.fileno(), 0, size_bytes)
-    prepare_memory(path)
-    return file
-
-
-def write_all(file: BinaryIO, block: Tensor) -> None:
-    """Write a block to its last byte."""
-    left = memoryview(block.numpy())
-    while len(left):
-        left = left[file.write(left) :]
 
 
 @contextmanager
@@ -293,10 +319,9 @@ def summary(line: dict[str, Any]) -> dict[str, str]:
         "ranks": str(line["num_ranks"]),
         "MB/s into the file": f"{ours:,.0f} ({found['ours'].least:,.0f}-{found['ours'].most:,.0f})",
         "positions/s": f"{ours * 1e6 / line['position_bytes']:,.0f}",
-        **{name: f"{found[name].median:,.0f}" for name in ("sealed", "wire", "disk", "places", "both")},
+        **{name: f"{found[name].median:,.0f}" for name in found if name != "ours"},
         "of lower limit": f"{ours / limit:.0%}",
-        "of places": f"{ours / found['places'].median:.0%}",
-        "of both": f"{ours / found['both'].median:.0%}",
+        "of bare": f"{ours / found['bare'].median:.0%}",
         "leader's peak MB": f"{line['peak_bytes'] / 1e6:,.0f}",
         "twice the rows": f"{line['peak_bytes_of_twice_the_rows'] / 1e6:,.0f}",
         "least, most at half": f"{at_half[0]:.0%}, {at_half[1]:.0%}" if fair else "",

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import generate
@@ -16,9 +17,11 @@ from benchmarks import reading, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.harness import measure, median_and_spread
-from benchmarks.synthetic import make_job
+from benchmarks.leader import InPlaces
+from benchmarks.synthetic import make_job, random_payload
 from logitgen import LogitsDataset, transport
 from logitgen.reader import LogitsFile
+from logitgen.writer import Writer
 
 OTHERS = [
     "bash, file per process",
@@ -50,6 +53,24 @@ def test_all_ways_to_capture_yield_the_same_rows_and_are_in_the_table(teacher: P
     table = (tmp_path / "bench" / "comparison.md").read_text()
     assert all(f"| {name} |" in table for name in runs)
     assert (tmp_path / "bench" / "comparison.png").stat().st_size > 10_000
+
+
+def test_bare_code_for_the_leader_puts_the_same_bytes_to_the_same_places_as_the_writer(tmp_path: Path):
+    job = make_job(300_000, top_k=9, vocab_size=1000, batch_tokens=600, row_tokens=60)
+    sizes, done = job.payload_bytes, np.zeros(len(job.rows), bool)
+    payloads = [(random_payload(2 * size)[size:] + number) % 64 for number, size in enumerate(sizes)]
+    bare = InPlaces(tmp_path / "bare", job)
+    with Writer(tmp_path / "ours", job.create_file(tmp_path / "ours"), job.rows, job.plan, done) as writer:
+        for number, payload in enumerate(payloads):
+            bare.write(number, torch.from_numpy(payload))
+            writer.submit(number, payload)
+        writer.finish()
+    bare.close()
+    assert len(done) > len(payloads) > 20
+    with h5py.File(tmp_path / "ours") as ours, h5py.File(tmp_path / "bare") as theirs:
+        differing = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+        assert differing == ["done"]  # which is not bare code's business
+        assert np.count_nonzero(ours["kept_ids"]) > 0.9 * ours["kept_ids"].size
 
 
 @pytest.fixture
