@@ -1,6 +1,6 @@
 """What a capture of any size takes: computed from the format's own sizes, nothing is measured.
 
-    python -m benchmarks.scaling --tokens 1e12 --rows 1e8 --gpus 8 64 512 --tokens_per_second 20000 --leader_mb 225 760
+    python -m benchmarks.scaling --tokens 1e12 --rows 1e8 --gpus 8 64 512 --tokens_per_second 20000 --leader_mb 300 1280
 
 For every kind of capture and number of GPUs: the file, the days, the bytes that the leader must take each second, and
 how many leaders that makes at a speed that `python -m benchmarks.leader` has measured.
