@@ -68,7 +68,9 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
             for kind, begin, end in events:
                 if kind in _COLORS:
                     line = lines.index(kind) if kind in lines else rank
-                    axes.barh(line, end - begin, left=begin - start, color=_COLORS[kind], height=0.7)
+                    edge = 0.5 if kind in lines else 0.0  # else most are narrower than what is drawn at all
+                    place = {"left": begin - start, "height": 0.7, "linewidth": edge}
+                    axes.barh(line, end - begin, color=_COLORS[kind], edgecolor=_COLORS[kind], **place)
         axes.set_yticks(range(len(lines)), lines)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
