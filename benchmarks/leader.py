@@ -111,21 +111,21 @@ def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: arg
         for size in (size_bytes, 2 * size_bytes)
     )
     payload = torch.from_numpy(random_payload(int(max(job.payload_bytes.max(), long_job.payload_bytes.max()))))
-    moves: dict[str, Callable[[], float]] = {
-        "wire": lambda: move(ranks, job, payload, wire, None, path),
-        "disk": lambda: move(ranks, job, payload, None, Plain, path),
-        "both": lambda: move(ranks, job, payload, wire, Plain, path),
-        "places": lambda: move(ranks, job, payload, None, InPlaces, path),
-        "bare": lambda: move(ranks, job, payload, wire, InPlaces, path),
+    ways: dict[str, tuple[dist.ProcessGroup | None, type[Plain] | None]] = {
+        "wire": (wire, None),
+        "disk": (None, Plain),
+        "both": (wire, Plain),
+        "places": (None, InPlaces),
+        "bare": (wire, InPlaces),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sealed", *moves)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sealed", *ways)}
     runs = []
     for _ in range(options.rounds):
         runs.append(deliver(ranks, job, payload, path))
         seconds["ours"].append(runs[-1]["seconds"])
         seconds["sealed"].append(deliver(ranks, job, payload, path, sealed=True)["seconds"])
-        for name, measured in moves.items():
-            seconds[name].append(measured())
+        for name, way in ways.items():
+            seconds[name].append(move(ranks, job, payload, *way, path))
     return {
         "kind": kind.name,
         "position_bytes": job.layout.bytes_per_position,

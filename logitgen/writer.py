@@ -268,7 +268,7 @@ class _Datasets:
 
 def _write_at(file: BinaryIO, place: int, data: memoryview) -> None:
     """Overwrite bytes of a file, from one of them on."""
-    if _HAS_PWRITE:  # one system call instead of two, of which there are five for every row
+    if _HAS_PWRITE:  # one system call instead of two, some five times for every row
         written = os.pwrite(file.fileno(), data, place)
     else:
         file.seek(place)
