@@ -487,6 +487,7 @@ def test_rows_become_durable_by_themselves_though_no_further_batch_comes(
 def test_rows_become_durable_once_there_are_many_bytes_of_them(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 1e9)
     monkeypatch.setattr(writer, "COMMIT_BYTES", len(job.payloads[0]) + len(job.payloads[1]))
     made = job.writer(tmp_path / "out.h5")
     made.submit(0, job.payloads[0]).result()
@@ -513,9 +514,12 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_rows_are_written_while_others_are_synced_and_none_is_called_done_before_its_own_sync(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
 ) -> None:
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 1e9)
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
     made = job.writer(tmp_path / "out.h5")
-    for batch in (0, 1, 2):
+    made.submit(0, job.payloads[0]).result(10)
+    wait_for(lambda: made._sync is not None)
+    for batch in (1, 2):
         made.submit(batch, job.payloads[batch]).result(10)
     assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
     held.set()
