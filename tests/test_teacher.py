@@ -268,7 +268,7 @@ def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it
     tmp_path: Path, capture: Callable[..., Path], bits: int
 ) -> None:
     """Quantised by transformers, saved, and loaded as any other teacher."""
-    plain = save_teacher(tmp_path / "plain", make_llama(hidden_size=64), None)
+    plain = save_teacher(tmp_path / "plain", make_llama(hidden_size=64, intermediate_size=64), None)
     how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=how, device_map={"": "cpu"}).eval()
     teacher = save_teacher(tmp_path / "teacher", model, None)
