@@ -9,7 +9,7 @@ BENCH := .bench
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench fidelity distil chaos check lint types format clean
+.PHONY: help run test bench gpu fidelity distil chaos check lint types format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: $(VENV)/ready  ## Run all tests
 
 bench: $(DEMO)/teacher/config.json  ## Measure what the README has figures of; ONLY=head: one thing
 	$(BIN)/python -m benchmarks $(ONLY) --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
+
+gpu: $(VENV)/ready  ## Settle what is open about this machine's GPU, in ten minutes
+	$(BIN)/python -m benchmarks gpu
 
 fidelity: $(DEMO)/teacher/config.json  ## What every kind of capture loses per byte, and what others keep
 	$(BIN)/python -m benchmarks fidelity --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl

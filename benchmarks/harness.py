@@ -201,6 +201,11 @@ def write_report(folder: Path, name: str, data: Any, table: Sequence[Mapping[str
     report = {"machine": machine(), "data": data}
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown(table), encoding="utf-8")
+    show(table)
+
+
+def show(table: Sequence[Mapping[str, str]]) -> None:
+    """Show a table on the terminal."""
     shown = Table(box=box.SIMPLE)
     for index, column in enumerate(table[0]):
         shown.add_column(column, justify="right" if index else "left", no_wrap=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import ROOT, median_and_spread, write_report
-from logitgen.capture import _largest, _logsumexp, capture_batch, top_k
+from logitgen.capture import _largest, _logsumexp_in_passes, capture_batch, top_k
 from logitgen.estimate import _taken_bytes
 from logitgen.rows import Batch
 from logitgen.schema import Layout
@@ -45,7 +45,7 @@ def contenders(vocab_size: int, hidden_size: int, k: int, device: torch.device) 
     head = nn.Linear(hidden_size, vocab_size, bias=False, device=device)
     hidden_CD = torch.randn(num_positions, hidden_size, device=device)
     target_C = torch.randint(vocab_size, (num_positions,), device=device)
-    compiled = torch.compile(_logsumexp)
+    compiled = torch.compile(_logsumexp_in_passes)
 
     def unfused(logits_CV: Tensor) -> None:
         logits_CV.topk(k)

@@ -17,7 +17,7 @@ from logitgen.config import Config
 from logitgen.header import Header
 from logitgen.plan import Plan
 from logitgen.rows import Rows
-from logitgen.schema import ATTRIBUTES, Array, Layout
+from logitgen.schema import ATTRIBUTES, HEAD_ATTRIBUTES, Array, Layout
 from logitgen.writer import write_known
 
 _REPEATED_ROWS = 64
@@ -25,13 +25,13 @@ _SPREAD = 0.7
 _DRAWN_AT_ONCE = 2**20
 
 
-def ragged_lengths(num_rows: int, mean: float, longest: int, seed: int = 0) -> Array:
+def ragged_lengths(num_rows: int, mean: float, longest: int, seed: int = 0, shortest: int = 2) -> Array:
     """Draw row lengths as those of real prose: log-normal, most of them short, some very long; int32[N]."""
     generator = np.random.default_rng(seed)
     lengths = np.empty(num_rows, dtype=np.int32)
     for start in range(0, num_rows, _DRAWN_AT_ONCE):
         part = lengths[start : start + _DRAWN_AT_ONCE]
-        part[:] = generator.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, len(part)).clip(2, longest)
+        part[:] = generator.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, len(part)).clip(shortest, longest)
     return lengths
 
 
@@ -54,7 +54,8 @@ class Job:
 
     def create_file(self, path: Path) -> Header:
         """Make the file as a run does, its space reserved, with all that is known beforehand."""
-        attributes: header.Attributes = {name: kind() for name, kind in ATTRIBUTES.items()}
+        kinds = ATTRIBUTES | (HEAD_ATTRIBUTES if self.layout.head else {})
+        attributes: header.Attributes = {name: kind() for name, kind in kinds.items()}
         places = header.create(path, self.layout, attributes)
         with path.open("r+b", buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -73,16 +74,20 @@ def make_job(size_bytes: int, top_k: int, vocab_size: int, batch_tokens: int, ro
     Every 64 rows are the same: their tokens are in memory once, however large the file is to be.
     """
     lengths = ragged_lengths(_REPEATED_ROWS, row_tokens, min(4 * row_tokens, batch_tokens))
-    ends = np.cumsum(lengths, dtype=np.int32)
-    tokens = np.random.default_rng(0).integers(vocab_size, size=int(ends[-1]), dtype=np.int32)
-    repeated = pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), tokens)
     sizes = {"capture": "topk", "vocab_size": vocab_size, "top_k": top_k}
     position_bytes = Layout(num_rows=1, num_tokens=1, num_positions=1, **sizes).bytes_per_position
-    repeats = max(1, round(size_bytes / position_bytes / int((lengths - 1).sum())))
-    split = datasets.Dataset(pa.table({"input_ids": pa.chunked_array([repeated] * repeats)}))
-    rows = Rows(split, Config(teacher="none", dataset="none", output="none"), max_length=None)
+    rows = make_rows(lengths, vocab_size, max(1, round(size_bytes / position_bytes / int((lengths - 1).sum()))))
     layout = Layout(num_rows=len(rows), num_tokens=rows.num_tokens, num_positions=rows.num_captured, **sizes)
     return Job(rows, Plan(rows.forward_lengths, batch_tokens), layout)
+
+
+def make_rows(lengths: Array, vocab_size: int, repeats: int = 1) -> Rows:
+    """Make up rows of these lengths from random tokens, all of them so many times."""
+    ends = np.cumsum(lengths, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=int(ends[-1]), dtype=np.int32)
+    once = pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), tokens)
+    split = datasets.Dataset(pa.table({"input_ids": pa.chunked_array([once] * repeats)}))
+    return Rows(split, Config(teacher="none", dataset="none", output="none"), max_length=None)
 
 
 def random_payload(size_bytes: int) -> Array:

@@ -6,7 +6,9 @@ Shape letters: B rows of a batch, P captured positions of a batch, C positions o
 vocabulary, K kept, D hidden size.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from logitgen.console import format_bytes
-from logitgen.errors import CaptureError
+from logitgen.errors import CaptureError, first_line
 from logitgen.head import stored
 from logitgen.noise import gumbel, position_keys
 from logitgen.rows import Batch
@@ -31,6 +33,16 @@ _LEAST_GROUPS = 4
 _CACHED_LOGITS = 2**19
 """Logits that stay in a core's second-level cache: 2 MiB as float32."""
 
+_NEIGHBOURS = 32
+"""Ids of a group on a GPU, where a kernel finds the largest of each."""
+
+_GPU_PASS_LOGITS = 2**26
+"""Logits of which float32 copies are made at a time on a GPU without that kernel."""
+
+_CACHED_KEPT = 2**13
+_GPU_PASS_KEPT = 2**19
+"""Kept ids that are packed at a time; each takes some 200 bytes meanwhile."""
+
 _TORCH_DTYPES = {
     np.dtype("u1"): torch.uint8,
     np.dtype("<u2"): torch.uint16,
@@ -44,7 +56,7 @@ def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE
     """Keep the k largest log-probs of each position.
 
     Args:
-        logits_CS: float32 logits.
+        logits_CS: The logits, float32 or in the dtype the teacher computes in.
         target_C: The token that really comes next, int64.
         k: How many to keep.
         shard: The ids whose logits these are.
@@ -53,8 +65,8 @@ def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE
         `kept_ids` int64[C, K] and `kept_logprobs` float32[C, K] (nats, descending), `logsumexp` and `target_logprob`
         float32[C]. The mass of the tail is 1 minus the sum of the kept probabilities.
     """
-    candidates_CK, places_CK = _largest(logits_CS, min(k, logits_CS.shape[-1]))
-    scalars = _scalars(logits_CS, target_C, candidates_CK[:, 0], shard)
+    candidates_CK, places_CK, logsumexp_C = _largest_and_logsumexp(logits_CS, min(k, logits_CS.shape[-1]))
+    scalars = _scalars(logits_CS, target_C, logsumexp_C, shard)
     kept_CK, ids_CK = shard.merge(k, candidates_CK, places_CK)
     return scalars | {"kept_ids": ids_CK, "kept_logprobs": (kept_CK - scalars["logsumexp"][:, None]).clamp(max=0)}
 
@@ -68,7 +80,7 @@ def sample(
     noise, so a weight of p_i / q_i is p_i on average, whatever k is.
 
     Args:
-        logits_CS: float32 logits.
+        logits_CS: The logits, float32 or in the dtype the teacher computes in.
         target_C: The token that really comes next, int64.
         k: How many to draw.
         key_C: Key of each position's noise, int64.
@@ -81,8 +93,8 @@ def sample(
     *Source*: T. Vieira, Gumbel-max trick and weighted reservoir sampling, 2014, and Estimating means in a finite
     universe, 2017; W. Kool, H. van Hoof, M. Welling, Stochastic beams and where to find them, ICML 2019, section 4.2.
     """
-    scalars = _scalars(logits_CS, target_C, logits_CS.amax(-1), shard)
-    logprobs_CS = logits_CS[:, : max(0, num_drawable - shard.start)] - scalars["logsumexp"][:, None]
+    scalars = _scalars(logits_CS, target_C, _logsumexp(logits_CS), shard)
+    logprobs_CS = logits_CS[:, : max(0, num_drawable - shard.start)].float() - scalars["logsumexp"][:, None]
     size = logprobs_CS.shape[-1]
     noise_CS = gumbel(key_C, size, shard.start)
     perturbed_CK, places_CK = _largest(noise_CS.add_(logprobs_CS), min(k + 1, size))
@@ -97,18 +109,50 @@ def sample(
 
 def full(logits_CS: Tensor, target_C: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
     """Keep every logit of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CS, target_C, logits_CS.amax(-1), shard) | {"logits": shard.whole(logits_CS)}
+    return _scalars(logits_CS, target_C, _logsumexp(logits_CS), shard) | {"logits": shard.whole(logits_CS).float()}
 
 
 def hidden(logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
     """Keep the last hidden state of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CS, target_C, logits_CS.amax(-1), shard) | {"hidden": stored(hidden_CD)}
+    return _scalars(logits_CS, target_C, _logsumexp(logits_CS), shard) | {"hidden": stored(hidden_CD)}
 
 
-def _scalars(logits_CS: Tensor, target_C: Tensor, largest_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
-    logsumexp_C = shard.logsumexp(_logsumexp(logits_CS, largest_C))
-    target_logprob_C = shard.pick(logits_CS, target_C) - logsumexp_C
+def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
+    logsumexp_C = shard.logsumexp(logsumexp_C)
+    target_logprob_C = shard.pick(logits_CS, target_C).float() - logsumexp_C
     return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-FLOAT16_MAX, max=0)}
+
+
+def _largest_and_logsumexp(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the k largest logits of each position, float32, descending, and their ids; and the log-sum-exp of all."""
+    if scan := _gpu_scan(logits_CS.device):
+        logsumexp_C, group_largest_CG = scan(logits_CS, _NEIGHBOURS)
+        largest_CK, places_CK = _largest_in_groups(logits_CS, k, group_largest_CG)
+    else:
+        largest_CK, places_CK = _largest(logits_CS, k)
+        logsumexp_C = _logsumexp_in_passes(logits_CS, largest_CK[:, 0])
+    return largest_CK.float(), places_CK, logsumexp_C
+
+
+def _logsumexp(logits_CS: Tensor) -> Tensor:
+    """Log-sum-exp of each position, float32."""
+    scan = _gpu_scan(logits_CS.device)
+    return scan(logits_CS, _NEIGHBOURS)[0] if scan else _logsumexp_in_passes(logits_CS, logits_CS.amax(-1))
+
+
+@functools.cache
+def _gpu_scan(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]] | None:
+    """Return `fused.scan` where it runs: tried once, because Triton compiles on the spot and needs a C compiler."""
+    if device.type != "cuda":
+        return None
+    try:
+        from logitgen import fused
+
+        fused.scan(torch.zeros((1, 1), device=device), _NEIGHBOURS)
+    except Exception as error:  # whatever Triton, the compiler or the driver lack
+        logger.warning("Triton cannot be used, %s; the logits are read several times.", first_line(error))
+        return None
+    return fused.scan
 
 
 def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -133,17 +177,34 @@ def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return kept_CK, candidates.gather(1, places_CK)
 
 
-def _logsumexp(logits_CS: Tensor, largest_C: Tensor) -> Tensor:
+def _largest_in_groups(logits_CS: Tensor, k: int, group_largest_CG: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the same where the largest logit of every group of neighbours is known already."""
+    num_ids, grouped = logits_CS.shape[-1], group_largest_CG.shape[-1] * _NEIGHBOURS
+    if k == 0 or num_ids < _NEIGHBOURS * _LEAST_GROUPS * k:
+        return torch.topk(logits_CS, k)
+    groups_CK = torch.topk(group_largest_CG, k, sorted=False).indices
+    members = groups_CK[..., None].expand(-1, -1, _NEIGHBOURS)
+    candidates = logits_CS[:, :grouped].unflatten(-1, (-1, _NEIGHBOURS)).gather(1, members).flatten(1)
+    if grouped < num_ids:  # too few for a group
+        candidates = torch.cat([candidates, logits_CS[:, grouped:]], dim=1)
+    kept_CK, places_CK = torch.topk(candidates, k)
+    ids_CK = groups_CK.gather(1, (places_CK // _NEIGHBOURS).clamp(max=k - 1)) * _NEIGHBOURS + places_CK % _NEIGHBOURS
+    rest_CK = places_CK + (grouped - k * _NEIGHBOURS)
+    return kept_CK, torch.where(places_CK < k * _NEIGHBOURS, ids_CK, rest_CK)
+
+
+def _logsumexp_in_passes(logits_CS: Tensor, largest_C: Tensor) -> Tensor:
     """Log-sum-exp of each position, given its largest logit: on a CPU a few positions at a time, which stay in cache.
 
     A shard of which all tokens are masked has -inf, not the difference of two infinities.
 
     Measured, 1 thread, V = 49,152: 55 us a position, `torch.logsumexp` 154.
     """
-    largest_C = largest_C.clamp(min=torch.finfo(torch.float32).min)
-    step = max(1, _CACHED_LOGITS // logits_CS.shape[-1]) if logits_CS.device.type == "cpu" else len(logits_CS)
+    largest_C = largest_C.float().clamp(min=torch.finfo(torch.float32).min)
+    at_once = _CACHED_LOGITS if logits_CS.device.type == "cpu" else _GPU_PASS_LOGITS
+    step = max(1, at_once // logits_CS.shape[-1])
     sums = [
-        (part - largest[:, None]).exp_().sum(-1)
+        (part.float() - largest[:, None]).exp_().sum(-1)
         for part, largest in zip(logits_CS.split(step), largest_C.split(step), strict=True)
     ]
     return torch.cat(sums).log_() + largest_C
@@ -217,29 +278,37 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         _on_device(array, teacher.device)
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
-    key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
+    key_P = target_P  # which only draws look at
+    if layout.capture == "sample":
+        key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
+    into = dict(packed)
+    if layout.packing:
+        into["kept_ids"] = target_P.new_empty((len(target_P), layout.top_k))
+        into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
     for span, logits_CS, hidden_CD in teacher.logits(input_ids_BT, row_P, position_P):
         kept = _kept(logits_CS, hidden_CD, target_P[span], key_P[span], teacher.shard, layout)
         for name, values in kept.items():
-            packed[name][span] = _storable(values, packed[name].dtype)
+            into[name][span] = _storable(values, into[name].dtype)
         del logits_CS, hidden_CD, kept, values  # else they would stay until the next chunk is there
+    if layout.packing:
+        # All chunks at once, because it takes a GPU little time and the host many launches.
+        step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
+        parts = (into[name].split(step) for name in ("kept_ids", "kept_logprobs", "kept"))
+        for ids_PK, logprobs_PK, kept_PR in zip(*parts, strict=True):
+            kept_PR.copy_(layout.packing.pack(ids_PK, logprobs_PK))
 
 
 def _kept(
     logits_CS: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, shard: VocabShard, layout: Layout
 ) -> dict[str, Tensor]:
-    """Choose what is kept of a chunk, and pack it if the file wants it packed."""
+    """Choose what is kept of a chunk."""
     if layout.capture == "full":
         return full(logits_CS, target_C, shard)
     if layout.capture == "hidden":
         return hidden(logits_CS, target_C, hidden_CD, shard)
     if layout.capture == "sample":
-        kept = sample(logits_CS, target_C, layout.top_k, key_C, layout.num_drawable, shard)
-    else:
-        kept = top_k(logits_CS, target_C, layout.top_k, shard)
-    if layout.packing:
-        kept["kept"] = layout.packing.pack(kept.pop("kept_ids"), kept.pop("kept_logprobs"))
-    return kept
+        return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_drawable, shard)
+    return top_k(logits_CS, target_C, layout.top_k, shard)
 
 
 def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> None:
@@ -292,5 +361,5 @@ def _on_device(array: Array, device: torch.device) -> Tensor:
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to the stored dtype; what float16 cannot hold, such as the logit of a masked token, becomes its limit."""
     if dtype == torch.float16 and values.dtype != dtype:
-        values = values.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        values = values.float().clamp(-FLOAT16_MAX, FLOAT16_MAX)  # bfloat16 would round the limit up
     return values.to(dtype)

@@ -115,12 +115,11 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             torch.from_numpy(data[name].astype(np.int64)).to(teacher.device) for name in ("positions", "input_ids")
         )
         for span, logits_CV, _ in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
-            now_CV = logits_CV.log_softmax(-1).cpu()
+            now_CV = logits_CV.float().log_softmax(-1).cpu()
             stored = {name: values[span] for name, values in data.items()}
             if head:
-                stored["logits"] = (
-                    head(torch.from_numpy(stored["hidden"].astype("<f4")).to(teacher.device)).cpu().numpy()
-                )
+                hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)
+                stored["logits"] = head(hidden_CD).cpu().numpy()
             difference, same_C = _compare(stored, now_CV, file.layout)
             if not len(difference):
                 continue

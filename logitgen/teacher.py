@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +23,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
@@ -40,8 +40,9 @@ CHUNK_LOGITS = 2**24
 bits. Smaller chunks read the head's weights too often, larger ones gain nothing (1 thread, SmolLM2-135M: 2**22 costs
 20 % more, 2**25 the same)."""
 
-GPU_CHUNK_LOGITS = 2**26
-"""The same on a GPU: below some 300 positions a chunk would take as long as it takes to read the weights."""
+GPU_CHUNK_LOGITS = 2**29
+"""The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty launches of kernels, for which a GPU that
+is done with the one before waits."""
 
 _SCALE_ERROR = 1e-5
 """What float32 may make of a scale and a soft-cap, relatively."""
@@ -170,6 +171,9 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
         """Wrap a model in evaluation mode; see `load_teacher`."""
+        # cuDNN's attention plans every new shape of a batch for some 50 ms, and almost every batch has a new one
+        # (modelscope/FunASR #3704, pytorch/pytorch #191576; so a run on an H200 took 65 ms for batches of 3 ms).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model
         self.device = _device_of_logits(model)
         self.dtype = model.dtype
@@ -184,7 +188,6 @@ class Teacher:
         """Sizes of the output head, if it was asked for."""
         return self.head.form if self.head else None
 
-    @torch.no_grad()
     def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
 
@@ -197,28 +200,32 @@ class Teacher:
             position_P: Position in that row, int64[P].
 
         Yields:
-            Which of the P positions these are, their logits, float32[C, S], and their last hidden states [C, D] in the
-            teacher's dtype (empty where the teacher is run whole).
+            Which of the P positions these are, their logits [C, S] and their last hidden states [C, D], in the dtype
+            the teacher computes in; the latter are empty where the teacher is run whole.
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
+        output = self._body(input_ids_BT)
         if self._decoder is None:
-            output_BTS = self._model(input_ids=input_ids_BT, use_cache=False).logits
+            output_BTS = output.logits
             for start in range(0, len(row_P), step):
                 span = slice(start, min(start + step, len(row_P)))
                 logits_CS = output_BTS[row_P[span], position_P[span]]
-                yield span, logits_CS.float(), logits_CS[:, :0]
+                yield span, logits_CS, logits_CS[:, :0]
             return
-        output = self._decoder(input_ids=input_ids_BT, use_cache=False)
         hidden_PD = output.last_hidden_state.to(self.device)[row_P, position_P]
         for start in range(0, len(row_P), step):
             span = slice(start, min(start + step, len(row_P)))
-            yield span, _head(self._model, self._decoder, output, hidden_PD[span]).float(), hidden_PD[span]
+            yield span, _head(self._model, self._decoder, output, hidden_PD[span]), hidden_PD[span]
 
-    @torch.no_grad()
     def keep_step(self) -> None:
         """Run once for nothing, because another rank that shares the teacher runs it once more."""
-        body = self._decoder or self._model
-        body(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device), use_cache=False)
+        self._body(torch.zeros((1, 1), dtype=torch.int64, device=self.device))
+
+    @torch.no_grad()
+    def _body(self, input_ids_BT: Tensor) -> Any:
+        """Run all but the head; the head too where it cannot be run apart."""
+        with _rows_not_packed():
+            return (self._decoder or self._model)(input_ids=input_ids_BT, use_cache=False)
 
 
 def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_replicas: int = 1) -> Teacher:
@@ -236,6 +243,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_re
     """
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    placement = _placement(config, device, num_replicas)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             config.teacher,
@@ -243,7 +251,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_re
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            **_placement(config, device, num_replicas),
+            **placement,
             **gguf,
             **attention,
         )
@@ -275,7 +283,13 @@ def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[
     """Say to transformers where the weights belong."""
     if config.replica_size == 1:
         return {"device_map": config.device_map or {"": device}}
-    mesh = DistributedConfig(tp_size=config.tp_size, fsdp_size=config.fsdp_size, dp_replicate_size=num_replicas)
+    try:
+        mesh = DistributedConfig(tp_size=config.tp_size, fsdp_size=config.fsdp_size, dp_replicate_size=num_replicas)
+    except TypeError as error:
+        raise UsageError(
+            f"--tp_size and --fsdp_size need transformers 5.23 or later, this is {version('transformers')}. Upgrade "
+            "it, or spread the teacher over the GPUs of one rank with --device_map auto."
+        ) from error
     return {"distributed_config": mesh}
 
 
@@ -305,6 +319,8 @@ def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -
             f"--tp_size {group.size()} does not fit the teacher: {first_line(error)}. Choose one that divides its "
             "key-value heads, or share it with --fsdp_size."
         ) from error
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES  # older ones, which lack it, got no mesh
+
     joining = head.forward
     del head.forward
     ALL_PARALLEL_STYLES["colwise"].install_forward(head, mesh["tp"])
@@ -378,6 +394,7 @@ def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
     return not len(size) or bool(difference.max() <= relative * size.max())
 
 
+@torch.no_grad()  # here, not on `Teacher.logits`: around a generator it holds on to a chunk while the next is computed
 def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
     """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
 
@@ -445,6 +462,21 @@ def _no_head(reason: str) -> UsageError:
         "--capture hidden needs a teacher whose logits are a product of its last hidden states and its output "
         f"embeddings, scaled or soft-capped at most; with this one {reason}. Use another --capture."
     )
+
+
+@contextmanager
+def _rows_not_packed() -> Iterator[None]:
+    """Spare transformers the look at position ids whether several rows are packed into one: ours never are.
+
+    Its answer comes from the GPU, so each forward pass would wait there until the one before has ended. On an H200
+    with batches of 8,192 tokens, that costs 8 % of the speed for 0.5 billion parameters, 2 % for 1.5 and 1 % for 8.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 @contextmanager

@@ -470,6 +470,9 @@ def _give_up_silent_machines(seconds: float) -> None:
 class Outbox:
     """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
 
+    A thread of its own finishes them and hands them over, for the one that feeds a GPU would keep it waiting meanwhile
+    (H200, hidden states of 1.5 billion parameters: 24 % of the time).
+
     Attributes:
         waited_seconds: How long `put` has waited for a free buffer so far.
     """
@@ -489,9 +492,10 @@ class Outbox:
             torch.empty(size_bytes + _WAITED_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu)
             for _ in range(NUM_BUFFERS)
         ]
+        self._arrivals: list[Wait] = [lambda: None] * NUM_BUFFERS
         self._waits: list[Wait] = [lambda: None] * NUM_BUFFERS
+        self._leaving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
         self._num_put = 0
-        self._copied: list[_Copied] = []
         self.waited_seconds = 0.0
 
     def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
@@ -506,42 +510,32 @@ class Outbox:
             return
         slot = self._num_put % NUM_BUFFERS
         self._num_put += 1
+        self._arrivals[slot]()  # a rank that is ahead of its GPU does not wait for a buffer
         start = time.monotonic()
         self._waits[slot]()
         self.waited_seconds += time.monotonic() - start
         message = self._buffers[slot][: len(payload) + _WAITED_BYTES]
         message[:-_WAITED_BYTES].copy_(payload, non_blocking=self._on_gpu)
-        arrived = torch.cuda.Event() if self._on_gpu else None
-        if arrived is not None:
+        if self._on_gpu:
+            arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(payload.device))
-        self._copied.append(_Copied(batch, slot, message, finish, arrived))
-        # On a GPU the newest copy has only been asked for: it leaves at the next call, so that nothing waits for it.
-        self._leave(keep=1 if self._on_gpu else 0)
+            self._arrivals[slot] = arrived.synchronize
+        left = self._leaving.submit(self._leave, batch, message, self._arrivals[slot], finish, self.waited_seconds)
+        self._waits[slot] = lambda: left.result()()
 
     def flush(self) -> None:
         """Wait until everything has been handed over."""
-        self._leave(keep=0)
         for freed in self._waits:
             freed()
 
-    def _leave(self, keep: int) -> None:
-        while self._hand_over and len(self._copied) > keep:
-            copied = self._copied.pop(0)
-            if copied.arrived is not None:
-                copied.arrived.synchronize()  # which waits for the forward pass before the copy
-            message = copied.message.numpy()
-            copied.finish(message[:-_WAITED_BYTES])
-            message[-_WAITED_BYTES:] = np.array([self.waited_seconds], "<f8").view(np.uint8)
-            self._waits[copied.slot] = self._hand_over(copied.batch, copied.message)
-
-
-@dataclass(frozen=True)
-class _Copied:
-    batch: int
-    slot: int
-    message: Tensor
-    finish: Callable[[Array], None]
-    arrived: torch.cuda.Event | None
+    def _leave(
+        self, batch: int, message: Tensor, arrived: Wait, finish: Callable[[Array], None], waited_seconds: float
+    ) -> Wait:
+        assert self._hand_over is not None
+        arrived()
+        finish(message.numpy()[:-_WAITED_BYTES])
+        message.numpy()[-_WAITED_BYTES:] = np.array([waited_seconds], "<f8").view(np.uint8)
+        return self._hand_over(batch, message)
 
 
 class _Inbox:

@@ -16,6 +16,7 @@ import generate
 from benchmarks import reading, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
+from benchmarks.gpu import idle_share
 from benchmarks.harness import measure, median_and_spread
 from benchmarks.leader import InPlaces
 from benchmarks.synthetic import make_job, random_payload
@@ -214,3 +215,29 @@ def test_a_made_up_file_holds_what_a_loss_accepts(tmp_path: Path):
         assert row["kept_ids"].max() < 32_000
         assert (row["kept_logprobs"].diff() < 0).all()
         assert (row["kept_logprobs"].exp().sum(-1) < 1).all()
+
+
+def test_the_command_for_gpus_does_all_its_parts_on_a_cpu_with_tiny_shapes(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.gpu", f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    data = json.loads((tmp_path / "gpu.json").read_text())["data"]
+    assert list(data) == ["speed", "stages", "memory", "numbers", "attention", "files", "ranks"]
+    for ways in data["speed"].values():
+        assert set(ways) > {"forward passes", "topk 64, packed", "hidden", "synchronous copy"}
+        assert all(len(found["share"]) == 2 and min(found["tokens_per_second"]) > 0 for found in ways.values())
+    assert data["numbers"]["float32"]["largest"] < 1e-5
+    assert data["files"] == {
+        "two runs, the same bytes": True,
+        "killed after its first rows and resumed, the same bytes": True,
+    }
+    assert list(data["ranks"]) == ["1 ranks", "2 ranks", "--tp_size 2", "--fsdp_size 2"]
+    tables = (tmp_path / "gpu.md").read_text()
+    assert all(f"\n{name}:\n" in tables for name in data)
+    assert not (tmp_path / "gpu_files").exists()
+
+
+def test_the_gpu_is_idle_between_kernels_and_not_during_them_whichever_overlap():
+    spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
+    assert idle_share(spans) == 10 / 40
