@@ -78,7 +78,7 @@ def stored(values: Tensor) -> Tensor:
 
 def restored(values: Array, dtype: str) -> Tensor:
     """Copy what was stored as `stored` makes it, given the name of the dtype it had."""
-    tensor = torch.from_numpy(np.array(values))
+    tensor = torch.tensor(values)  # not numpy's memory, by whose address a product may be rounded
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 

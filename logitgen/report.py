@@ -105,7 +105,7 @@ def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
     from logitgen.dataset import head_of
 
     head = head_of(file)
-    return {"logits": head(torch.from_numpy(data["hidden"].astype("<f4"))).numpy()} if head else {}
+    return {"logits": head(torch.tensor(data["hidden"], dtype=torch.float32)).numpy()} if head else {}
 
 
 def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitgen import FormatError, LogitsDataset, LogitsFile, UsageError, collate
-from logitgen.head import Head
+from logitgen.head import Head, restored, stored
 from logitgen.header import create
 from logitgen.schema import HeadForm, Layout
 from logitgen.teacher import Teacher
@@ -221,3 +221,13 @@ def test_gradients_reach_what_is_compared_with_the_logits() -> None:
     student: Tensor = torch.zeros(1, 3, requires_grad=True)
     (student.log_softmax(-1) * head(torch.ones(1, 2)).softmax(-1)).sum().backward()
     assert student.grad is not None
+
+
+def test_a_head_from_a_file_lies_where_torchs_own_tensors_do(tmp_path: Path) -> None:
+    for dtype, name in (("<f4", "float32"), ("<f2", "float16"), ("<u2", "bfloat16")):
+        mapped = np.memmap(tmp_path / name, np.uint8, "w+", shape=8001)[1:].view(dtype)
+        mapped[:3] = 1
+        assert not mapped.flags.aligned
+        tensor = restored(mapped, name)
+        assert tensor.data_ptr() % 64 == 0
+        assert stored(tensor).numpy().tobytes() == mapped.tobytes()

@@ -1,6 +1,7 @@
 """Every family of causal language models gives the logits of a direct, unbatched, unpadded forward pass."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
+from safetensors.torch import load_file, save_file
 from test_generate import assert_row_is_right
 from test_report import drawn
 from torch import Tensor
@@ -285,3 +287,56 @@ def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it
         own_PK = logprobs_TV[: len(ids) - 1].gather(-1, torch.from_numpy(row["kept_ids"].astype(np.int64))).numpy()
         # To 8 bits a token is rounded together with the others of its batch.
         np.testing.assert_allclose(row["kept_logprobs"], own_PK, atol={4: 0.02, 8: 0.5}[bits])
+
+
+@pytest.mark.parametrize("capture_kind", ["topk", "hidden"])
+def test_the_length_of_a_checkpoints_metadata_moves_no_weight_and_no_bit(
+    tmp_path: Path, capture: Callable[..., Path], capture_kind: str
+) -> None:
+    """Weights are mapped where the file's header ends; a row of one token to read is a product of a single row."""
+    folder = save_teacher(tmp_path / "teacher", make_llama(tie_word_embeddings=True), None)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in (*ROWS, [5, 6], [7, 8])])
+    weights, config = load_file(folder / "model.safetensors"), Config(teacher=str(folder), dataset="x", output="y")
+    starts, files = set(), set()
+    for length in range(1, 64):
+        save_file(weights, folder / "model.safetensors", {"format": "pt", "padding": "x" * length})
+        starts |= {8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 64}
+        loaded = load_teacher(config, describe_teacher(config), torch.device("cpu"))
+        assert {weight.data_ptr() % 64 for weight in loaded._model.parameters()} == {0}
+        assert loaded._model.lm_head.weight is loaded._model.model.embed_tokens.weight
+        if length % 8 == 1:
+            run = capture(teacher=folder, dataset=data, top_k=7, batch_tokens=1, capture=capture_kind, overwrite=True)
+            files.add(run.read_bytes())
+    assert len(starts) == 8
+    assert len(files) == 1
+
+
+def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 4 * 384)
+    wrapped = Teacher(make_llama(), 384)
+    seen: list[weakref.ref[Tensor]] = []
+    head = teacher._head
+
+    def watched(*arguments: Any) -> Tensor:
+        assert not any(chunk() is not None for chunk in seen)
+        seen.append(weakref.ref(logits_CV := head(*arguments)))
+        return logits_CV
+
+    monkeypatch.setattr(teacher, "_head", watched)
+    row_P = torch.zeros(20, dtype=torch.int64)
+    for _, logits_CV, hidden_CD in wrapped.logits(torch.arange(20)[None], row_P, torch.arange(20)):
+        assert not logits_CV.requires_grad
+        del logits_CV, hidden_CD
+    assert len(seen) == 5
+
+
+def test_every_forward_pass_is_spared_the_look_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer comes from the device, which the host would wait for."""
+    wrapped, looks = Teacher(make_llama(), 384), []
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda ids: looks.append(ids))
+    wrapped._model(input_ids=torch.arange(6).view(2, 3), use_cache=False)
+    assert len(looks) == 1
+    list(wrapped.logits(torch.arange(6).view(2, 3), torch.tensor([0, 1]), torch.tensor([2, 2])))
+    assert len(looks) == 1
+    wrapped._model(input_ids=torch.arange(6).view(2, 3), use_cache=False)
+    assert len(looks) == 2
