@@ -26,7 +26,13 @@ from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
 from logitgen.header import file_bytes
 from logitgen.output import Output
 from logitgen.plan import Plan
-from logitgen.provenance import attributes, facts_of_launch, settings_attributes, teacher_attributes
+from logitgen.provenance import (
+    attributes,
+    facts_of_launch,
+    facts_of_teacher,
+    settings_attributes,
+    teacher_attributes,
+)
 from logitgen.reader import LogitsFile
 from logitgen.report import estimate_view, summary
 from logitgen.rows import Rows
@@ -60,6 +66,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         config = config.with_batch_tokens(found)
     ranks.on_leader(lambda: output.check(settings_attributes(config)))
     info = ranks.together(lambda: describe_teacher(config))
+    ranks.same(facts_of_teacher(info))
     set_seed(config.seed)
 
     # The split becomes tokens, and the tokens rows.
@@ -98,6 +105,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device, ranks.num_replicas))
     layout = replace(layout, head=teacher.head_form)
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
+    ranks.same({f"teacher's {name}": str(value) for name, value in teacher.computation.items()})
     if config.batch_tokens.is_auto:
         fitting = ranks.together(
             lambda: fitting_batch_tokens(teacher, rows, layout, info.length_switch, ranks.ranks_of_machine)

@@ -21,7 +21,17 @@ from logitgen.reader import LogitsFile
 IGNORED_LABEL = -100
 """What torch's cross-entropy and transformers leave out."""
 
-_EQUAL = ("capture", "encoding", "top_k", "vocab_size", "teacher_fingerprint", "teacher_dtype", "tokenizer_fingerprint")
+_EQUAL = (
+    "capture",
+    "encoding",
+    "top_k",
+    "vocab_size",
+    "teacher_fingerprint",
+    "teacher_config",
+    "teacher_dtype",
+    "quantization",
+    "tokenizer_fingerprint",
+)
 """Attributes in which files that are read as one must not differ."""
 
 Row = dict[str, Tensor]
@@ -103,11 +113,16 @@ def head_of(file: LogitsFile) -> Head | None:
 
 def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
     for name in _EQUAL:
-        if file.attributes[name] != first.attributes[name]:
-            raise FormatError(
-                f"{file.path} has another {name} than {first.path}: {file.attributes[name]}, not "
-                f"{first.attributes[name]}. Files are read as one only if they were captured in the same way."
-            )
+        value, expected = file.attributes[name], first.attributes[name]
+        if value == expected:
+            continue
+        if isinstance(value, dict):
+            key = min(key for key in value.keys() | expected if value.get(key) != expected.get(key))
+            name, value, expected = f"{key} ({name})", value.get(key), expected.get(key)
+        raise FormatError(
+            f"{file.path} has another {name} than {first.path}: {value}, not {expected}. "
+            "Files are read as one only if they were captured in the same way."
+        )
 
 
 def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:

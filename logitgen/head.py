@@ -6,7 +6,6 @@ Shape letters: P positions, V vocabulary, D hidden size.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -26,6 +26,8 @@ from logitgen.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
     HEAD_ATTRIBUTES,
+    JSON_ATTRIBUTES,
+    LATER_ATTRIBUTES,
     PARTIAL_SUFFIX,
     SETTINGS_READ,
     STATUS_BYTES,
@@ -208,7 +210,7 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
         raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
     _check_capture(plain, path)
-    for name in ("settings", "packages"):
+    for name in JSON_ATTRIBUTES:
         try:
             plain[name] = json.loads(plain[name])
         except (ValueError, RecursionError) as error:
@@ -225,6 +227,9 @@ def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> 
     """Read attributes after looking at their types: HDF5 does not survive every one that was forged."""
     plain: dict[str, Any] = {}
     for name, kind in kinds.items():
+        if name in LATER_ATTRIBUTES and name not in file.attrs:
+            plain[name] = LATER_ATTRIBUTES[name]
+            continue
         known = file.attrs.get_id(name) if name in file.attrs else None
         if known is None or known.shape != () or known.dtype.kind != _DTYPE_KINDS[kind]:
             raise FormatError(f"{path} is damaged: attribute {name} is missing or not {kind.__name__}.")

@@ -34,7 +34,7 @@ def position_keys(seed: int, row_P: Tensor, position_P: Tensor) -> Tensor:
         row_P: Row of the file, int64.
         position_P: Position in that row, int64.
     """
-    return _mixed(_mixed(_mixed(torch.full_like(row_P, seed)) + row_P) + position_P)
+    return mixed(mixed(mixed(torch.full_like(row_P, seed)) + row_P) + position_P)
 
 
 def gumbel(key_C: Tensor, num_ids: int, first_id: int = 0) -> Tensor:
@@ -69,7 +69,7 @@ def _hashed(key_C: Tensor, token_V: Tensor) -> Tensor:
     return bits_CV.bitwise_and_(0x7FFFFFFF)
 
 
-def _mixed(state: Tensor) -> Tensor:
+def mixed(state: Tensor) -> Tensor:
     """One step of splitmix64, int64 taken as 64 bits."""
     state = state + _signed(_GAMMA, 64)
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_MIX[0], 64)

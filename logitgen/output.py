@@ -21,7 +21,7 @@ from logitgen import header
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError, FormatError, UsageError
 from logitgen.header import Attributes, Header, Places
-from logitgen.schema import PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
+from logitgen.schema import LATER_ATTRIBUTES, PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
 
 try:
     import fcntl
@@ -38,6 +38,8 @@ _CALLED = {
     "dataset_fingerprint": "the tokens of the rows",
 }
 """Attributes whose values say nothing to a person."""
+_PREFIXES = {"settings": "--", "teacher_config": "the teacher's ", "computation": "the teacher's "}
+"""What comes before the names in an attribute that holds several."""
 
 
 class Output:
@@ -233,12 +235,14 @@ class Output:
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     named = set()
     for name in sorted(here, key=lambda name: name != "settings"):  # first: other attributes repeat some of them
+        if name in LATER_ATTRIBUTES and not there[name]:
+            continue  # an older file, which says nothing of it
         if isinstance(there[name], dict):
             wanted = json.loads(here[name])
             for key in sorted(there[name].keys() | wanted):
                 if there[name].get(key) != wanted.get(key):
                     named.add(key)
-                    yield f"{'--' if name == 'settings' else ''}{key} {there[name].get(key)} and {wanted.get(key)}"
+                    yield f"{_PREFIXES.get(name, '')}{key} {there[name].get(key)} and {wanted.get(key)}"
         elif there[name] != here[name] and name not in named:
             yield _CALLED.get(name, f"{name} {there[name]} and {here[name]}")
 

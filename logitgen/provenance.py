@@ -29,6 +29,13 @@ def facts_of_launch(config: Config) -> dict[str, str]:
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
 
+def facts_of_teacher(info: TeacherInfo) -> dict[str, str]:
+    """What must be equal on all ranks before the weights are loaded."""
+    return {f"{name} of the teacher's configuration": json.dumps(value) for name, value in info.config.items()} | {
+        "quantization of the teacher": info.quantization
+    }
+
+
 def settings_attributes(config: Config) -> Attributes:
     """Collect the attributes that are known before anything is loaded."""
     return {
@@ -43,7 +50,11 @@ def settings_attributes(config: Config) -> Attributes:
 
 def teacher_attributes(teacher: Teacher) -> Attributes:
     """Collect the attributes that only a loaded teacher tells."""
-    found: Attributes = {"teacher_dtype": dtype_name(teacher.dtype), "teacher_fingerprint": teacher.fingerprint}
+    found: Attributes = {
+        "teacher_dtype": dtype_name(teacher.dtype),
+        "teacher_fingerprint": teacher.fingerprint,
+        "computation": json.dumps(teacher.computation, sort_keys=True),
+    }
     if head := teacher.head:
         found |= {"head_scale": head.scale, "head_soft_cap": head.soft_cap, "head_crc32": head.checksum}
     return found
@@ -70,6 +81,7 @@ def attributes(
         "vocab_size": layout.vocab_size,
         "tokenizer_size": layout.tokenizer_size,
         "teacher": config.teacher,
+        "teacher_config": json.dumps(info.config, sort_keys=True),
         "quantization": info.quantization,
         "commit": info.commit,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

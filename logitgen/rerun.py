@@ -3,7 +3,10 @@
 Shape letters: P captured positions of a row, C positions of a chunk, K kept per position, V vocabulary.
 """
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +17,10 @@ from logitgen.dataset import head_of
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import FLOAT16_MAX, Array, Layout
-from logitgen.teacher import Teacher, describe_teacher, load_teacher
+from logitgen.teacher import Teacher, TeacherInfo, describe_teacher, load_teacher
 from logitgen.tokens import load_tokenizer, tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
 
 TOLERANCES = {"float64": (0.002, 0.99), "float32": (0.002, 0.99), "float16": (0.02, 0.98), "bfloat16": (0.1, 0.95)}
 """By the teacher's dtype: largest mean difference in nats beyond rounding, least top-1 agreement.
@@ -101,7 +106,17 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
         "the teacher's weights are not those of the file": teacher.fingerprint != said["teacher_fingerprint"],
         "the teacher's tokenizer is not that of the file": tokenizer != said["tokenizer_fingerprint"],
     }
-    return teacher, [line for line, true in differs.items() if true]
+    if not said["teacher_config"]:
+        logger.warning("The file is of an older logitgen, which looked at less of a teacher: weights are not compared.")
+        return teacher, [line for line, true in list(differs.items())[1:] if true]
+    return teacher, [*_other_values(said["teacher_config"], info), *(line for line, true in differs.items() if true)]
+
+
+def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:
+    """Name what a teacher's configuration has otherwise than a file's."""
+    for name in sorted(there.keys() | info.config):
+        if there.get(name) != info.config.get(name):
+            yield f"the teacher's {name} is {info.config.get(name)}, that of the file {there.get(name)}"
 
 
 def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:

@@ -50,6 +50,8 @@ ATTRIBUTES: dict[str, type] = {
     "tokenizer_size": int,
     "teacher": str,
     "teacher_dtype": str,
+    "teacher_config": str,
+    "computation": str,
     "quantization": str,
     "commit": str,
     "teacher_fingerprint": str,
@@ -58,7 +60,12 @@ ATTRIBUTES: dict[str, type] = {
     "settings": str,
     "packages": str,
 }
-"""What a file says about itself: settings, packages and quantization as JSON, fingerprints as SHA-256."""
+"""What a file says about itself: settings, packages, teacher_config, computation and quantization as JSON,
+fingerprints as SHA-256."""
+JSON_ATTRIBUTES = ("settings", "packages", "teacher_config", "computation")
+"""Those that are always a JSON object."""
+LATER_ATTRIBUTES = {"teacher_config": "{}", "computation": "{}"}
+"""What a file of before these attributes counts as saying."""
 HEAD_ATTRIBUTES: dict[str, type] = {"head_scale": float, "head_soft_cap": float, "head_crc32": int}
 """What a file of hidden states also says: what `head.Head` needs, and the CRC-32 of its weights."""
 TEACHER_DTYPES = ("float64", "float32", "float16", "bfloat16")

@@ -8,7 +8,6 @@ Shape letters: B rows of a batch, T positions of a row, P captured positions, C 
 S ids of a shard of it, D hidden size.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 from logitgen.head import Head, dtype_name
+from logitgen.identity import describe_adapters, describe_computation, describe_config, fingerprint
 from logitgen.schema import STORED_DTYPES, HeadForm
 from logitgen.shard import VocabShard
 
@@ -52,9 +52,6 @@ _PRODUCT_ERROR = 1e-5
 _ALIGNMENT = 64
 """Bytes: where torch's own tensors begin on a CPU, and a cache line."""
 
-_FINGERPRINT_VALUES = 64
-"""Values of each weight tensor that go into the fingerprint."""
-
 
 @dataclass(frozen=True)
 class TeacherInfo:
@@ -67,6 +64,7 @@ class TeacherInfo:
             LongRoPE, chosen by the longest row of a batch); None for most.
         commit: The hub's commit hash; empty for a folder.
         quantization: How its checkpoint is quantised, as JSON; empty if it is not.
+        config: What of its configuration can change its logits, see `identity.describe_config`.
     """
 
     vocab_size: int
@@ -74,6 +72,7 @@ class TeacherInfo:
     length_switch: int | None
     commit: str
     quantization: str
+    config: dict[str, Any]
 
 
 def describe_teacher(config: Config) -> TeacherInfo:
@@ -122,6 +121,7 @@ def describe_teacher(config: Config) -> TeacherInfo:
         length_switch=_length_switch(text_config),
         commit=getattr(teacher_config, "_commit_hash", None) or "",
         quantization=_quantization(teacher_config),
+        config=describe_config(teacher_config),
     )
 
 
@@ -168,7 +168,8 @@ class Teacher:
         dtype: In which precision it computes.
         is_shared: Whether it is spread over several ranks, which must then run it equally often.
         shard: The ids whose logits this rank gets.
-        fingerprint: SHA-256 over names, shapes and sampled values of all weights.
+        fingerprint: SHA-256 over all weights, see `identity.fingerprint`.
+        computation: How it computes, see `identity.describe_computation`.
         head: Its output head, if it was asked for.
     """
 
@@ -181,7 +182,8 @@ class Teacher:
         self.device = _device_of_logits(model)
         self.dtype = model.dtype
         self.is_shared = model._device_mesh is not None
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = fingerprint(_weights(model), describe_adapters(model))
+        self.computation = describe_computation(model)
         self.shard = _find_shard(model, vocab_size, self.device)
         self._decoder = _separable_decoder(model, self.shard, self.device)
         self.head = _find_head(model, self._decoder, self.shard, self.device) if with_head else None
@@ -511,24 +513,14 @@ def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
             module.forward = before
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in _weights(model):
-        values = tensor.flatten()
-        sample = values[:: max(1, values.numel() // _FINGERPRINT_VALUES)]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
-    return digest.hexdigest()
-
-
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight whole, one at a time, wherever its parts are."""
+    """Yield every weight, one at a time, wherever it or its parts are."""
     for module_name, module in sorted(model.named_modules()):
         of_children = tuple(f"{name}." for name, _ in module.named_children())
         with align_module_device(module):
             for name, tensor in sorted(module.state_dict().items()):
                 if not name.startswith(of_children):
-                    yield f"{module_name}.{name}", _whole(tensor)
+                    yield f"{module_name}.{name}", tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

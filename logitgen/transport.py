@@ -242,10 +242,11 @@ class Ranks:
         """
         all_facts = self.gathered(facts)
         for rank, theirs in enumerate(all_facts):
-            for name, value in theirs.items():
-                if value != all_facts[0][name]:
+            for name in sorted(theirs.keys() | all_facts[0]):
+                value, expected = (found.get(name, "none") for found in (theirs, all_facts[0]))
+                if value != expected:
                     raise UsageError(
-                        f"Rank {rank} has another {name} than the leader: {value[:64]}, not {all_facts[0][name][:64]}. "
+                        f"Rank {rank} has another {name} than the leader: {value[:64]}, not {expected[:64]}. "
                         "Give every rank the same command, packages and files."
                     )
 

@@ -208,6 +208,12 @@ def test_files_of_another_teacher_are_not_joined(path: Path, tmp_path: Path, nam
         LogitsDataset([path, other])
 
 
+def test_files_of_a_teacher_with_another_configuration_are_not_joined(path: Path, tmp_path: Path) -> None:
+    other = write_file(tmp_path / "other.h5", teacher_config={"model_type": "llama", "rms_norm_eps": 1e-5})
+    with pytest.raises(FormatError, match=r"another rms_norm_eps \(teacher_config\) than .*out\.h5: 1e-05, not 1e-06"):
+        LogitsDataset([path, other])
+
+
 def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Path) -> None:
     other = write_file(tmp_path / "other.h5", FULL, capture="full", top_k=0)
     with pytest.raises(FormatError, match=r"has another capture than .*out\.h5: full, not topk"):

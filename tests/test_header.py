@@ -21,7 +21,7 @@ from test_reader import ARRAYS, ATTRIBUTES, FULL, changing, plain_attributes, se
 
 from logitgen import FormatError, header
 from logitgen.header import create, file_bytes
-from logitgen.schema import Layout
+from logitgen.schema import JSON_ATTRIBUTES, LATER_ATTRIBUTES, Layout
 
 SETTINGS: dict[str, Any] = ATTRIBUTES["settings"]
 SMALL = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2)
@@ -128,7 +128,8 @@ def test_what_is_created_is_read_back(layout: Layout, about: dict[str, Any], tea
         found = header.read(path)
     assert found.layout == layout
     assert dict(found.places) == dict(places)
-    assert found.attributes == attributes | {"settings": about, "packages": ATTRIBUTES["packages"]}
+    objects = {name: ATTRIBUTES[name] for name in JSON_ATTRIBUTES} | {"settings": about}
+    assert found.attributes == attributes | objects
 
 
 def test_a_file_of_huge_size_is_estimated_without_making_it() -> None:
@@ -326,7 +327,14 @@ def test_a_path_that_cannot_be_a_file_is_refused(name: str) -> None:
 # Heads that are valid by their checksum, and wrong all the same.
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
+@pytest.mark.parametrize("name", LATER_ATTRIBUTES)
+def test_a_file_of_before_an_attribute_is_read_as_one_that_says_nothing_of_it(path: Path, name: str) -> None:
+    with changing(path) as file:
+        del file.attrs[name]
+    assert header.read(path).attributes[name] == {}
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTRIBUTES) - set(LATER_ATTRIBUTES)))
 def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
     with changing(path) as file:
         del file.attrs[name]

@@ -460,6 +460,11 @@ DIFFERENCES = {
     ),
     "a package": ({"packages": {"torch": "2.14.0"}}, "torch 2.13.0 and 2.14.0"),
     "a number": ({"vocab_size": 11}, "vocab_size 10 and 11"),
+    "the teacher's configuration": (
+        {"teacher_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e6}},
+        "the teacher's rms_norm_eps 1e-06 and 1e-05; the teacher's rope_theta None and 1000000.0",
+    ),
+    "the teacher's attention": ({"computation": {"attention": "eager"}}, "the teacher's attention sdpa and eager"),
     "the teacher's weights": ({"teacher_fingerprint": "f" * 64}, "the teacher's weights"),
     "the tokenizer": ({"tokenizer_fingerprint": "f" * 64}, "the tokenizer"),
     "the rows": ({"dataset_fingerprint": "f" * 64}, "the tokens of the rows"),

@@ -63,6 +63,8 @@ ATTRIBUTES: dict[str, Any] = {
     "tokenizer_size": 10,
     "teacher": "some/teacher",
     "teacher_dtype": "bfloat16",
+    "teacher_config": {"model_type": "llama", "rms_norm_eps": 1e-6},
+    "computation": {"attention": "sdpa"},
     "quantization": "",
     "commit": "c0ffee",
     "teacher_fingerprint": "a" * 64,

@@ -85,7 +85,7 @@ def test_every_make_target_of_the_readme_exists(target: str) -> None:
 
 def test_make_alone_lists_the_targets() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = ["help", "run", "test", "bench", "fidelity", "distil", "chaos", "check", "format", "clean"]
+    targets = ["help", "run", "test", "bench", "gpu", "fidelity", "distil", "chaos", "check", "format", "clean"]
     assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == targets
     assert max(map(len, listed.splitlines())) <= 80
 
