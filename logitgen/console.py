@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -33,7 +34,41 @@ WAITED_SHARE = 0.05
 BUSY_SHARE = 0.5
 """Share of the writer's time above which it is the disk that the ranks wait for."""
 
-_messages = Console(stderr=True)
+
+class _Stream:
+    """A standard stream for as long as somebody listens: what only shows something cannot end a run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(getattr(sys, self._name), attribute)
+
+    def write(self, text: str) -> int:
+        stream = getattr(sys, self._name)
+        try:
+            return int(stream.write(text))
+        except UnicodeEncodeError:
+            return int(stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)))
+        except OSError:
+            return self._give_up(text)
+
+    def flush(self) -> None:
+        try:
+            getattr(sys, self._name).flush()
+        except OSError:
+            self._give_up("")
+
+    def _give_up(self, text: str) -> int:
+        """Let the rest go nowhere: what a buffer still holds would fail again as Python ends, and change its status."""
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), getattr(sys, self._name).fileno())
+        logger.debug("Nobody listens to %s any more.", self._name)
+        return len(text)
+
+
+_stdout = cast(TextIO, _Stream("stdout"))
+_messages = Console(file=cast(TextIO, _Stream("stderr")))
 
 
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -51,20 +86,19 @@ def print_error(message: str) -> None:
 
 
 def _say(text: Text) -> None:
-    """Print a line to standard error, if somebody still listens: a run does not end with the terminal it began in."""
-    with suppress(OSError, SystemExit):  # rich makes a SystemExit of a broken pipe
-        _messages.print(text, soft_wrap=True)
+    """Print a line to standard error."""
+    _messages.print(text, soft_wrap=True)
 
 
 def print_result(result: RenderableType) -> None:
     """Print what a command was asked for, to standard output."""
-    Console().print(result, soft_wrap=isinstance(result, Text))
+    Console(file=_stdout).print(result, soft_wrap=isinstance(result, Text))
 
 
 @contextmanager
 def redrawn(plain: bool = False) -> Iterator[Callable[[RenderableType, str], None]]:
     """Yield what draws a view over the one before; without a terminal, or if told to, it prints a line instead."""
-    console = Console()
+    console = Console(file=_stdout)
     if plain or not console.is_terminal:
         yield lambda _, line: console.print(Text(line), soft_wrap=True)
         return

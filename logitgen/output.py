@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -187,6 +187,7 @@ class Output:
             UsageError: Another process was faster, or the file cannot be created.
         """
         if self.found:
+            self._check_own()
             return self.found
         new = self.new
         with _refused_if_impossible(self.path, "created"):
@@ -212,14 +213,35 @@ class Output:
         if (self.partial.exists() and self._lock is None) or (self.path.exists() and not self._overwrite):
             raise UsageError(f"Another run has begun to write {self.path}. Wait for it, or choose another name.")
 
+    def _check_own(self) -> None:
+        """Make sure that the partial file's name is still that of the file this run has open.
+
+        Raises:
+            CaptureError: It is not: the file was moved or removed, or another one was put in its place.
+        """
+        if self._lock is None or self._lock.closed:  # Windows, where an open file cannot be moved
+            return
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), self.partial.stat()):
+                return
+        raise CaptureError(
+            f"{self.partial} is not the file of this run any more: it was moved or removed. Nothing there is touched; "
+            f"the run's rows are in {_where(self._lock)}."
+        )
+
     def complete(self) -> None:
         """Give the file its own name, unless it has it.
 
         Raises:
-            CaptureError: It cannot be renamed.
+            CaptureError: It cannot be renamed, or another file has its name or is to have it.
         """
         if self._place == self.path:
             return
+        self._check_own()
+        if self.path.exists() and not (self._overwrite and header.begins_as_ours(self.path)):
+            raise CaptureError(
+                f"{self.path} has come to be meanwhile, and is not replaced. All rows are in {self.partial}: rename it."
+            )
         try:
             with self.partial.open("r+b") as file:  # a run that was killed may have left flags that are in memory only
                 if self.found:
@@ -245,6 +267,14 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
                     yield f"{_PREFIXES.get(name, '')}{key} {there[name].get(key)} and {wanted.get(key)}"
         elif there[name] != here[name] and name not in named:
             yield _CALLED.get(name, f"{name} {there[name]} and {here[name]}")
+
+
+def _where(file: BinaryIO) -> Path | str:
+    """Say where an open file is now, as Linux tells."""
+    try:
+        return Path(f"/proc/self/fd/{file.fileno()}").readlink()
+    except OSError:
+        return "the file that was moved, if it still is"
 
 
 def reason(error: OSError) -> str:

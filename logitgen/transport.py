@@ -75,7 +75,7 @@ _RUN_ME_AGAIN = 75
 
 _TRAINING_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _NOTICE_SECONDS = 0.5
 """When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""
 
@@ -86,11 +86,11 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop from outside: Ctrl-C or SIGTERM."""
+    """The run was told to stop from outside: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP)."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = _RUN_ME_AGAIN if signal_number == signal.SIGTERM else 128 + signal_number
+        self.exit_status = 128 + signal_number if signal_number == signal.SIGINT else _RUN_ME_AGAIN
 
 
 class LostRankError(CaptureError):
@@ -356,7 +356,8 @@ class Ranks:
 def launched() -> Iterator[Ranks]:
     """Yield the ranks of this launch; as soon as one fails in the block, end all with one message and status."""
     for number in _STOP_SIGNALS:
-        signal.signal(number, _raise_stopped)
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it for SIGHUP
+            signal.signal(number, _raise_stopped)
     if _started_by_launcher():
         threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher watch", daemon=True).start()
     thread_failures: list[BaseException] = []

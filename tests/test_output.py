@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,41 @@ def test_a_rename_that_fails_is_reported_and_loses_nothing(
     del output
     claimed(path).complete()  # as after a kill between cutting off the line about the run and the rename
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("instead", ["nothing", "a foreign file", "another run's"])
+def test_only_the_file_that_was_created_is_cut_and_renamed(
+    path: Path, partial: Path, tmp_path: Path, instead: str, resumed: bool
+) -> None:
+    output = created(path, done=(1, 1, 1))
+    if resumed:
+        del output
+        output = claimed(path)
+    moved = partial.rename(tmp_path / "moved.h5")
+    if instead == "a foreign file":
+        partial.write_bytes(b"precious" * 10_000)
+    elif instead == "another run's":
+        created(path)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(
+        CaptureError, match=rf"not the file of this run any more.* rows are in {re.escape(str(moved))}\."
+    ):
+        output.complete()
+    if resumed:
+        with pytest.raises(CaptureError, match="not the file of this run any more"):
+            output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_has_come_to_be_meanwhile_is_not_replaced(path: Path, partial: Path, overwrite: bool) -> None:
+    output = created(path, overwrite, done=(1, 1, 1))
+    path.write_bytes(b"precious")
+    with pytest.raises(CaptureError, match=rf"has come to be meanwhile.* All rows are in {re.escape(str(partial))}"):
+        output.complete()
+    assert path.read_bytes() == b"precious"
+    assert partial.exists()
 
 
 def test_the_done_flags_of_no_file_are_not_asked_for(path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(
     assert [path.name for path in tmp_path.glob("out.h5*")] == ["out.h5.partial"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_every_rank_with_one_line(
     long_run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
