@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import ROOT, median_and_spread, write_report
 from benchmarks.synthetic import Job, make_job
 from logitgen import DistillationLoss, LogitsDataset, collate, header
-from logitgen.schema import ATTRIBUTES, FORMAT_NAME, FORMAT_VERSION, SETTINGS_READ
+from logitgen.schema import ATTRIBUTES, FORMAT_NAME, FORMAT_VERSION, JSON_ATTRIBUTES, SETTINGS_READ
 from logitgen.writer import write_known
 
 VOCAB_SIZE, TOP_K, ROW_TOKENS = 32_000, 64, 256
@@ -44,7 +44,7 @@ def write_file(path: Path, job: Job) -> None:
         "vocab_size": layout.vocab_size,
         "tokenizer_size": layout.vocab_size,
     }
-    attributes |= {"settings": json.dumps(dict.fromkeys(SETTINGS_READ)), "packages": "{}"}
+    attributes |= dict.fromkeys(JSON_ATTRIBUTES, "{}") | {"settings": json.dumps(dict.fromkeys(SETTINGS_READ))}
     places = header.create(path, layout, attributes)
     with path.open("r+b", buffering=0) as file:
         write_known(file, places, layout, job.rows)
