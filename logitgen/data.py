@@ -1,10 +1,14 @@
 """The split: loaded by `datasets` from wherever it is."""
 
 import glob
+import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
+import pyarrow as pa
+from datasets.fingerprint import Hasher
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
@@ -40,12 +44,23 @@ def load_split(config: Config) -> datasets.Dataset:
         cause = first_line(error.__cause__ or error)
         if any(words in cause for words in _NO_DATA):
             raise _no_rows(config) from error
+        cause += _if_damaged(error, config)
         raise UsageError(f"--dataset {config.dataset} cannot be loaded with --split {config.split}: {cause}") from error
     parts = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans if span.from_ < span.to]
     if not parts:
         raise _no_rows(config)
     rows = datasets.concatenate_datasets(parts)
-    return rows.select(range(min(config.limit or len(rows), len(rows))))
+    rows = rows.select(range(min(config.limit or len(rows), len(rows))))
+    if Path(config.dataset).exists():  # what is made of the rows is looked up by this
+        rows._fingerprint = Hasher.hash((rows._fingerprint, _stamp(Path(config.dataset))))
+    return rows
+
+
+def _stamp(path: Path) -> str:
+    """Hash what changes with the content of a file, or of a folder's files, whoever copies them or sets their times."""
+    files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+    stats = [(found.relative_to(path).as_posix(), found.stat()) for found in files]
+    return str(Hasher.hash([(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]))
 
 
 def _load(config: Config) -> datasets.DatasetDict:
@@ -61,7 +76,32 @@ def _load(config: Config) -> datasets.DatasetDict:
         raise UsageError(f"--dataset {path} is neither a file nor a folder. Give one of them, or a hub id.")
     if not path.exists() and not _is_hub_id(config.dataset):
         raise UsageError(f"--dataset {config.dataset} does not exist. Give a file, a folder or a hub id.")
-    return datasets.load_dataset(config.dataset, config.dataset_config)
+    return _prepared(config.dataset, config, name=config.dataset_config)
+
+
+def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict:
+    """Have `datasets` prepare a dataset in its cache, and count what is there."""
+    cache_dir = _cache_dir(Path(config.dataset))
+    splits = cast(datasets.DatasetDict, datasets.load_dataset(path, cache_dir=cache_dir, **options))
+    for name, rows in splits.items():
+        expected = (rows.info.splits or {}).get(name)
+        if expected and expected.num_examples != len(rows):
+            raise UsageError(
+                f"--dataset {config.dataset} has {expected.num_examples:,} rows in split {name}, its copy in the "
+                f"cache {len(rows):,}: that is damaged. Remove {_cache_folder(config)} and run the same command again."
+            )
+    return splits
+
+
+def _if_damaged(error: BaseException, config: Config) -> str:
+    """Say what helps where the file may be sound and only the copy in the cache is not."""
+    if not isinstance(error, pa.ArrowInvalid):
+        return ""
+    return f". If the dataset is sound, its copy in the cache is damaged: remove {_cache_folder(config)}."
+
+
+def _cache_folder(config: Config) -> str:
+    return _cache_dir(Path(config.dataset)) or str(datasets.config.HF_DATASETS_CACHE)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -75,7 +115,12 @@ def _load_file(path: Path, config: Config) -> datasets.DatasetDict:
         raise _no_rows(config)
     # In a column of text, "NA" is a word.
     options = {"keep_default_na": False} if file_format == "csv" else {}
-    return datasets.load_dataset(file_format, data_files=glob.escape(str(path)), **options)
+    return _prepared(file_format, config, data_files=glob.escape(str(path)), **options)
+
+
+def _cache_dir(path: Path) -> str | None:
+    """Give local files of another stamp a cache of their own: `datasets` knows them by name and time alone."""
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "logitgen", _stamp(path)) if path.exists() else None  # noqa: PTH118
 
 
 def _load_saved(path: Path, config: Config) -> datasets.DatasetDict:

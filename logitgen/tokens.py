@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow as pa
 import transformers
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from logitgen.cache import cached
 from logitgen.config import Config
 from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
@@ -77,10 +79,10 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
     fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
-    cache.parent.mkdir(parents=True, exist_ok=True)
     # Columns nobody asked for may hold images or audio, which take long to decode.
     needed = split.select_columns([name for name in split.column_names if name in (*_COLUMNS, config.text_column)])
-    try:
+
+    def make() -> datasets.Dataset:
         return needed.map(
             encode,
             batched=True,
@@ -90,8 +92,17 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
             new_fingerprint=fingerprint,
             cache_file_name=os.fspath(cache),
         )
+
+    try:
+        return cached(cache, len(split), make)
     except UnicodeDecodeError as error:
         raise UsageError(f"--dataset {config.dataset} holds text that is not UTF-8: {error}. Convert it.") from error
+    except (pa.ArrowInvalid, pa.ArrowIndexError, OSError) as error:
+        files = ", ".join(found["filename"] for found in split.cache_files[:3])
+        raise UsageError(
+            f"--dataset {config.dataset} cannot be read: {first_line(error)} If {files or 'its file'} is damaged, "
+            "remove it and run the same command again."
+        ) from error
 
 
 Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -281,3 +282,22 @@ def test_a_broken_file_is_refused_in_one_line_with_the_reason(
     with pytest.raises(UsageError, match=rf"^--dataset .*{name} cannot be loaded .*{reason}") as raised:
         load(tmp_path / name)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["cut at a record batch", "cut inside a batch", "all zeros", "empty"])
+def test_a_damaged_copy_in_the_cache_is_refused_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    from test_tokens import DAMAGES
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {number}"} for number in range(3000)])
+    config = Config(teacher="m", dataset=str(path), output="o.h5")
+    assert len(load_split(config)) == 3000
+    (copy,) = (tmp_path / "cache").rglob("*.arrow")
+    content = DAMAGES[damage](copy)
+    copy.unlink()
+    copy.write_bytes(content)
+    place = re.escape(str(tmp_path / "cache" / "logitgen"))
+    with pytest.raises(UsageError, match=rf"rows\.jsonl .*damaged.*[Rr]emove {place}"):
+        load_split(config)

@@ -1,13 +1,16 @@
 """From rows to tokens: text, prompt and completion, conversations, ready ids, and what is refused."""
 
 import copy
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer, write_jsonl
 from hypothesis import example, given, settings
@@ -651,6 +654,84 @@ def test_changed_rows_are_not_served_from_the_cache(tokenizer: Tokenizer, tmp_pa
     run(loaded(path), tokenizer)
     write_jsonl(path, [{"text": "after it"}])
     assert run(loaded(path), tokenizer)["input_ids"][:] == [ids_of(tokenizer, "after it")]
+
+
+def of_record_batches(tokens: Path) -> bytes:
+    """The same Arrow stream, cut after its first record batch."""
+    with pa.memory_map(str(tokens)) as source:
+        stream = pa.ipc.open_stream(source)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, stream.schema) as short:
+            short.write_batch(stream.read_next_batch())
+    return sink.getvalue().to_pybytes()
+
+
+DAMAGES: dict[str, Callable[[Path], bytes]] = {
+    "cut at a record batch": of_record_batches,
+    "cut inside a batch": lambda path: path.read_bytes()[: path.stat().st_size // 2],
+    "a tail of zeros": lambda path: path.read_bytes()[:-4096] + bytes(4096),
+    "one flipped bit": lambda path: (content := path.read_bytes())[:9000] + bytes([content[9000] ^ 4]) + content[9001:],
+    "all zeros": lambda path: bytes(path.stat().st_size),
+    "empty": lambda path: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tokens_are_made_anew(
+    tokenizer: Tokenizer, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {number} " * 5} for number in range(2500)])
+    expected = run(loaded(path), tokenizer)["input_ids"][:]
+    assert not caplog.records
+    (kept,) = (tmp_path / "cache" / "logitgen").glob("*.arrow")
+    content = DAMAGES[damage](kept)
+    kept.unlink()
+    kept.write_bytes(content)
+    for _ in range(2):
+        assert run(loaded(path), tokenizer)["input_ids"][:] == expected
+        assert [record.getMessage() for record in caplog.records] == [
+            f"The tokens in {kept} are made anew: the file is damaged."
+        ]
+
+
+def test_tokens_that_were_not_finished_are_made_anew(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a b"}])
+    run(loaded(path), tokenizer)
+    for seal in (tmp_path / "cache" / "logitgen").glob("*.json"):
+        seal.write_text("{")
+    assert run(loaded(path), tokenizer)["input_ids"][:] == [ids_of(tokenizer, "a b")]
+    assert "they were not finished" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "save_to_disk"])
+def test_other_content_of_the_same_size_and_time_is_not_served_from_the_cache(
+    tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    source = tmp_path / "data"
+    texts = ["before", "behind"]
+    seen = []
+    for text in texts:
+        made = source if kind == "save_to_disk" else tmp_path / "made"
+        if kind == "save_to_disk":
+            shutil.rmtree(source, ignore_errors=True)
+            rows = datasets.Dataset.from_dict({"text": [text]})
+            rows._fingerprint = "always"
+            rows.save_to_disk(source)
+        else:
+            made.mkdir(exist_ok=True)
+            write_jsonl(made / "rows.jsonl", [{"text": text}])
+            source.mkdir(exist_ok=True)
+            (source / "rows.jsonl").unlink(missing_ok=True)
+            shutil.copy(made / "rows.jsonl", source / "rows.jsonl")
+        for found in source.rglob("*"):
+            os.utime(found, (1e9, 1e9))
+        os.utime(source, (1e9, 1e9))
+        seen.append(run(loaded(source / "rows.jsonl" if kind == "file" else source), tokenizer)["input_ids"][:])
+    assert seen == [[ids_of(tokenizer, text)] for text in texts]
 
 
 def test_a_refused_row_leaves_nothing_in_the_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:

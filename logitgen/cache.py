@@ -1,0 +1,83 @@
+"""Tokens that are kept between runs: believed only if they are all there and as they were written.
+
+A power cut leaves files that were renamed but never synced: short, empty, or full of zeros. So a file counts once a
+seal lies beside it, with its size and checksum, which is written after the file is on the disk.
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+
+from logitgen.errors import CaptureError
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 2**24
+
+
+def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
+    """Return what a file of the cache holds, or make it anew.
+
+    Args:
+        path: The file, of the `datasets` library.
+        num_rows: How many rows it must have.
+        make: Returns the rows, from the file if it is there; else it writes the file, if it keeps one at all.
+
+    Raises:
+        CaptureError: There are not as many rows, though they were made anew.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (fault := _fault(path, num_rows)):
+        logger.warning(f"The tokens in {path} are made anew: {fault}.")
+        path.unlink(missing_ok=True)
+    is_new = not path.exists()
+    rows = make()
+    if len(rows) != num_rows:
+        raise CaptureError(
+            f"{num_rows:,} rows became {len(rows):,}. The datasets cache is damaged: remove {path.parent}."
+        )
+    if is_new:
+        with suppress(FileNotFoundError):  # nothing is kept, or another run makes the same file anew
+            _seal(path, num_rows)
+    return rows
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _fault(path: Path, num_rows: int) -> str:
+    """Say what is wrong with a file; empty if nothing is."""
+    try:
+        said = json.loads(_seal_of(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "they were not finished, or are of an older logitgen"
+    if said == {"bytes": path.stat().st_size, "crc32": _crc32(path), "rows": num_rows}:
+        return ""
+    return "the file is damaged"
+
+
+def _seal(path: Path, num_rows: int) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    facts = {"bytes": path.stat().st_size, "crc32": _crc32(path), "rows": num_rows}
+    new = path.with_suffix(f".{os.getpid()}.new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(facts, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(_seal_of(path))
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
