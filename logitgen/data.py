@@ -23,6 +23,9 @@ _FILE_FORMATS = {
 }
 
 
+_CUT_OFF = "Expected to be able to read"
+"""How Arrow says that a file ends too early, in an OSError without a number."""
+
 _NO_DATA = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 """How `datasets` and the Parquet reader say that a file has no rows."""
 
@@ -95,7 +98,7 @@ def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict
 
 def _if_damaged(error: BaseException, config: Config) -> str:
     """Say what helps where the file may be sound and only the copy in the cache is not."""
-    if not isinstance(error, pa.ArrowInvalid):
+    if not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
         return ""
     return f". If the dataset is sound, its copy in the cache is damaged: remove {_cache_folder(config)}."
 
