@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
@@ -335,15 +335,13 @@ class Ranks:
         largest = int(payload_bytes[shares[self.stream]].max(initial=0))
         if submit is None:
             first_of_stream = self.rank % self._ranks_of_stream == 0
-            outbox = Outbox(largest, self._send if first_of_stream else None, self.device)
-            yield outbox
-            outbox.flush()
+            with Outbox(largest, self._send if first_of_stream else None, self.device) as outbox:
+                yield outbox
             return
         inbox = _Inbox(self._group, submit, on_waited, payload_bytes, self.patience_seconds, self._failures)
-        outbox = Outbox(largest, lambda batch, message: inbox.take(0, batch, message), self.device)
         inbox.start(dict(enumerate(shares[1:], start=1)), self._ranks_of_stream)
-        yield outbox
-        outbox.flush()
+        with Outbox(largest, lambda batch, message: inbox.take(0, batch, message), self.device) as outbox:
+            yield outbox
         inbox.join()
 
     def _send(self, batch: int, message: Tensor) -> Wait:
@@ -472,6 +470,8 @@ def _give_up_silent_machines(seconds: float) -> None:
 class Outbox:
     """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
 
+    To be used as a context manager: at its end, all that was put has been handed over.
+
     A thread of its own finishes them and hands them over, for the one that feeds a GPU would keep it waiting meanwhile
     (H200, hidden states of 1.5 billion parameters: 24 % of the time).
 
@@ -499,6 +499,16 @@ class Outbox:
         self._leaving = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
         self._num_put = 0
         self.waited_seconds = 0.0
+
+    def __enter__(self) -> "Outbox":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.shutdown()  # what was put is handed over, also if the block fails
+        if error is None:
+            self.flush()
 
     def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
         """Send a payload on its way.
