@@ -398,9 +398,13 @@ def _check_gpus() -> None:
 def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:
     _ignore_signals()
     if isinstance(error, Stopped):
+        dead = _dead_neighbours()
         if not thread_failures:
             time.sleep(_NOTICE_SECONDS)
-        error = thread_failures[0] if thread_failures else error
+        if thread_failures:
+            error = thread_failures[0]
+        elif dead:
+            error = LostRankError(_GONE.format(f"Rank {', '.join(map(str, dead))}"))
     logger.debug("This rank ends.", exc_info=error)
     if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
         traceback.print_exception(error)
@@ -416,6 +420,24 @@ def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn
     finally:
         # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
         os._exit(first.exit_status)
+
+
+def _dead_neighbours() -> list[int]:
+    """Ranks of this machine that had ended when the launcher's signal came: then that is why it came.
+
+    A rank that ends because of the signal itself may be among them; but it has said so to the launch's store by then.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    first = _launched_rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    living = set()
+    with suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    living.add(process.environ().get("RANK"))
+        return [rank for rank in range(first, first + _ranks_of_machine()) if str(rank) not in living]
+    return []
 
 
 def _launched_rank() -> int:

@@ -83,9 +83,9 @@ def draw_fault(chance: random.Random) -> Fault:
     if chance.random() < 0.45:
         moment = chance.choice(DELICATE)
         count = {"known": chance.randint(1, 20), "fsync": chance.randint(2, 9), "done": chance.randint(1, 60)}
-        return Fault("leader", chance.choice(["SIGKILL", "SIGKILL", "SIGTERM"]), moment, count.get(moment, 1))
+        return Fault("leader", chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGHUP"]), moment, count.get(moment, 1))
     target = chance.choice(["leader", "worker", "launcher"])
-    action = chance.choice(["SIGKILL", "SIGTERM"] + ["SIGSTOP"] * (target != "launcher"))
+    action = chance.choice(["SIGKILL", "SIGTERM", "SIGHUP"] + ["SIGSTOP"] * (target != "launcher"))
     return Fault(target, action, chance.uniform(0, 1.0))
 
 

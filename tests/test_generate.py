@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_the_file_says_where_it_comes_from(capture: Capture, teacher: Path, ragg
     assert attributes["teacher"] == str(teacher)
     assert attributes["settings"]["dataset"] == str(ragged)
     assert "output" not in attributes["settings"]
-    assert attributes["packages"]["torch"] == torch.__version__
+    assert attributes["packages"]["torch"] == version("torch")
     assert all(len(attributes[f"{name}_fingerprint"]) == 64 for name in ("teacher", "tokenizer", "dataset"))
 
 

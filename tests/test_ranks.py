@@ -295,3 +295,23 @@ def test_memory_does_not_grow_with_the_rows(teacher: Path, tmp_path: Path) -> No
         peaks.append(peak_memory_mb(dataset=data, output=tmp_path / f"{num_rows}.h5", **places))
     assert (tmp_path / "20000.h5").stat().st_size > 200e6
     assert peaks[1] < peaks[0] + 60
+
+
+def test_a_rank_that_had_ended_before_the_signal_came_is_found(tmp_path: Path) -> None:
+    """Three children of one launcher: the second is gone before the third looks, the first still there."""
+    (tmp_path / "launcher.py").write_text(
+        "import os, subprocess, sys\n"
+        "look = 'from logitgen.transport import _dead_neighbours as dead; print(dead())'\n"
+        "codes = ['import time; time.sleep(300)', '', look]\n"
+        "children = []\n"
+        "for rank, code in enumerate(codes, start=4):\n"
+        "    env = os.environ | {'RANK': str(rank), 'LOCAL_RANK': str(rank - 4), 'LOCAL_WORLD_SIZE': '3'}\n"
+        "    children.append(subprocess.Popen([sys.executable, '-c', code], env=env))\n"
+        "    if not code: os.waitid(os.P_PID, children[-1].pid, os.WEXITED | os.WNOWAIT)\n"
+        "children[2].wait()\n"
+        "children[0].kill()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, str(tmp_path / "launcher.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "[5]\n", done.stderr
