@@ -129,7 +129,12 @@ class Ranks:
             # Not left to Accelerate: with its static rendezvous ranks that were restarted find the addresses of the
             # dead ones in the launcher's store (torch 2.13).
             dist.init_process_group(store=_store(_JOIN_TIMEOUT), rank=_launched_rank(), world_size=_launched_ranks())
-        accelerator = Accelerator(cpu=cpu)
+        try:
+            accelerator = Accelerator(cpu=cpu)
+        except (ValueError, ImportError) as error:  # what a profile or ACCELERATE_... asks for is not to be had here
+            raise UsageError(
+                f"The launch profile does not fit this machine: {first_line(error)} Use one from accelerate_configs/."
+            ) from error
         self.rank = accelerator.process_index
         self.num_ranks = accelerator.num_processes
         self.is_leader = accelerator.is_main_process

@@ -315,3 +315,17 @@ def test_a_rank_that_had_ended_before_the_signal_came_is_found(tmp_path: Path) -
     command = [sys.executable, str(tmp_path / "launcher.py")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "[5]\n", done.stderr
+
+
+def test_a_precision_this_machine_cannot_train_in_is_refused_in_one_line(
+    teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "generate.py", f"--teacher={teacher}", f"--dataset={ragged}"]
+    command += [f"--output={tmp_path / 'out.h5'}", f"--log_dir={tmp_path}"]
+    env = {**os.environ, "ACCELERATE_MIXED_PRECISION": "fp8"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(
+        r"error: The launch profile does not fit this machine: .*fp8.* Use one from accelerate_configs/\.$", line
+    )
