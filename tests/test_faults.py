@@ -84,7 +84,8 @@ def test_a_folder_that_vanishes(run: Callable[..., Ended], finished: Callable[[]
     move = f"os.rename({str(folder)!r}, {str(tmp_path / 'moved')!r})"
     result = run(SLOW.format(f"if {RANK_1}: {move}"), output=folder / "out.h5")
     assert len(error_lines(result)) == 1
-    assert "out.h5.partial cannot be renamed to out.h5: No such file or directory" in error_lines(result)[0]
+    assert "out.h5.partial is not the file of this run any more" in error_lines(result)[0]
+    assert f"rows are in {tmp_path / 'moved' / 'out.h5.partial'}." in error_lines(result)[0]
     (tmp_path / "moved" / "out.h5.partial").rename(tmp_path / "out.h5.partial")
     finished()
 
