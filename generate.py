@@ -104,8 +104,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     logger.info(f"Loading {config.teacher}.")
     teacher = ranks.together(lambda: load_teacher(config, info, ranks.device, ranks.num_replicas))
     layout = replace(layout, head=teacher.head_form)
-    ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint})
-    ranks.same({f"teacher's {name}": str(value) for name, value in teacher.computation.items()})
+    computation = {f"teacher's {name}": str(value) for name, value in teacher.computation.items()}
+    ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)
     if config.batch_tokens.is_auto:
         fitting = ranks.together(
             lambda: fitting_batch_tokens(teacher, rows, layout, info.length_switch, ranks.ranks_of_machine)

@@ -277,12 +277,14 @@ class Capture:
     def __call__(self) -> None:
         """Run it until all is written; the last sync is left out, which no long run would feel."""
         job, none = self.job, np.zeros(len(self.job.rows), dtype=bool)
-        with Writer(self.path, self._header, job.rows, job.plan, none) as writer:
-            outbox = Outbox(
+        with (
+            Writer(self.path, self._header, job.rows, job.plan, none) as writer,
+            Outbox(
                 int(job.payload_bytes.max()),
                 lambda number, message: writer.submit(number, message.numpy()[:-8]).result,
                 self.teacher.device,
-            )
+            ) as outbox,
+        ):
             for number in range(job.plan.num_batches):
                 batch = job.rows.batch(job.plan.rows(number))
                 payload = capture_batch(self.teacher, batch, job.layout)
@@ -293,7 +295,6 @@ class Capture:
                     writer.submit(number, on_host).result()
                 else:
                     outbox.put(number, payload, finish)
-            outbox.flush()
 
 
 class ForwardPasses:

@@ -1,7 +1,6 @@
 """The split: loaded by `datasets` from wherever it is."""
 
 import glob
-import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -98,9 +97,10 @@ def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict
 
 def _if_damaged(error: BaseException, config: Config) -> str:
     """Say what helps where the file may be sound and only the copy in the cache is not."""
-    if not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
-        return ""
-    return f". If the dataset is sound, its copy in the cache is damaged: remove {_cache_folder(config)}."
+    folder = _cache_folder(config)
+    if not Path(folder).exists() or not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
+        return ""  # what was saved by `save_to_disk` is read where it is
+    return f". If the dataset is sound, its copy in the cache is damaged: remove {folder}."
 
 
 def _cache_folder(config: Config) -> str:
@@ -123,7 +123,7 @@ def _load_file(path: Path, config: Config) -> datasets.DatasetDict:
 
 def _cache_dir(path: Path) -> str | None:
     """Give local files of another stamp a cache of their own: `datasets` knows them by name and time alone."""
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, "logitgen", _stamp(path)) if path.exists() else None  # noqa: PTH118
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / _stamp(path)) if path.exists() else None
 
 
 def _load_saved(path: Path, config: Config) -> datasets.DatasetDict:
