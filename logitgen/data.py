@@ -97,9 +97,11 @@ def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict
 
 def _if_damaged(error: BaseException, config: Config) -> str:
     """Say what helps where the file may be sound and only the copy in the cache is not."""
+    if not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
+        return ""
     folder = _cache_folder(config)
-    if not Path(folder).exists() or not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
-        return ""  # what was saved by `save_to_disk` is read where it is
+    if not Path(folder).exists():  # what was saved by `save_to_disk` is read where it is
+        return ""
     return f". If the dataset is sound, its copy in the cache is damaged: remove {folder}."
 
 
