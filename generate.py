@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 from logitgen.capture import capture_batch, seal
 from logitgen.config import parse_config
-from logitgen.console import Progress, print_result, silence_stdout, start_logging
+from logitgen.console import Progress, only_shows, print_result, silence_stdout, start_logging
 from logitgen.data import load_split
 from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
 from logitgen.header import file_bytes
@@ -37,7 +37,7 @@ from logitgen.reader import LogitsFile
 from logitgen.report import estimate_view, summary
 from logitgen.rows import Rows
 from logitgen.schema import Layout
-from logitgen.teacher import describe_teacher, load_teacher
+from logitgen.teacher import Teacher, describe_teacher, load_model
 from logitgen.tokens import load_tokenizer, tokenize
 from logitgen.transport import UNLIMITED, Ranks, launched
 from logitgen.writer import Writer, write_known
@@ -102,12 +102,13 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         ranks.on_leader(lambda: output.check_space(file_bytes(layout, about)))
 
     logger.info(f"Loading {config.teacher}.")
-    teacher = ranks.together(lambda: load_teacher(config, info, ranks.device, ranks.num_replicas))
+    model = ranks.together(lambda: load_model(config, info, ranks.device, ranks.num_replicas))
+    teacher = ranks.in_step(lambda: Teacher(model, info.vocab_size, with_head=config.capture == "hidden"))
     layout = replace(layout, head=teacher.head_form)
     computation = {f"teacher's {name}": str(value) for name, value in teacher.computation.items()}
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)
     if config.batch_tokens.is_auto:
-        fitting = ranks.together(
+        fitting = ranks.in_step(
             lambda: fitting_batch_tokens(teacher, rows, layout, info.length_switch, ranks.ranks_of_machine)
         )
         config = config.with_batch_tokens(min(ranks.gathered(fitting)))
@@ -116,7 +117,8 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     ranks.on_leader(lambda: output.check(about))
     plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
     if config.dry_run:
-        pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout, lambda number: min(ranks.gathered(number))))
+        with ranks.watched():
+            pilots = ranks.gathered(run_pilot(teacher, rows, plan, layout, lambda number: min(ranks.gathered(number))))
         if ranks.is_leader:
             costs = estimate(rows, plan, layout, about, pilots, config.tp_size, config.fsdp_size)
             print_result(estimate_view(costs, output.free_bytes))
@@ -141,6 +143,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
     with writer or nullcontext():
         with (
             progress if writer else nullcontext(),
+            ranks.watched(),
             ranks.deliver(shares, payload_bytes, writer.submit if writer else None, progress.waited) as outbox,
         ):
             for number in share:
@@ -152,9 +155,10 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         ranks.on_leader(lambda: writer.finish() if writer else None)
     ranks.on_leader(output.complete)
     if writer:
-        num_tokens = int(tokens_of_batch[batches].sum())
-        file, waited = LogitsFile(output.path), progress.waited_share
-        print_result(summary(file, writer.num_twice, num_tokens, plan.padding_share, progress.seconds, waited))
+        num_tokens, waited = int(tokens_of_batch[batches].sum()), progress.waited_share
+        with only_shows(f"{output.path} is complete, but its summary"):
+            file = LogitsFile(output.path)
+            print_result(summary(file, writer.num_twice, num_tokens, plan.padding_share, progress.seconds, waited))
 
 
 if __name__ == "__main__":

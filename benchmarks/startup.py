@@ -38,10 +38,11 @@ def memory_of_loading(teacher: str) -> dict[str, float]:
     """Load a teacher in a process of its own; return the bytes of its weights and by how much its memory grew."""
     code = (
         "import sys, torch; from logitgen.config import Config; from logitgen.estimate import _taken_bytes;"
-        "from logitgen.teacher import describe_teacher, load_teacher;"
+        "from logitgen.teacher import Teacher, describe_teacher, load_model;"
         "config = Config(teacher=sys.argv[1], dataset='none', output='none');"
         "info, device, found = describe_teacher(config), torch.device('cpu'), [];"
-        "taken = _taken_bytes(device, lambda: found.append(load_teacher(config, info, device)));"
+        "load = lambda: found.append(Teacher(load_model(config, info, device), info.vocab_size));"
+        "taken = _taken_bytes(device, load);"
         "print('taken', sum(p.nbytes for p in found[0]._model.parameters()), taken)"
     )
     measured = measure([sys.executable, "-c", code, teacher])

@@ -56,14 +56,13 @@ def without_plan() -> None:
 
 def without_chunks() -> None:
     """Let the teacher run whole, as it does where its head cannot be run apart."""
-    load_teacher = generate.load_teacher
+    generate.Teacher = _Whole  # type: ignore[misc]
 
-    def load_whole(*arguments: Any) -> Teacher:
-        teacher = load_teacher(*arguments)
-        teacher._decoder = None
-        return teacher
 
-    generate.load_teacher = load_whole
+class _Whole(Teacher):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._decoder = None
 
 
 class _Gathering:

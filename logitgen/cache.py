@@ -4,21 +4,28 @@ A power cut leaves files that were renamed but never synced: short, empty, or fu
 seal lies beside it, with its size and checksum, which is written after the file is on the disk.
 """
 
+import errno
 import json
 import logging
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
 from logitgen.errors import CaptureError
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 2**24
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_CUT_OFF = "Expected to be able to read"
+"""How Arrow says that a file ends too early, in an OSError without a number."""
 
 
 def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
@@ -46,6 +53,27 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
         with suppress(FileNotFoundError):  # nothing is kept, or another run makes the same file anew
             _seal(path, num_rows)
     return rows
+
+
+def remedy(error: BaseException, copies: Iterable[str]) -> str:
+    """Say what helps if an error is the cache's rather than the dataset's; empty if it is not.
+
+    Args:
+        error: What reading or writing raised.
+        copies: Files or folders that were read, those of the cache among them.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    copies = [copy for copy in copies if Path(copy).is_relative_to(folder) and Path(copy).exists()]
+    if copies and (isinstance(error, pa.ArrowInvalid | pa.ArrowIndexError) or _CUT_OFF in str(error)):
+        return f" If the dataset is sound, its copy in the cache is damaged: remove {', '.join(copies[:3])}."
+    if isinstance(error, OSError) and (error.errno in _FULL or _lies_along(error.filename, folder)):
+        return f" The rows are copied into {folder}: free space there, or name another folder in HF_DATASETS_CACHE."
+    return ""
+
+
+def _lies_along(name: str | None, folder: Path) -> bool:
+    """Whether a path is a folder, above it or below it."""
+    return name is not None and (folder.is_relative_to(name) or Path(name).is_relative_to(folder))
 
 
 def _seal_of(path: Path) -> Path:

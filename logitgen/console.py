@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.errors import UsageError
+from logitgen.errors import UsageError, first_line
 from logitgen.schema import Array
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,15 @@ def _say(text: Text) -> None:
 def print_result(result: RenderableType) -> None:
     """Print what a command was asked for, to standard output."""
     Console(file=_stdout).print(result, soft_wrap=isinstance(result, Text))
+
+
+@contextmanager
+def only_shows(what: str) -> Iterator[None]:
+    """Have a block that only shows something end no run: its error becomes a line in the log."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{what} cannot be shown: {first_line(error)}")
 
 
 @contextmanager

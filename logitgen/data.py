@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import pyarrow as pa
 from datasets.fingerprint import Hasher
 
+from logitgen.cache import remedy
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 
@@ -20,10 +20,6 @@ _FILE_FORMATS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
-
-
-_CUT_OFF = "Expected to be able to read"
-"""How Arrow says that a file ends too early, in an OSError without a number."""
 
 _NO_DATA = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 """How `datasets` and the Parquet reader say that a file has no rows."""
@@ -43,11 +39,13 @@ def load_split(config: Config) -> datasets.Dataset:
     except UsageError:
         raise
     except Exception as error:  # `datasets` and the readers below it raise whatever they like
-        cause = first_line(error.__cause__ or error)
-        if any(words in cause for words in _NO_DATA):
+        cause = error.__cause__ or error
+        if any(words in first_line(cause) for words in _NO_DATA):
             raise _no_rows(config) from error
-        cause += _if_damaged(error, config)
-        raise UsageError(f"--dataset {config.dataset} cannot be loaded with --split {config.split}: {cause}") from error
+        raise UsageError(
+            f"--dataset {config.dataset} cannot be loaded with --split {config.split}: "
+            f"{first_line(cause).rstrip('.')}.{remedy(cause, [_cache_folder(config)])}"
+        ) from error
     parts = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans if span.from_ < span.to]
     if not parts:
         raise _no_rows(config)
@@ -93,16 +91,6 @@ def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict
                 f"cache {len(rows):,}: that is damaged. Remove {_cache_folder(config)} and run the same command again."
             )
     return splits
-
-
-def _if_damaged(error: BaseException, config: Config) -> str:
-    """Say what helps where the file may be sound and only the copy in the cache is not."""
-    if not (isinstance(error, pa.ArrowInvalid) or _CUT_OFF in str(error)):
-        return ""
-    folder = _cache_folder(config)
-    if not Path(folder).exists():  # what was saved by `save_to_disk` is read where it is
-        return ""
-    return f". If the dataset is sound, its copy in the cache is damaged: remove {folder}."
 
 
 def _cache_folder(config: Config) -> str:

@@ -17,7 +17,7 @@ from logitgen.dataset import head_of
 from logitgen.errors import UsageError
 from logitgen.reader import LogitsFile
 from logitgen.schema import FLOAT16_MAX, Array, Layout
-from logitgen.teacher import Teacher, TeacherInfo, describe_teacher, load_teacher
+from logitgen.teacher import Teacher, TeacherInfo, describe_teacher, load_model
 from logitgen.tokens import load_tokenizer, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
             f"{file.layout.vocab_size}. Give the teacher of the file."
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    teacher = load_teacher(config, info, device or torch.device("cpu"))
+    teacher = Teacher(load_model(config, info, device or torch.device("cpu")), info.vocab_size)
     tokenizer = tokenizer_fingerprint(load_tokenizer(config))
     differs = {
         "the teacher's weights are not those of the file": teacher.fingerprint != said["teacher_fingerprint"],

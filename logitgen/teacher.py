@@ -174,7 +174,16 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
-        """Wrap a model in evaluation mode; see `load_teacher`."""
+        """Wrap a model in evaluation mode, and find out how it can be run.
+
+        Args:
+            model: As `load_model` loads it.
+            vocab_size: How many logits it should have, V.
+            with_head: Whether its head is to be stored.
+
+        Raises:
+            UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
+        """
         # cuDNN's attention plans every new shape of a batch for some 50 ms, and almost every batch has a new one
         # (modelscope/FunASR #3704, pytorch/pytorch #191576). It is the likely reason for the 65 ms a batch that 8 small
         # layers took on an H200; the gain of leaving it out has not been measured.
@@ -234,8 +243,10 @@ class Teacher:
             return (self._decoder or self._model)(input_ids=input_ids_BT, use_cache=False)
 
 
-def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_replicas: int = 1) -> Teacher:
-    """Load the weights straight to where they are used: no rank ever holds more of them than its part.
+def load_model(config: Config, info: TeacherInfo, device: torch.device, num_replicas: int = 1) -> PreTrainedModel:
+    """Load a teacher's weights straight to where they are used: no rank ever holds more of them than its part.
+
+    Ranks that share it do not wait for one another here; they do whenever they use it.
 
     Args:
         config: The run's options.
@@ -244,8 +255,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_re
         num_replicas: How many copies of the teacher the ranks hold together.
 
     Raises:
-        UsageError: The weights cannot be loaded, some of them are missing from the checkpoint, or the head is to be
-            stored and cannot be.
+        UsageError: The weights cannot be loaded, or some of them are missing from the checkpoint.
     """
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -284,7 +294,7 @@ def load_teacher(config: Config, info: TeacherInfo, device: torch.device, num_re
     if config.fsdp_size == 1:
         _align_weights(model)
     model.config.return_dict = True  # some checkpoints ask for tuples
-    return Teacher(model.eval(), info.vocab_size, with_head=config.capture == "hidden")
+    return cast(PreTrainedModel, model.eval())
 
 
 def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[str, Any]:
@@ -451,7 +461,9 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
     dtypes = {tensor.dtype for tensor in (hidden_PD, weight_VD, bias_V) if tensor is not None}
     if dtypes != {model.dtype} or dtype_name(model.dtype) not in STORED_DTYPES:
         names = " and ".join(sorted(map(dtype_name, dtypes | {model.dtype})))
-        raise _no_head(f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)}")
+        raise _no_head(
+            f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)} (see --dtype)"
+        )
     # Of both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
     id_V = torch.arange(vocab_size, device=device)
     probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)

@@ -15,7 +15,7 @@ import transformers
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from logitgen.cache import cached
+from logitgen.cache import cached, remedy
 from logitgen.config import Config
 from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
@@ -98,10 +98,9 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     except UnicodeDecodeError as error:
         raise UsageError(f"--dataset {config.dataset} holds text that is not UTF-8: {error}. Convert it.") from error
     except (pa.ArrowInvalid, pa.ArrowIndexError, OSError) as error:
-        files = ", ".join(found["filename"] for found in split.cache_files[:3])
+        copies = [found["filename"] for found in split.cache_files]
         raise UsageError(
-            f"--dataset {config.dataset} cannot be read: {first_line(error)} If {files or 'its file'} is damaged, "
-            "remove it and run the same command again."
+            f"--dataset {config.dataset} cannot be read: {first_line(error).rstrip('.')}.{remedy(error, copies)}"
         ) from error
 
 

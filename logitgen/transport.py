@@ -141,7 +141,7 @@ class Ranks:
         self.device = accelerator.device
         self.num_replicas = self.num_ranks
         self.replica = self.stream = self.rank
-        self._ranks_of_stream = 1
+        self._ranks_of_stream = self._ranks_of_replica = 1
         self.ranks_of_machine = _ranks_of_machine()
         self._first_of_machine = accelerator.is_local_main_process
         self._failures = thread_failures
@@ -203,7 +203,7 @@ class Ranks:
                 f"{self.num_ranks}. Start a multiple of {size}: accelerate launch --num_processes {size} ..."
             )
         self.num_replicas, self.replica = self.num_ranks // size, self.rank // size
-        self.stream, self._ranks_of_stream = self.rank // tp_size, tp_size
+        self.stream, self._ranks_of_stream, self._ranks_of_replica = self.rank // tp_size, tp_size, size
 
     def together(
         self, work: Callable[[], T], *, machine_by_machine: bool = False, patience_seconds: float | None = None
@@ -261,6 +261,40 @@ class Ranks:
         self._meet(lambda: dist.broadcast_object_list(values, src=0, group=self._group))
         return cast(T, values[0])
 
+    def in_step(self, work: Callable[[], T]) -> T:
+        """Do something on every rank in which those that share a teacher wait for one another.
+
+        If it fails on one of them, the others cannot be asked any more: that rank ends, and so does the run.
+        """
+        if self._ranks_of_replica == 1:
+            return self.together(work)
+        with self.watched():
+            return work()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """End this rank if those that share its teacher stop moving in the block, where nothing can interrupt them."""
+        if self._ranks_of_replica == 1:
+            yield
+            return
+        ended = threading.Event()
+
+        def watch() -> None:
+            try:
+                self._until(ended.wait, lambda: "A rank that shares the teacher", self.patience_seconds)
+            except LostRankError as error:
+                self._failures.append(error)
+                _first_failure(_Failure.of(error))
+                _interrupt_main()
+                if not ended.wait(_GRACE_SECONDS):  # the main thread is out of reach
+                    _leave(error)
+
+        threading.Thread(target=watch, name="shared teacher watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
     def gathered(self, value: T, patience_seconds: float | None = None) -> list[T]:
         """Hand every rank the values of all, by rank; see `_wait` for the patience."""
         values: list[T] = [value] * self.num_ranks
@@ -306,17 +340,26 @@ class Ranks:
                 raise
 
         future = self._waiting.submit(run)
-        patience = patience_seconds or self.patience_seconds
+        self._until(lambda seconds: wait([future], seconds).done, late, patience_seconds or self.patience_seconds)
+        future.result()
+
+    def _until(self, ended: Callable[[float], object], late: Callable[[], str], patience_seconds: float) -> None:
+        """Wait until something has ended, as long as any rank moves.
+
+        Args:
+            ended: Waits so many seconds at most; whether it has ended by then.
+            late: Who it was if nothing moves any more.
+            patience_seconds: How long nothing may move.
+        """
         # Looks are counted, not seconds: a run that is suspended as a whole does not look.
-        most_looks = (patience + (0 if self.is_leader else _GRACE_SECONDS)) / _LOOK_SECONDS
+        most_looks = (patience_seconds + (0 if self.is_leader else _GRACE_SECONDS)) / _LOOK_SECONDS
         moves, num_looks = 0, 0
-        while not wait([future], timeout=_LOOK_SECONDS).done:
+        while not ended(_LOOK_SECONDS):
             num_looks += 1
             if (now := _count(_MOVES)) != moves:
                 moves, num_looks = now, 0
             elif num_looks > most_looks:
-                raise LostRankError(_HUNG.format(late(), patience))
-        future.result()
+                raise LostRankError(_HUNG.format(late(), patience_seconds))
 
     @contextmanager
     def deliver(
@@ -343,7 +386,8 @@ class Ranks:
             with Outbox(largest, self._send if first_of_stream else None, self.device) as outbox:
                 yield outbox
             return
-        inbox = _Inbox(self._group, submit, on_waited, payload_bytes, self.patience_seconds, self._failures)
+        late = "Rank {}" if self._ranks_of_replica == 1 else "Rank {} or one that shares its teacher"
+        inbox = _Inbox(self._group, submit, on_waited, payload_bytes, self.patience_seconds, late, self._failures)
         inbox.start(dict(enumerate(shares[1:], start=1)), self._ranks_of_stream)
         with Outbox(largest, lambda batch, message: inbox.take(0, batch, message), self.device) as outbox:
             yield outbox
@@ -410,6 +454,11 @@ def _end(error: BaseException, thread_failures: list[BaseException]) -> NoReturn
             error = thread_failures[0]
         elif dead:
             error = LostRankError(_GONE.format(f"Rank {', '.join(map(str, dead))}"))
+    _leave(error)
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process, with one line if it is the first of the launch to fail."""
     logger.debug("This rank ends.", exc_info=error)
     if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
         traceback.print_exception(error)
@@ -590,6 +639,7 @@ class _Inbox:
         on_waited: OnWaited,
         sizes: Array,
         patience_seconds: float,
+        late: str,
         failures: list[BaseException],
     ) -> None:
         self._group = group
@@ -597,6 +647,7 @@ class _Inbox:
         self._on_waited = on_waited
         self._sizes = sizes
         self._patience_seconds = patience_seconds
+        self._late = late
         self._failures = failures
         self._threads: list[threading.Thread] = []
         self._waiting_since: dict[int, int | None] = {}  # in looks; a receiver writes its own entry only
@@ -621,7 +672,7 @@ class _Inbox:
             thread = threading.Thread(target=self._run, args=(stream, peer, share), name=f"receive {peer}", daemon=True)
             self._threads.append(thread)
             thread.start()
-        if shares:
+        if self._group:
             threading.Thread(target=self._watch, name="receive watch", daemon=True).start()
 
     def join(self) -> None:
@@ -653,7 +704,7 @@ class _Inbox:
             self._num_looks += 1
             for peer, since in list(self._waiting_since.items()):
                 if since is not None and (self._num_looks - since) * _LOOK_SECONDS > self._patience_seconds:
-                    self._fail(LostRankError(_HUNG.format(f"Rank {peer}", self._patience_seconds)))
+                    self._fail(LostRankError(_HUNG.format(self._late.format(peer), self._patience_seconds)))
                     return
 
     def _receive(self, stream: int, peer: int, share: Array) -> None:

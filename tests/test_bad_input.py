@@ -46,7 +46,7 @@ from logitgen.transport import Ranks
 DEADLINE_SECONDS = 20
 MOST_CHARACTERS = 700
 """Of a message, long values that were given not counted."""
-STEPS = ["describe_teacher", "load_tokenizer", "load_split", "tokenize", "load_teacher", "capture_batch"]
+STEPS = ["describe_teacher", "load_tokenizer", "load_split", "tokenize", "load_model", "capture_batch"]
 """What a run does one after the other, cheap things first."""
 
 Prepare = Callable[[], object]
@@ -500,7 +500,7 @@ ID_IS_NONE = r"^Row \d+: 'input_ids' must be a list of token ids, .* is none\."
 )  # fmt: skip
 def test_bad_datasets(case: Bad, work: Path, monkeypatch: Any, capfd: Any) -> None:
     case.prepare()
-    refuse(with_logs_elsewhere(case, work), case.message, "load_teacher", work, monkeypatch, capfd)
+    refuse(with_logs_elsewhere(case, work), case.message, "load_model", work, monkeypatch, capfd)
 
 
 # Teachers.
@@ -613,7 +613,7 @@ def test_bad_teachers(case: Bad, work: Path, monkeypatch: Any, capfd: Any) -> No
 )  # fmt: skip
 def test_bad_tokenizers(case: Bad, work: Path, monkeypatch: Any, capfd: Any) -> None:
     case.prepare()
-    refuse(with_logs_elsewhere(case, work), case.message, "load_teacher", work, monkeypatch, capfd)
+    refuse(with_logs_elsewhere(case, work), case.message, "load_model", work, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(
@@ -633,7 +633,7 @@ def test_bad_messages(chats: list[dict[str, Any]], got: str, work: Path, monkeyp
     Path("teacher/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     write_jsonl(Path("rows.jsonl"), chats)
     message = rf"^Row 0: 'messages' must be a list of role and content strings, got {got}"
-    refuse([*GOOD, f"--log_dir={work.parent / 'logs'}"], message, "load_teacher", work, monkeypatch, capfd)
+    refuse([*GOOD, f"--log_dir={work.parent / 'logs'}"], message, "load_model", work, monkeypatch, capfd)
 
 
 def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Prepare:
@@ -795,7 +795,7 @@ def change_first_row() -> None:
 )  # fmt: skip
 def test_outputs_of_other_rows(case: Bad, work: Path, monkeypatch: Any, capfd: Any) -> None:
     case.prepare()
-    refuse(with_logs_elsewhere(case, work), case.message, "load_teacher", work, monkeypatch, capfd)
+    refuse(with_logs_elsewhere(case, work), case.message, "load_model", work, monkeypatch, capfd)
 
 
 def test_an_unfinished_output_of_other_weights(work: Path, monkeypatch: Any, capfd: Any) -> None:
@@ -832,7 +832,7 @@ def test_a_disk_that_is_too_small(work: Path, monkeypatch: Any, capfd: Any) -> N
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 0, 1000))
     message = r"^--output out\.h5 needs .* has 1(\.0)? ?k?.*B free\. Free some space, or keep less"
-    refuse([*GOOD, f"--log_dir={work.parent / 'logs'}"], message, "load_teacher", work, monkeypatch, capfd)
+    refuse([*GOOD, f"--log_dir={work.parent / 'logs'}"], message, "load_model", work, monkeypatch, capfd)
 
 
 # Files given to the reader, to inspect and to verify.

@@ -141,7 +141,7 @@ def test_nearly_equal_log_probs_may_come_in_another_order(ours: LogitsFile):
 def test_our_capture_with_a_piece_replaced_yields_the_same_rows(
     ours: LogitsFile, capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch, piece: str
 ):
-    for place, name in ((generate, "Plan"), (generate, "load_teacher"), (transport.Ranks, "deliver")):
+    for place, name in ((generate, "Plan"), (generate, "Teacher"), (transport.Ranks, "deliver")):
         monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
     getattr(without, f"without_{piece}")()
     path = capture(

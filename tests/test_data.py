@@ -1,7 +1,9 @@
 """Where rows come from: every file format, folders, saved datasets, slices, and what is refused."""
 
 import csv
+import errno
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -301,3 +303,34 @@ def test_a_damaged_copy_in_the_cache_is_refused_with_its_place(
     place = re.escape(str(tmp_path / "cache" / "logitgen"))
     with pytest.raises(UsageError, match=rf"rows\.jsonl .*damaged.*[Rr]emove {place}"):
         load_split(config)
+
+
+@pytest.mark.parametrize("place", ["a file is in the way", "the disk is full"])
+def test_a_cache_that_cannot_be_written_is_named_as_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = tmp_path / "cache"
+    if place == "the disk is full":
+        monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "finalize", full)
+    else:
+        cache.write_text("no folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a row"}])
+    reason = r"\[Errno \d+\] .*\. The rows are copied into .*cache: free space there, or .*HF_DATASETS_CACHE"
+    with pytest.raises(UsageError, match=rf"^--dataset .*rows\.jsonl cannot be loaded .*{reason}"):
+        load_split(Config(teacher="m", dataset=str(path), output="o.h5"))
+
+
+def test_a_dataset_that_cannot_be_read_is_not_blamed_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "rows.jsonl"))
+
+    monkeypatch.setattr(datasets, "load_dataset", denied)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a row"}])
+    with pytest.raises(UsageError, match=r"Permission denied: '.*rows\.jsonl'\.$"):
+        load_split(Config(teacher="m", dataset=str(path), output="o.h5"))

@@ -131,10 +131,42 @@ def test_a_run_goes_on_when_nobody_listens_any_more(
 
 
 def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
-    hang = "if os.environ['RANK'] == '1': generate.load_teacher = lambda *_: time.sleep(3600)"
+    hang = "if os.environ['RANK'] == '1': generate.load_model = lambda *_: time.sleep(3600)"
     result = run(f"import os, time, generate\n{hang}", rank_timeout=4)
     assert len(error_lines(result)) == 1
     assert "Rank 1 has not moved for 4 s" in error_lines(result)[0]
+    assert not list(tmp_path.glob("out.h5*"))
+
+
+@pytest.mark.parametrize(("sharing", "rank"), [("tp_size", 1), ("fsdp_size", 0)])
+def test_a_rank_that_hangs_with_a_part_of_the_teacher_ends_the_run(
+    run: Callable[..., Ended], finished: Callable[[], None], tmp_path: Path, sharing: str, rank: int
+) -> None:
+    """The others wait for it inside torch, where no signal reaches them."""
+    hang = f"if os.environ['RANK'] == '{rank}' and number == 5: time.sleep(3600)"
+    result = run(SLOW.format(hang), rank_timeout=4, **{sharing: 2})
+    assert len(error_lines(result)) == 1
+    assert "has not moved for 4 s (--rank_timeout). It hangs, or its machine is gone." in error_lines(result)[0]
+    assert (tmp_path / "out.h5.partial").exists()
+    if sharing == "fsdp_size":  # which computes the same numbers as one rank
+        finished()
+
+
+@pytest.mark.parametrize("place", ["load_model", "Teacher"])
+def test_a_rank_that_runs_out_of_memory_as_it_loads_its_part_of_the_teacher_is_named(
+    run: Callable[..., Ended], tmp_path: Path, place: str
+) -> None:
+    fail = f"""
+before = generate.{place}
+def changed(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+    return before(*arguments, **options)
+generate.{place} = changed
+"""
+    result = run(f"import os, torch, generate{fail}", tp_size=2)
+    assert len(error_lines(result)) == 1
+    assert "Rank 1: OutOfMemoryError: Tried to allocate 2.00 GiB." in error_lines(result)[0]
     assert not list(tmp_path.glob("out.h5*"))
 
 

@@ -212,10 +212,10 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
 def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a run fail that loads the teacher."""
 
-    def load_teacher(*arguments: Any) -> None:
+    def load_model(*arguments: Any) -> None:
         raise AssertionError("The teacher was loaded.")
 
-    monkeypatch.setattr(generate, "load_teacher", load_teacher)
+    monkeypatch.setattr(generate, "load_model", load_model)
 
 
 def done_rows(path: Path) -> list[int]:

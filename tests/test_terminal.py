@@ -128,3 +128,17 @@ def test_a_stream_that_failed_once_is_not_written_to_again(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdout", Gone())
     assert _Stream("stdout").write("abc") == 3
     assert _Stream("stdout").encoding == "utf-8"
+
+
+def test_a_summary_that_cannot_be_drawn_leaves_the_run_a_success(
+    tmp_path: Path, capture: Capture, teacher: Path, ragged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import generate
+
+    def out_of_memory(path: Path) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(generate, "LogitsFile", out_of_memory)
+    output = capture(teacher=teacher, dataset=ragged)
+    assert len(LogitsFile(output)) > 0
+    assert f"{output} is complete, but its summary cannot be shown: [Errno 12]" in log_of(tmp_path)
