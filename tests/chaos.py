@@ -4,7 +4,9 @@
 
 A round starts a run of one to three ranks, disturbs it, and then checks: the file opens or is cleanly absent, no row
 marked done is wrong, no process is left, and the same command with another number of ranks finishes a copy of it to the
-bytes of an undisturbed run. The next round goes on with what this one left, so resumed runs are disturbed too.
+bytes of an undisturbed run. Before that, the cache of tokens may be damaged; or the teacher's configuration is changed,
+with which the command has to be refused. The next round goes on with what this one left, so resumed runs are disturbed
+too.
 
 Most rounds fork their ranks from this process, which has imported everything, under a small launcher that does what
 torch's does; the last `--launches` rounds start the real one, `accelerate launch`.
@@ -13,13 +15,16 @@ torch's does; the last `--launches` rounds start the real one, `accelerate launc
 import argparse
 import json
 import os
+import pty
 import random
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -53,6 +58,8 @@ BATCH_SECONDS = 0.004
 """How long a forward pass takes at least, so that there is something to disturb."""
 ENDS_WITHIN_SECONDS = 60
 
+FOREIGN = b"Somebody else's file."
+
 DELICATE = ("create", "known", "first rename", "fsync", "done", "last rename")
 """Moments at which the leader kills itself."""
 
@@ -62,21 +69,24 @@ class Fault:
     """What happens to a run.
 
     Attributes:
-        target: `leader`, `worker`, `launcher`, or `nobody`.
-        action: Name of the signal; SIGSTOP is followed by SIGCONT.
+        target: `leader`, `worker`, `launcher` or `nobody`; `terminal` or `file` for what is no process.
+        action: Name of the signal; SIGSTOP is followed by SIGCONT. A terminal is closed, a file swapped for
+            another one.
         moment: A time after the first forward pass in seconds, or one of `DELICATE` moments.
         count: The how-manieth such moment it is.
+        then: What else happens before the run is taken up again: the `cache` is damaged, the `configuration` changed.
     """
 
     target: str
     action: str
     moment: float | str = 0.0
     count: int = 1
+    then: str = ""
 
     @property
     def name(self) -> str:
         when = "at random" if isinstance(self.moment, float) else f"at {self.moment}"
-        return f"{self.action} {self.target} {when}"
+        return f"{self.action} {self.target} {when}" + (f", other {self.then}" if self.then else "")
 
 
 def draw_fault(chance: random.Random) -> Fault:
@@ -84,9 +94,19 @@ def draw_fault(chance: random.Random) -> Fault:
         moment = chance.choice(DELICATE)
         count = {"known": chance.randint(1, 20), "fsync": chance.randint(2, 9), "done": chance.randint(1, 60)}
         return Fault("leader", chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGHUP"]), moment, count.get(moment, 1))
+    moment = chance.uniform(0, 1.0)
+    if chance.random() < 0.25:
+        return chance.choice(
+            [
+                Fault("terminal", "close", moment),
+                Fault("file", "swap", moment),
+                Fault("leader", "SIGKILL", moment, then="cache"),
+                Fault("leader", "SIGTERM", moment, then="configuration"),
+            ]
+        )
     target = chance.choice(["leader", "worker", "launcher"])
     action = chance.choice(["SIGKILL", "SIGTERM", "SIGHUP"] + ["SIGSTOP"] * (target != "launcher"))
-    return Fault(target, action, chance.uniform(0, 1.0))
+    return Fault(target, action, moment)
 
 
 def be_rank(fault: Fault, written: Path) -> None:
@@ -148,18 +168,17 @@ def arm(fault: Fault) -> None:
 class Forked:
     """A run whose ranks are forked from this process, under a launcher that does what torch's does."""
 
-    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, output: Path) -> None:
+    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, console: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._pids = output.with_suffix(".pids")
+        self._pids = written.with_suffix(".pids")
         self._pids.unlink(missing_ok=True)
         self.launcher = os.fork()
         if self.launcher == 0:
             os.setsid()
-            silence = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
+            os.dup2(console, 1)
+            os.dup2(console, 2)
             ranks = [self._fork_rank(rank, num_ranks, port, arguments, fault, written) for rank in range(num_ranks)]
             self._pids.with_suffix(".new").write_text(json.dumps(ranks))
             self._pids.with_suffix(".new").rename(self._pids)
@@ -236,14 +255,13 @@ class Forked:
 class Launched:
     """A run started by `accelerate launch`."""
 
-    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, output: Path) -> None:
+    def __init__(self, num_ranks: int, arguments: list[str], fault: Fault, written: Path, console: int) -> None:
         command = launch_command(num_ranks)
         script = command.index("generate.py")
         command[script:] = [__file__, "--as_rank", json.dumps([asdict(fault), str(written)]), *arguments]
         self._mark = f"chaos_{os.getpid()}_{time.monotonic_ns()}"
-        self._log = output.with_suffix(".log").open("w")
         self._run = subprocess.Popen(
-            command, cwd=ROOT, stdout=self._log, stderr=self._log, env=os.environ | {"CHAOS": self._mark}
+            command, cwd=ROOT, stdout=console, stderr=console, env=os.environ | {"CHAOS": self._mark}
         )
         self.launcher = self._run.pid
 
@@ -312,9 +330,20 @@ class Lab:
         written = output.with_suffix(".written")
         written.unlink(missing_ok=True)
         arguments = [*self._arguments, f"--output={output}", f"--log_dir={log_dir}"]
-        run = kind(num_ranks, arguments, fault, written, output)
+        closed = threading.Event()
+        log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        console = open_terminal(closed) if fault.target == "terminal" else log
+        run = kind(num_ranks, arguments, fault, written, console)
+        for descriptor in {console, log}:
+            os.close(descriptor)
         if isinstance(fault.moment, float) and fault.target != "nobody":
-            self._disturb(run, fault, log_dir / "rank_0.log")
+            self._wait_for(run, fault.moment, log_dir / "rank_0.log")
+            if fault.target == "terminal":
+                closed.set()
+            elif fault.target == "file":
+                swap(Path(f"{output}.partial"))
+            else:
+                self._signal(run, fault)
         deadline = time.monotonic() + ENDS_WITHIN_SECONDS
         while (run.poll() is None or run.processes()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -323,13 +352,17 @@ class Lab:
             os.kill(pid, signal.SIGKILL)
         return None if left else run.poll()
 
-    def _disturb(self, run: Any, fault: Fault, log: Path) -> None:
+    @staticmethod
+    def _wait_for(run: Any, seconds: float, log: Path) -> None:
+        """Wait until so long after the first forward pass, or until the run has ended."""
         deadline = time.monotonic() + ENDS_WITHIN_SECONDS
         while run.poll() is None and time.monotonic() < deadline:
             if log.exists() and "Capturing" in log.read_text():
                 break
             time.sleep(0.01)
-        time.sleep(float(fault.moment))
+        time.sleep(seconds)
+
+    def _signal(self, run: Any, fault: Fault) -> None:
         pid = run.pid(fault.target)
         if pid is None or run.poll() is not None:
             return
@@ -341,6 +374,23 @@ class Lab:
         except ProcessLookupError:
             pass
 
+    def damage_cache(self) -> None:
+        """Spoil the tokens that are kept between runs, as a power cut does."""
+        for path in (self.folder / "cache" / "logitgen").glob("*.arrow"):
+            content = bytearray(path.read_bytes())
+            content[self._chance.randrange(len(content)) :] = b"\0" * self._chance.choice([0, 1, 5000])
+            path.unlink()
+            path.write_bytes(content)
+
+    def accepts_another_teacher(self, copy: Path) -> bool:
+        """Whether a run is taken up with a teacher that computes otherwise, or leaves a trace of having tried."""
+        config, partial = self.folder / "teacher" / "config.json", Path(f"{copy}.partial")
+        own, before = config.read_text(), partial.read_bytes()
+        config.write_text(json.dumps(json.loads(own) | {"rms_norm_eps": 0.5}))
+        status = self.run(Forked, copy, Fault("nobody", "none"), 2)
+        config.write_text(own)
+        return status != 1 or partial.read_bytes() != before
+
     def wrong_rows(self, left: Path) -> int:
         """Rows of a partial file that are marked done, and are not what they should be."""
         file = LogitsFile(left, partial=True)
@@ -351,6 +401,40 @@ class Lab:
             checksum = row_crc32(row, file.arrays["source_row"][row], data.values())
             wrong += not same or checksum != file.arrays["crc32"][row]
         return wrong
+
+
+def open_terminal(closed: threading.Event) -> int:
+    """Open a terminal that somebody reads until it is closed; return the end for the programs."""
+    ours, theirs = pty.openpty()
+
+    def read() -> None:
+        while not closed.is_set():
+            if select.select([ours], [], [], 0.02)[0]:
+                try:
+                    os.read(ours, 65536)
+                except OSError:  # all programs have ended
+                    break
+        os.close(ours)
+
+    threading.Thread(target=read, daemon=True).start()
+    return theirs
+
+
+def swap(partial: Path) -> None:
+    """Move a file away and put another one under its name."""
+    if partial.exists():
+        partial.rename(partial.with_suffix(".moved"))
+        partial.write_bytes(FOREIGN)
+
+
+def swap_back(partial: Path) -> bool:
+    """Undo it; whether the other file is as it was."""
+    moved = partial.with_suffix(".moved")
+    if not moved.exists():
+        return True
+    untouched = partial.exists() and partial.read_bytes() == FOREIGN
+    moved.rename(partial)
+    return untouched
 
 
 @dataclass
@@ -383,6 +467,7 @@ def play_round(lab: Lab, chance: random.Random, kind: Any, count: Count, fault: 
     status = lab.run(kind, output, fault, chance.randint(1 if fault.target != "worker" else 2, 3))
     count.struck += status != 0
     count.left_processes += status is None
+    count.other_bytes += not swap_back(partial)
     for path in lab.folder.glob("copy.h5*"):
         path.unlink()
     if output.exists():
@@ -398,6 +483,10 @@ def play_round(lab: Lab, chance: random.Random, kind: Any, count: Count, fault: 
             messages.print(f"{fault}: {error}")
             count.unreadable += 1
         shutil.copy(partial, f"{copy}.partial")
+        if fault.then == "configuration":
+            count.other_bytes += lab.accepts_another_teacher(copy)
+    if fault.then == "cache":
+        lab.damage_cache()
     count.unfinished += lab.run(Forked, copy, Fault("nobody", "none"), chance.randint(1, 3)) != 0
     count.other_bytes += not copy.exists() or copy.read_bytes() != lab.bytes
 
