@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_ERROR
+from logitgen.file.layout import FLOAT16_ERROR
+from logitgen.file.reader import LogitsFile
 
 Array = npt.NDArray[Any]
 Row = dict[str, Array]

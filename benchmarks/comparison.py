@@ -21,7 +21,7 @@ import torch
 from benchmarks.check import MismatchError, check
 from benchmarks.contenders import CEILING, OURS, Contender, code_lines, contenders
 from benchmarks.harness import ROOT, Measured, Spread, measure, median_and_spread, plot_style, write_report
-from logitgen.reader import LogitsFile
+from logitgen.file.reader import LogitsFile
 
 _FIRST_OF_OURS = "First rows are in the file."
 _TOKENS_OF_CEILING = "tokens "

@@ -36,6 +36,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.model import Teacher
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers.utils import is_flash_attn_2_available
@@ -43,16 +45,15 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks import head as head_benchmark
 from benchmarks.harness import ROOT, launch, machine, markdown, median_and_spread, show
 from benchmarks.synthetic import Job, make_rows, ragged_lengths
-from logitgen import capture, estimate
-from logitgen import teacher as teacher_module
-from logitgen.capture import capture_batch, seal
+from logitgen import estimate
 from logitgen.errors import first_line
-from logitgen.plan import Plan
-from logitgen.rows import Batch, Rows
-from logitgen.schema import Array, Layout
-from logitgen.teacher import Teacher
-from logitgen.transport import Outbox
-from logitgen.writer import Writer
+from logitgen.file.layout import Array, Layout
+from logitgen.leader.writer import Writer
+from logitgen.ranks.agree import Outbox
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Batch, Rows
+from logitgen.teacher import capture
+from logitgen.teacher import model as teacher_module
 
 Cells = dict[str, str]
 Work = Callable[[], object]

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from benchmarks.harness import launch, measure, plot_style, write_report
 from benchmarks.synthetic import ragged_lengths
 from logitgen.estimate import forget_peak, peak_bytes
-from logitgen.plan import Plan
+from logitgen.split.plan import Plan
 
 MEAN_TOKENS, MOST_TOKENS, VOCAB_SIZE, TOP_K = 60, 512, 1000, 8
 BATCH_TOKENS = 8192

@@ -35,10 +35,10 @@ from torch import Tensor
 from benchmarks.harness import Spread, launch, measure, median_and_spread, write_report
 from benchmarks.synthetic import Job, make_job, prepare_memory, random_payload
 from logitgen.estimate import forget_peak, peak_bytes
-from logitgen.header import Places
-from logitgen.schema import nbytes
-from logitgen.transport import Ranks, launched
-from logitgen.writer import COMMIT_BYTES, Writer
+from logitgen.file.header import Places
+from logitgen.file.layout import nbytes
+from logitgen.leader.writer import COMMIT_BYTES, Writer
+from logitgen.ranks.agree import Ranks, launched
 
 VOCAB_SIZE = 151_936
 GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import write_report
-from logitgen import header
-from logitgen.schema import ATTRIBUTES, STORED_DTYPES, HeadForm, Layout
+from logitgen.file import header
+from logitgen.file.layout import ATTRIBUTES, STORED_DTYPES, HeadForm, Layout
 
 KINDS: dict[str, dict[str, Any]] = {
     "topk 64": {"capture": "topk", "top_k": 64},

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import generate
-from logitgen import console, transport, writer
+from logitgen import console
+from logitgen.leader import writer
+from logitgen.ranks import agree as transport
 
 SLOW_BYTES_PER_SECOND = 1e5
 

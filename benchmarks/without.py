@@ -22,16 +22,16 @@ import h5py
 import numpy as np
 import torch
 from accelerate.utils import gather, pad_across_processes
+from logitgen.teacher.model import Teacher
 from torch import Tensor
 
 import generate
 from logitgen.config import parse_config
-from logitgen.header import create
-from logitgen.plan import Plan
-from logitgen.reader import LogitsFile
-from logitgen.schema import Array
-from logitgen.teacher import Teacher
-from logitgen.transport import Ranks, Submit
+from logitgen.file.header import create
+from logitgen.file.layout import Array
+from logitgen.file.reader import LogitsFile
+from logitgen.ranks.agree import Ranks, Submit
+from logitgen.split.plan import Plan
 
 _BATCH_ROWS = 8
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

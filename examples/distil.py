@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, g
 
 from benchmarks.harness import ROOT, launch, median_and_spread, plot_style, write_report
 from logitgen import DistillationLoss, LogitsDataset, collate
-from logitgen.dataset import IGNORED_LABEL
+from logitgen.student.dataset import IGNORED_LABEL
 
 KINDS = {
     "topk 12": ["--capture=topk", "--top_k=12"],

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from logitgen.errors import CaptureError, FormatError, LogitgenError, UsageError
-from logitgen.reader import LogitsFile
+from logitgen.file.reader import LogitsFile
 
 if TYPE_CHECKING:
-    from logitgen.dataset import LogitsDataset, collate
-    from logitgen.losses import DistillationLoss
+    from logitgen.student.dataset import LogitsDataset, collate
+    from logitgen.student.losses import DistillationLoss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs torch only when it is asked for: looking into a file does not."""
     if name in ("LogitsDataset", "collate"):
-        from logitgen import dataset
+        from logitgen.student import dataset
 
         return getattr(dataset, name)
     if name == "DistillationLoss":
-        from logitgen.losses import DistillationLoss
+        from logitgen.student.losses import DistillationLoss
 
         return DistillationLoss
     raise AttributeError(f"module 'logitgen' has no attribute '{name}'")

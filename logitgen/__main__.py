@@ -13,7 +13,9 @@ from rich.text import Text
 
 from logitgen.console import print_error, print_result, quiet_libraries, redrawn
 from logitgen.errors import LogitgenError, UsageError
-from logitgen.reader import LogitsFile
+from logitgen.file.reader import LogitsFile
+from logitgen.file.verify import problems
+from logitgen.leader.status import Watch
 from logitgen.report import (
     Decoder,
     facts,
@@ -25,8 +27,6 @@ from logitgen.report import (
     status_view,
     verdict_view,
 )
-from logitgen.status import Watch
-from logitgen.verify import problems
 
 MOST_PROBLEMS = 20
 """Problems after which `verify` gives up on a file."""
@@ -167,7 +167,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from logitgen.export import export  # pyarrow takes a moment
+    from logitgen.student.export import export  # pyarrow takes a moment
 
     quiet_libraries()
     file = LogitsFile(options.file)

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from logitgen.errors import UsageError
-from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding
+from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding
 
 _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "device_map", "fsdp_size")
 """Options that say how to run and where to leave things, not what is computed: they do not go into the file.

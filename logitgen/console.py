@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitgen.errors import UsageError, first_line
-from logitgen.schema import Array
+from logitgen.file.layout import Array
 
 logger = logging.getLogger(__name__)
 

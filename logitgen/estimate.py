@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from logitgen.capture import capture_batch, seal
-from logitgen.header import Attributes, file_bytes
-from logitgen.plan import Plan
-from logitgen.rows import Rows
-from logitgen.schema import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layout
-from logitgen.teacher import Teacher
-from logitgen.transport import NUM_BUFFERS, Outbox
+from logitgen.file.header import Attributes, file_bytes
+from logitgen.file.layout import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layout
+from logitgen.ranks.agree import NUM_BUFFERS, Outbox
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Rows
+from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.model import Teacher
 
 try:
     import resource

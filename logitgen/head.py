@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitgen.schema import STORED_DTYPES, Array, HeadForm, crc32
+from logitgen.file.layout import STORED_DTYPES, Array, HeadForm, crc32
 
 _BLOCK_ROWS = 2**14
 

@@ -7,12 +7,12 @@ from torch import get_num_threads
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
+from logitgen.file.header import Attributes
+from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, Layout
 from logitgen.head import dtype_name
-from logitgen.header import Attributes
-from logitgen.rows import Rows
-from logitgen.schema import FORMAT_NAME, FORMAT_VERSION, Layout
-from logitgen.teacher import Teacher, TeacherInfo
-from logitgen.tokens import tokenizer_fingerprint
+from logitgen.split.rows import Rows
+from logitgen.split.tokens import tokenizer_fingerprint
+from logitgen.teacher.model import Teacher, TeacherInfo
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 

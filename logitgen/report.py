@@ -11,10 +11,10 @@ from rich.text import Text
 
 from logitgen.console import bars, format_bytes, format_seconds, printable
 from logitgen.errors import FormatError, UsageError
-from logitgen.reader import LogitsFile
-from logitgen.schema import Array
-from logitgen.status import Status
-from logitgen.verify import row_problems
+from logitgen.file.layout import Array
+from logitgen.file.reader import LogitsFile
+from logitgen.file.verify import row_problems
+from logitgen.leader.status import Status
 
 if TYPE_CHECKING:
     from logitgen.estimate import Estimate  # imports what takes seconds
@@ -102,7 +102,7 @@ def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
         return {}
     import torch  # takes seconds
 
-    from logitgen.dataset import head_of
+    from logitgen.student.dataset import head_of
 
     head = head_of(file)
     return {"logits": head(torch.tensor(data["hidden"], dtype=torch.float32)).numpy()} if head else {}

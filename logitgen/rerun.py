@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from logitgen.config import Config
-from logitgen.dataset import head_of
 from logitgen.errors import UsageError
-from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_MAX, Array, Layout
-from logitgen.teacher import Teacher, TeacherInfo, describe_teacher, load_model
-from logitgen.tokens import load_tokenizer, tokenizer_fingerprint
+from logitgen.file.layout import FLOAT16_MAX, Array, Layout
+from logitgen.file.reader import LogitsFile
+from logitgen.split.tokens import load_tokenizer, tokenizer_fingerprint
+from logitgen.student.dataset import head_of
+from logitgen.teacher.model import Teacher, TeacherInfo, describe_teacher, load_model
 
 logger = logging.getLogger(__name__)
 

@@ -44,11 +44,12 @@ from rich.console import Console
 from rich.table import Table
 
 import generate
-import logitgen.writer
-from logitgen import LogitsFile, header
+import logitgen.leader.writer
+from logitgen import LogitsFile
 from logitgen.console import Progress
-from logitgen.plan import Plan
-from logitgen.schema import row_crc32
+from logitgen.file import header
+from logitgen.file.layout import row_crc32
+from logitgen.split.plan import Plan
 
 messages = Console(stderr=True, width=160)
 
@@ -111,7 +112,7 @@ def draw_fault(chance: random.Random) -> Fault:
 
 def be_rank(fault: Fault, written: Path) -> None:
     """Run the main program, slowed down, with what it writes noted and a delicate moment armed."""
-    logitgen.writer.COMMIT_SECONDS = COMMIT_SECONDS
+    logitgen.leader.writer.COMMIT_SECONDS = COMMIT_SECONDS
     compute, note = generate.capture_batch, Progress.written
 
     def slow(*arguments: Any) -> Any:
@@ -149,7 +150,7 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wrapped)
 
-    datasets = logitgen.writer._Datasets
+    datasets = logitgen.leader.writer._Datasets
     match fault.moment:
         case "create":
             after(header, "create", lambda path, *_: path.suffix == ".new")

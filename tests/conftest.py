@@ -114,7 +114,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def capture(tmp_path: Path) -> Callable[..., Path]:
     """Run the main job on this process alone; returns the output's path, raises what the run raises."""
     import generate
-    from logitgen.transport import Ranks
+    from logitgen.ranks.agree import Ranks
 
     def run(**options: Any) -> Path:
         options = {"output": tmp_path / "out.h5", "log_dir": tmp_path / "logs"} | options

@@ -36,12 +36,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, CLIPConfig, T5Config
 
 import generate
-from logitgen import FormatError, LogitsDataset, LogitsFile, header
+from logitgen import FormatError, LogitsDataset, LogitsFile
 from logitgen.__main__ import main
 from logitgen.console import print_error
 from logitgen.errors import LogitgenError
-from logitgen.plan import Plan
-from logitgen.transport import Ranks
+from logitgen.file import header
+from logitgen.ranks.agree import Ranks
+from logitgen.split.plan import Plan
 
 DEADLINE_SECONDS = 20
 MOST_CHARACTERS = 700

@@ -20,9 +20,10 @@ from benchmarks.gpu import idle_share
 from benchmarks.harness import measure, median_and_spread
 from benchmarks.leader import InPlaces
 from benchmarks.synthetic import make_job, random_payload
-from logitgen import LogitsDataset, transport
-from logitgen.reader import LogitsFile
-from logitgen.writer import Writer
+from logitgen import LogitsDataset
+from logitgen.file.reader import LogitsFile
+from logitgen.leader.writer import Writer
+from logitgen.ranks import agree as transport
 
 OTHERS = [
     "bash, file per process",

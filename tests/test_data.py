@@ -19,8 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from logitgen.config import Config
-from logitgen.data import load_split
 from logitgen.errors import UsageError
+from logitgen.split.load import load_split
 
 TEXTS = [f"row {index}, “quoted” 模型" for index in range(20)]
 ROWS = [{"text": text, "number": index} for index, text in enumerate(TEXTS)]

@@ -247,7 +247,9 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 
 
 def test_the_package_hands_out_what_it_names() -> None:
-    from logitgen import dataset, errors, losses, reader
+    from logitgen import errors
+    from logitgen.file import reader
+    from logitgen.student import dataset, losses
 
     origins = {
         "DistillationLoss": losses,

@@ -17,20 +17,20 @@ import torch
 from conftest import make_llama, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logitgen.teacher.capture import capture_batch
+from logitgen.teacher.model import Teacher
 from transformers import AutoTokenizer
 
 import generate
 from logitgen import CaptureError, UsageError
 from logitgen import estimate as estimate_module
-from logitgen import output as output_module
-from logitgen.capture import capture_batch
 from logitgen.config import Config
 from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate, fitting_batch_tokens
-from logitgen.plan import Plan
+from logitgen.file.layout import Layout
+from logitgen.leader import output as output_module
 from logitgen.provenance import package_versions
-from logitgen.rows import Rows
-from logitgen.schema import Layout
-from logitgen.teacher import Teacher
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Rows
 
 Capture = Callable[..., Path]
 

@@ -16,9 +16,9 @@ from test_reader import ARRAYS, FULL, write_file
 from transformers import AutoModelForCausalLM
 
 from logitgen import LogitsFile, UsageError
-from logitgen import export as module
 from logitgen.__main__ import main
-from logitgen.export import export, target_logprobs
+from logitgen.student import export as module
+from logitgen.student.export import export, target_logprobs
 
 Capture = Callable[..., Path]
 

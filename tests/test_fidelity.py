@@ -18,7 +18,7 @@ from benchmarks import rivals
 from benchmarks.fidelity import errors
 from benchmarks.methods import Method, drawn_target
 from benchmarks.targets import LEAST_TAIL, Kept, Target, Truth, Whole, angle, divergence, gradient, squared_error
-from logitgen.losses import DistillationLoss, sample_weights
+from logitgen.student.losses import DistillationLoss, sample_weights
 
 VOCAB = 40
 POSITIONS = 6

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
+from logitgen.teacher.capture import _largest_in_groups, _logsumexp_in_passes, top_k
 
-from logitgen import capture
-from logitgen.capture import _largest_in_groups, _logsumexp_in_passes, top_k
+from logitgen.teacher import capture
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 
@@ -26,7 +26,7 @@ HEADS = [
 # The interpreter must be chosen before Triton is imported.
 COMPARE = """
 import torch
-from logitgen import fused
+from logitgen.teacher import fused
 
 torch.manual_seed(0)
 for num_positions, num_ids, dtype in {heads}:
@@ -101,7 +101,7 @@ def test_with_the_kernel_the_same_is_kept_as_without(dtype: torch.dtype) -> None
 def test_without_triton_a_gpu_says_so_once_and_reads_the_logits_several_times(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "logitgen.fused", None)
+    monkeypatch.setitem(sys.modules, "logitgen.teacher.fused", None)
     capture._gpu_scan.cache_clear()
     assert capture._gpu_scan(torch.device("cuda")) is None
     assert capture._gpu_scan(torch.device("cuda")) is None

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 from logitgen import LogitsFile, UsageError
 from logitgen.errors import CaptureError
-from logitgen.transport import Ranks
+from logitgen.ranks.agree import Ranks
 
 Capture = Callable[..., Path]
 FLOAT16_STEP = 2**-11

@@ -19,9 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_reader import ARRAYS, ATTRIBUTES, FULL, changing, plain_attributes, seal, write_file
 
-from logitgen import FormatError, header
-from logitgen.header import create, file_bytes
-from logitgen.schema import JSON_ATTRIBUTES, LATER_ATTRIBUTES, Layout
+from logitgen import FormatError
+from logitgen.file import header
+from logitgen.file.header import create, file_bytes
+from logitgen.file.layout import JSON_ATTRIBUTES, LATER_ATTRIBUTES, Layout
 
 SETTINGS: dict[str, Any] = ATTRIBUTES["settings"]
 SMALL = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2)

@@ -10,11 +10,11 @@ import torch
 from conftest import make_llama, save_teacher, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from logitgen.teacher.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
 from transformers import AutoConfig, LlamaConfig
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
-from logitgen.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
 
 Capture = Callable[..., Path]
 
@@ -155,7 +155,7 @@ CHANGES = {
 def test_a_run_is_not_resumed_after_a_change_in_the_teachers_configuration(
     capture: Capture, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from logitgen.output import Output
+    from logitgen.leader.output import Output
 
     def stop(output: Output) -> None:
         raise KeyboardInterrupt

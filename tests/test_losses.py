@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from logitgen import DistillationLoss, LogitsDataset, UsageError, collate, losses
+from logitgen import DistillationLoss, LogitsDataset, UsageError, collate
+from logitgen.student import losses
 
 WORDS, HIDDEN, KEPT = 11, 3, 4
 LENGTHS = (6, 2, 5)

@@ -21,9 +21,9 @@ import pytest
 from test_reader import ARRAYS, ATTRIBUTES, plain_attributes, stored_attributes, write_file
 
 from logitgen import CaptureError, UsageError
-from logitgen.header import Places
-from logitgen.output import Output
-from logitgen.schema import STATUS_BYTES, Layout
+from logitgen.file.header import Places
+from logitgen.file.layout import STATUS_BYTES, Layout
+from logitgen.leader.output import Output
 
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 LAYOUT = Layout(capture="topk", num_rows=3, num_tokens=9, num_positions=4, vocab_size=10, top_k=2, tokenizer_size=10)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.packing import Packing
+from logitgen.file.packing import Packing
 
 
 def packing(vocab_size: int, k: int, value_bits: int = 8, has_tail: bool = False) -> Packing:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.plan import Plan
+from logitgen.split.plan import Plan
 
 row_lengths = st.lists(st.integers(0, 60), max_size=60)
 budgets = st.integers(1, 250)

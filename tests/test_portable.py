@@ -21,10 +21,11 @@ from test_capture import batch_of, captured, layout_of
 from torch.overrides import TorchFunctionMode
 
 import generate
-from logitgen import CaptureError, LogitsFile, transport
-from logitgen.output import _sync_folder
-from logitgen.schema import HeadForm
-from logitgen.transport import Ranks
+from logitgen import CaptureError, LogitsFile
+from logitgen.file.layout import HeadForm
+from logitgen.leader.output import _sync_folder
+from logitgen.ranks import agree as transport
+from logitgen.ranks.agree import Ranks
 
 Capture = Callable[..., Path]
 WINDOWS = str(ROOT / "tests" / "windows.py")

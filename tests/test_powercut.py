@@ -23,10 +23,10 @@ from conftest import ROOT, SENTENCES, write_jsonl
 
 import generate
 from logitgen import LogitsFile
-from logitgen.output import Output
-from logitgen.status import Watch
-from logitgen.transport import Ranks
-from logitgen.writer import Writer, write_known
+from logitgen.leader.output import Output
+from logitgen.leader.status import Watch
+from logitgen.leader.writer import Writer, write_known
+from logitgen.ranks.agree import Ranks
 
 SECTOR = 512
 NUM_STATES = 600

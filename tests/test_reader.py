@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from logitgen import FormatError, LogitsFile, reader
-from logitgen.header import create
-from logitgen.schema import Layout
+from logitgen import FormatError, LogitsFile
+from logitgen.file import reader
+from logitgen.file.header import create
+from logitgen.file.layout import Layout
 
 SCALARS = {
     "logsumexp": np.array([3.5, 4.5, 5.5, 6.5], "<f4"),

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen import rows as rows_module
 from logitgen.config import Config
 from logitgen.errors import UsageError
-from logitgen.rows import Batch, Rows
+from logitgen.split import rows as rows_module
+from logitgen.split.rows import Batch, Rows
 
 Lists = list[list[int]]
 FEATURES = datasets.Features(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen.errors import UsageError
-from logitgen.schema import WITH_KEPT_IDS, CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
+from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
 
 encodings = st.sampled_from(["plain", "packed", "packed16"])
 captures = st.sampled_from(["topk", "sample", "full"])

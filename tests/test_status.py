@@ -27,13 +27,14 @@ from test_reader import ARRAYS, ATTRIBUTES, write_file
 
 import generate
 import logitgen.__main__
-import logitgen.writer
-from logitgen import FormatError, LogitsFile, UsageError, status
+import logitgen.leader.writer
+from logitgen import FormatError, LogitsFile, UsageError
 from logitgen.__main__ import main
 from logitgen.console import Snapshot
-from logitgen.plan import Plan
+from logitgen.leader import status
+from logitgen.leader.status import Status, Watch, decode, encode
 from logitgen.report import status_facts, status_line, status_view
-from logitgen.status import Status, Watch, decode, encode
+from logitgen.split.plan import Plan
 
 Capture = Callable[..., Path]
 
@@ -411,7 +412,7 @@ def test_a_disk_that_has_no_room_for_the_line_does_not_matter(
 
 
 GATED = (
-    "import os, sys, time\nimport logitgen.writer, generate\nlogitgen.writer.COMMIT_SECONDS = 0.2\n"
+    "import os, sys, time\nimport logitgen.leader.writer, generate\nlogitgen.writer.COMMIT_SECONDS = 0.2\n"
     "gate, most = {gate!r}, {most}[int(os.environ['RANK'])]\n"
     "compute, number = generate.capture_batch, 0\n"
     "def gated(*arguments):\n"

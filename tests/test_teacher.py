@@ -11,16 +11,17 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
+from logitgen.teacher.model import Teacher, describe_teacher, load_model
 from safetensors.torch import load_file, save_file
 from test_generate import assert_row_is_right
 from test_report import drawn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from logitgen import LogitsFile, UsageError, teacher
+from logitgen import LogitsFile, UsageError
 from logitgen.config import Config
 from logitgen.report import facts, overview
-from logitgen.teacher import Teacher, describe_teacher, load_model
+from logitgen.teacher import model as teacher
 
 VOCAB = 97
 USUAL: dict[str, Any] = {

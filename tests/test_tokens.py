@@ -20,9 +20,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from logitgen.config import Config
-from logitgen.data import load_split
 from logitgen.errors import UsageError
-from logitgen.tokens import load_tokenizer, tokenize, tokenizer_fingerprint
+from logitgen.split.load import load_split
+from logitgen.split.tokens import load_tokenizer, tokenize, tokenizer_fingerprint
 
 Rows = list[dict[str, Any]]
 Tokenizer = PreTrainedTokenizerFast

@@ -16,9 +16,10 @@ import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 
 import generate
-from logitgen import CaptureError, FormatError, LogitsFile, schema
+from logitgen import CaptureError, FormatError, LogitsFile
 from logitgen.__main__ import MOST_PROBLEMS, main
-from logitgen.verify import problems
+from logitgen.file import layout as schema
+from logitgen.file.verify import problems
 
 Capture = Callable[..., Path]
 Arrays = dict[str, np.ndarray]

@@ -23,13 +23,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reader import plain_attributes
 
-from logitgen import CaptureError, header, rows, writer
+from logitgen import CaptureError
 from logitgen.config import Config
-from logitgen.header import Header
-from logitgen.plan import Plan
-from logitgen.rows import Rows
-from logitgen.schema import Layout
-from logitgen.writer import Writer, write_known
+from logitgen.file import header
+from logitgen.file.header import Header
+from logitgen.file.layout import Layout
+from logitgen.leader import writer
+from logitgen.leader.writer import Writer, write_known
+from logitgen.split import rows
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Rows
 
 FEATURES = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), completion_mask=datasets.List(datasets.Value("uint8"))

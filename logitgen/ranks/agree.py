@@ -36,7 +36,7 @@ from torch import Tensor
 
 from logitgen.console import print_error
 from logitgen.errors import CaptureError, LogitgenError, UsageError, first_line
-from logitgen.schema import Array
+from logitgen.file.layout import Array
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import transformers
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from logitgen.cache import cached, remedy
 from logitgen.config import Config
 from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
+from logitgen.split.cache import cached, remedy
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from logitgen.errors import FormatError
-from logitgen.reader import LogitsFile
-from logitgen.schema import FLOAT16_MAX, Array, Layout, crc32, row_crc32
+from logitgen.file.layout import FLOAT16_MAX, Array, Layout, crc32, row_crc32
+from logitgen.file.reader import LogitsFile
 
 _CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from logitgen import header
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError, FormatError, UsageError
-from logitgen.header import Attributes, Header, Places
-from logitgen.schema import LATER_ATTRIBUTES, PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
+from logitgen.file import header
+from logitgen.file.header import Attributes, Header, Places
+from logitgen.file.layout import LATER_ATTRIBUTES, PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
 
 try:
     import fcntl

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from logitgen.errors import FormatError
+from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
-from logitgen.reader import LogitsFile
 
 IGNORED_LABEL = -100
 """What torch's cross-entropy and transformers leave out."""

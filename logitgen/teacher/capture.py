@@ -13,16 +13,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from logitgen.teacher.model import Teacher
+from logitgen.teacher.noise import gumbel, position_keys
+from logitgen.teacher.shard import WHOLE, VocabShard
 from torch import Tensor
 
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError, first_line
+from logitgen.file.layout import FLOAT16_MAX, Array, Layout, row_crc32
 from logitgen.head import stored
-from logitgen.noise import gumbel, position_keys
-from logitgen.rows import Batch
-from logitgen.schema import FLOAT16_MAX, Array, Layout, row_crc32
-from logitgen.shard import WHOLE, VocabShard
-from logitgen.teacher import Teacher
+from logitgen.split.rows import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _gpu_scan(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Ten
     if device.type != "cuda":
         return None
     try:
-        from logitgen import fused
+        from logitgen.teacher import fused
 
         fused.scan(torch.zeros((1, 1), device=device), _NEIGHBOURS)
     except Exception as error:  # whatever Triton, the compiler or the driver lack

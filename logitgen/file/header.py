@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from logitgen.errors import FormatError
-from logitgen.schema import (
+from logitgen.file.layout import (
     ATTRIBUTES,
     FORMAT_NAME,
     FORMAT_VERSION,

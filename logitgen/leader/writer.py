@@ -26,13 +26,13 @@ import numpy as np
 
 from logitgen.console import Snapshot
 from logitgen.errors import CaptureError
+from logitgen.file.header import Header, Places
+from logitgen.file.layout import Array, Layout, nbytes, row_crc32
 from logitgen.head import Head
-from logitgen.header import Header, Places
-from logitgen.output import reason
-from logitgen.plan import Plan
-from logitgen.rows import Rows
-from logitgen.schema import Array, Layout, nbytes, row_crc32
-from logitgen.status import encode
+from logitgen.leader.output import reason
+from logitgen.leader.status import encode
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
+from logitgen.teacher.identity import describe_adapters, describe_computation, describe_config, fingerprint
+from logitgen.teacher.shard import VocabShard
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
@@ -28,10 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+from logitgen.file.layout import STORED_DTYPES, HeadForm
 from logitgen.head import Head, dtype_name
-from logitgen.identity import describe_adapters, describe_computation, describe_config, fingerprint
-from logitgen.schema import STORED_DTYPES, HeadForm
-from logitgen.shard import VocabShard
 
 logger = logging.getLogger(__name__)
 

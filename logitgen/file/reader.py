@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from logitgen.errors import FormatError
-from logitgen.header import read
-from logitgen.schema import Array, id_dtype
+from logitgen.file.header import read
+from logitgen.file.layout import Array, id_dtype
 
 _BLOCK_POSITIONS = 2**22
 

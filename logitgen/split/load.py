@@ -8,9 +8,9 @@ from typing import Any, cast
 import datasets
 from datasets.fingerprint import Hasher
 
-from logitgen.cache import remedy
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+from logitgen.split.cache import remedy
 
 _FILE_FORMATS = {
     ".json": "json",

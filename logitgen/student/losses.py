@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.utils.checkpoint import checkpoint
 
-from logitgen.dataset import IGNORED_LABEL
 from logitgen.errors import UsageError
-from logitgen.schema import FLOAT16_MAX
+from logitgen.file.layout import FLOAT16_MAX
+from logitgen.student.dataset import IGNORED_LABEL
 
 CHUNK_LOGITS = 2**23
 """Logits of the student that are in float32 at a time, 32 MiB; for the forward KL three such tensors live at the peak,

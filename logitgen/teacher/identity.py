@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from logitgen.teacher.noise import mixed
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from logitgen.noise import mixed
 
 _WITHOUT_EFFECT = {"transformers_version", "_commit_hash", "auto_map", "architectures", "dtype", "torch_dtype"}
 _WITHOUT_EFFECT |= {"id2label", "label2id", "num_labels", "problem_type", "use_cache", "return_dict"}

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitgen.errors import UsageError
-from logitgen.packing import Packing
+from logitgen.file.packing import Packing
 
 FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
