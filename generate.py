@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from logitgen.teacher.capture import capture_batch, seal
-from logitgen.teacher.model import Teacher, describe_teacher, load_model
 
 from logitgen.config import parse_config
-from logitgen.console import Progress, only_shows, print_result, silence_stdout, start_logging
+from logitgen.console import only_shows, print_result, silence_stdout, start_logging
 from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
 from logitgen.file.header import file_bytes
 from logitgen.file.layout import Layout
 from logitgen.file.reader import LogitsFile
 from logitgen.leader.output import Output
-from logitgen.leader.writer import Writer, write_known
+from logitgen.leader.places import write_known
+from logitgen.leader.progress import Progress
+from logitgen.leader.writer import Writer
 from logitgen.provenance import attributes, facts_of_launch, facts_of_teacher, settings_attributes, teacher_attributes
 from logitgen.ranks.agree import UNLIMITED, Ranks, launched
 from logitgen.report import estimate_view, summary
@@ -35,6 +35,9 @@ from logitgen.split.load import load_split
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 from logitgen.split.tokens import load_tokenizer, tokenize
+from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.describe import describe_teacher
+from logitgen.teacher.model import Teacher, load_model
 
 logger = logging.getLogger("logitgen.generate")
 

@@ -36,8 +36,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from logitgen.teacher.capture import capture_batch, seal
-from logitgen.teacher.model import Teacher
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 from transformers.utils import is_flash_attn_2_available
@@ -54,6 +52,8 @@ from logitgen.split.plan import Plan
 from logitgen.split.rows import Batch, Rows
 from logitgen.teacher import capture
 from logitgen.teacher import model as teacher_module
+from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.model import Teacher
 
 Cells = dict[str, str]
 Work = Callable[[], object]

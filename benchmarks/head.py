@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from logitgen.teacher.capture import _largest, _logsumexp_in_passes, capture_batch, top_k
-from logitgen.teacher.model import CHUNK_LOGITS, GPU_CHUNK_LOGITS, Teacher
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +20,9 @@ from benchmarks.harness import ROOT, median_and_spread, write_report
 from logitgen.estimate import _taken_bytes
 from logitgen.file.layout import Layout
 from logitgen.split.rows import Batch
+from logitgen.teacher.capture import capture_batch
+from logitgen.teacher.keep import _largest, _logsumexp_in_passes, top_k
+from logitgen.teacher.model import CHUNK_LOGITS, GPU_CHUNK_LOGITS, Teacher
 
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen3-0.6B": (151_936, 1024), "Gemma 3 270M": (262_144, 640)}
 """Vocabulary and hidden size of some heads."""

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from logitgen.teacher.capture import sample, top_k
-from logitgen.teacher.noise import position_keys
 from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.targets import Kept, Target, Truth, Whole, divergence, gradient
 from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, CaptureKind, Encoding, HeadForm, Layout, id_dtype, nbytes
 from logitgen.head import Head, dtype_name
-from logitgen.student.losses import sample_weights
+from logitgen.student.events import sample_weights
+from logitgen.teacher.keep import sample, top_k
+from logitgen.teacher.noise import position_keys
 
 LARGE_VOCAB = 151_936
 """Qwen's, at which others give their sizes."""

@@ -25,7 +25,7 @@ from benchmarks.synthetic import Job, make_job
 from logitgen import DistillationLoss, LogitsDataset, collate
 from logitgen.file import header
 from logitgen.file.layout import ATTRIBUTES, FORMAT_NAME, FORMAT_VERSION, JSON_ATTRIBUTES, SETTINGS_READ
-from logitgen.leader.writer import write_known
+from logitgen.leader.places import write_known
 
 VOCAB_SIZE, TOP_K, ROW_TOKENS = 32_000, 64, 256
 STUDENT = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}

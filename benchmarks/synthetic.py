@@ -10,15 +10,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from logitgen.teacher.capture import seal
 
 from logitgen.config import Config
 from logitgen.file import header
 from logitgen.file.header import Header
 from logitgen.file.layout import ATTRIBUTES, HEAD_ATTRIBUTES, Array, Layout
-from logitgen.leader.writer import write_known
+from logitgen.leader.places import write_known
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
+from logitgen.teacher.capture import seal
 
 _REPEATED_ROWS = 64
 _SPREAD = 0.7

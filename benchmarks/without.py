@@ -22,7 +22,6 @@ import h5py
 import numpy as np
 import torch
 from accelerate.utils import gather, pad_across_processes
-from logitgen.teacher.model import Teacher
 from torch import Tensor
 
 import generate
@@ -32,6 +31,7 @@ from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.ranks.agree import Ranks, Submit
 from logitgen.split.plan import Plan
+from logitgen.teacher.model import Teacher
 
 _BATCH_ROWS = 8
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

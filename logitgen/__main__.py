@@ -13,20 +13,11 @@ from rich.text import Text
 
 from logitgen.console import print_error, print_result, quiet_libraries, redrawn
 from logitgen.errors import LogitgenError, UsageError
+from logitgen.facts import Decoder, facts, row_facts, status_facts
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import problems
 from logitgen.leader.status import Watch
-from logitgen.report import (
-    Decoder,
-    facts,
-    overview,
-    row_facts,
-    row_view,
-    status_facts,
-    status_line,
-    status_view,
-    verdict_view,
-)
+from logitgen.report import overview, row_view, status_line, status_view, verdict_view
 
 MOST_PROBLEMS = 20
 """Problems after which `verify` gives up on a file."""

@@ -4,35 +4,22 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO, cast
 
-import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from logitgen.errors import UsageError, first_line
-from logitgen.file.layout import Array
 
 logger = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0
 """Time between two progress lines where there is no terminal to draw in."""
-
-WAITED_SHARE = 0.05
-"""Share of the ranks' time spent waiting below which the forward passes are what a run takes its time for."""
-
-BUSY_SHARE = 0.5
-"""Share of the writer's time above which it is the disk that the ranks wait for."""
 
 
 class _Stream:
@@ -68,7 +55,7 @@ class _Stream:
 
 
 _stdout = cast(TextIO, _Stream("stdout"))
-_messages = Console(file=cast(TextIO, _Stream("stderr")))
+messages = Console(file=cast(TextIO, _Stream("stderr")))
 
 
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -87,7 +74,7 @@ def print_error(message: str) -> None:
 
 def _say(text: Text) -> None:
     """Print a line to standard error."""
-    _messages.print(text, soft_wrap=True)
+    messages.print(text, soft_wrap=True)
 
 
 def print_result(result: RenderableType) -> None:
@@ -170,212 +157,6 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = ("", "") if record.levelno < logging.WARNING else (f"{record.levelname.lower()}: ", "bold yellow")
         _say(Text.assemble(level, self._prefix + record.getMessage()))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """How far a run is, in tokens that go through the teacher.
-
-    Attributes:
-        seconds: Since this run's first forward pass.
-        rate_of_late: Tokens per second in the last ten to twenty seconds.
-        tokens_before: Tokens that were in the file when this run began.
-        source_tokens: Tokens of each source that are in the file since.
-        source_totals: Tokens of each source in all, of this run.
-        ranks_of_source: How many ranks compute together what one source yields.
-    """
-
-    seconds: float
-    rate_of_late: float
-    tokens_before: int
-    source_tokens: list[int]
-    source_totals: list[int]
-    ranks_of_source: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are in the file."""
-        return self.tokens_before + sum(self.source_tokens)
-
-    @property
-    def total(self) -> int:
-        """Tokens in all."""
-        return self.tokens_before + sum(self.source_totals)
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second of this run."""
-        return sum(self.source_tokens) / self.seconds
-
-    @property
-    def speed(self) -> str:
-        """Tokens and their rate, in words."""
-        return f"{self.tokens:,}/{self.total:,} tokens, {self.rate:,.0f} tok/s"
-
-    @property
-    def eta_seconds(self) -> float | None:
-        """Time left; None before the first tokens are in the file."""
-        return (self.total - self.tokens) / self.rate if self.rate else None
-
-    @property
-    def eta(self) -> str:
-        """Time left, in words."""
-        return "ETA -:--" if self.eta_seconds is None else f"ETA {format_seconds(self.eta_seconds)}"
-
-    def share(self, source: int) -> float:
-        """How much of its tokens a source has done, 0 to 1."""
-        return self.source_tokens[source] / self.source_totals[source] if self.source_totals[source] else 1.0
-
-    @property
-    def slowest(self) -> str:
-        """The end of a sentence: which source has done least of its share. Empty if there is only one."""
-        slowest = min(range(len(self.source_totals)), key=self.share)
-        return f", slowest {self.name(slowest)} at {self.share(slowest):.0%}" if len(self.source_totals) > 1 else ""
-
-    def name(self, source: int) -> str:
-        """What a source is called: the rank that sends what it yields."""
-        return f"rank {source * self.ranks_of_source}"
-
-
-def bars(known: Snapshot, eta: str, most_sources: int) -> RenderableType:
-    """Draw a bar for the whole and one for each source, or for the slowest where these are too many."""
-    table = Table.grid(padding=(0, 1), expand=True)
-    for ratio in (0, 1, 0, 0):
-        table.add_column(ratio=ratio or None, no_wrap=True)
-    table.add_row("capture", ProgressBar(known.total, known.tokens), f"{known.tokens / known.total:4.0%}", eta)
-    num_sources = len(known.source_totals)
-    for source in sorted(sorted(range(num_sources), key=known.share)[:most_sources]):
-        done, goal = known.source_tokens[source], known.source_totals[source]
-        table.add_row(
-            known.name(source),
-            ProgressBar(max(goal, 1), done if goal else 1),
-            f"{known.share(source):4.0%}",
-            f"{done / known.seconds:,.0f} tok/s",
-        )
-    hidden = num_sources - most_sources
-    return Group(table, Text(f"and {hidden} faster ranks", style="dim")) if hidden > 0 else table
-
-
-class Progress:
-    """The leader's live display: totals, and a line for each source so that a straggler is seen.
-
-    Without a terminal it is one plain line now and then.
-    """
-
-    def __init__(
-        self, rows: Array, tokens: Array, written_bytes: Array, shares: Sequence[Array], ranks_of_source: int = 1
-    ) -> None:
-        """Prepare the display.
-
-        Args:
-            rows: Rows of every batch of the plan, [num_batches].
-            tokens: Tokens of every batch that go through the teacher.
-            written_bytes: Bytes that every batch adds to the file.
-            shares: Numbers of the batches of each source; the others are in the file already.
-            ranks_of_source: How many ranks compute together what one source yields.
-        """
-        self._batches = rows, tokens, written_bytes
-        self._ranks_of_source = ranks_of_source
-        self._source_of = np.zeros(len(rows), dtype=np.int32)
-        for source, share in enumerate(shares):
-            self._source_of[share] = source
-        pending = np.concatenate(shares)
-        self._num_rows = int(rows.sum())
-        self._tokens_before = int(tokens.sum() - tokens[pending].sum())
-        self._source_totals = [int(tokens[share].sum()) for share in shares]
-        self._source_tokens = [0] * len(shares)
-        self._rows = self._num_rows - int(rows[pending].sum())
-        self._written_bytes = int(written_bytes.sum() - written_bytes[pending].sum())
-        self._waited_seconds = [0.0] * len(shares)
-        self._writer_seconds = 0.0
-        self._start = self._last_line = time.monotonic()
-        self._marks = [(self._start, 0.0, 0.0, 0)] * 2
-        self._live = Live(get_renderable=self._render, console=_messages, transient=True, refresh_per_second=4)
-
-    def __enter__(self) -> "Progress":
-        self._start = self._last_line = time.monotonic()
-        self._marks = [(self._start, 0.0, 0.0, 0)] * 2
-        if _messages.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def written(self, batch: int, writer_seconds: float) -> None:
-        """Count a batch that is in the file.
-
-        Args:
-            batch: Its number in the plan.
-            writer_seconds: How long the writer has been busy so far.
-        """
-        if not any(self._source_tokens):
-            logger.debug("First rows are in the file.")
-        rows, tokens, written_bytes = (int(values[batch]) for values in self._batches)
-        self._rows += rows
-        self._source_tokens[self._source_of[batch]] += tokens
-        self._written_bytes += written_bytes
-        self._writer_seconds = writer_seconds
-        now = time.monotonic()
-        if now - self._marks[1][0] > PLAIN_SECONDS:
-            waited, tokens = sum(self._waited_seconds), sum(self._source_tokens)
-            self._marks = [self._marks[1], (now, waited, writer_seconds, tokens)]
-        if not _messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
-            self._last_line = now
-            logger.info("%s", self._plain())
-
-    def waited(self, source: int, seconds: float) -> None:
-        """Note how long a source has waited so far for a place to put what it had computed."""
-        self._waited_seconds[source] = seconds
-
-    @property
-    def waited_share(self) -> float:
-        """Share of their time for which the sources have waited so far, 0 to 1."""
-        return sum(self._waited_seconds) / (self.seconds * len(self._waited_seconds))
-
-    @property
-    def bottleneck(self) -> str:
-        """What the run takes its time for, of late: forward, transport or disk."""
-        since, waited_before, writer_before, _ = self._marks[0]
-        seconds = max(time.monotonic() - since, 1e-9)
-        waited = (sum(self._waited_seconds) - waited_before) / (seconds * len(self._waited_seconds))
-        if waited < WAITED_SHARE:
-            return "forward"
-        return "disk" if self._writer_seconds - writer_before > BUSY_SHARE * seconds else "transport"
-
-    @property
-    def seconds(self) -> float:
-        """Time since the display started."""
-        return max(time.monotonic() - self._start, 1e-9)  # a coarse clock stands still at first
-
-    def snapshot(self) -> Snapshot:
-        """How far the run is."""
-        since, _, _, tokens_before = self._marks[0]
-        return Snapshot(
-            seconds=self.seconds,
-            rate_of_late=(sum(self._source_tokens) - tokens_before) / max(time.monotonic() - since, 1e-9),
-            tokens_before=self._tokens_before,
-            source_tokens=list(self._source_tokens),
-            source_totals=self._source_totals,
-            ranks_of_source=self._ranks_of_source,
-        )
-
-    def _plain(self) -> str:
-        known = self.snapshot()
-        return f"{self._numbers(known)}, {known.eta}, {self._last_words()}{known.slowest}"
-
-    def _numbers(self, known: Snapshot) -> str:
-        return f"{self._rows:,}/{self._num_rows:,} rows, {known.speed}"
-
-    def _last_words(self) -> str:
-        return f"{format_bytes(self._written_bytes)} written, bottleneck {self.bottleneck}"
-
-    def _render(self) -> RenderableType:
-        known = self.snapshot()
-        lines = max(1, _messages.height - 3 - -(-120 // _messages.width))  # the numbers may take several
-        return Group(Text(f"{self._numbers(known)}, {self._last_words()}"), bars(known, known.eta, lines))
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,7 +12,8 @@ from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, Layout
 from logitgen.head import dtype_name
 from logitgen.split.rows import Rows
 from logitgen.split.tokens import tokenizer_fingerprint
-from logitgen.teacher.model import Teacher, TeacherInfo
+from logitgen.teacher.describe import TeacherInfo
+from logitgen.teacher.model import Teacher
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 

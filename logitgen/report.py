@@ -1,7 +1,7 @@
 """What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
 
 import json
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.columns import Columns
@@ -9,116 +9,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.console import bars, format_bytes, format_seconds, printable
-from logitgen.errors import FormatError, UsageError
-from logitgen.file.layout import Array
+from logitgen.console import format_bytes, format_seconds, printable
+from logitgen.facts import facts
 from logitgen.file.reader import LogitsFile
-from logitgen.file.verify import row_problems
+from logitgen.leader.progress import bars
 from logitgen.leader.status import Status
 
 if TYPE_CHECKING:
     from logitgen.estimate import Estimate  # imports what takes seconds
     from logitgen.rerun import Rerun
 
-NUM_GUESSES = 5
 NUM_DRAWN = 3
 """Guesses a line of 80 columns has room for."""
-
-
-class Decoder(Protocol):
-    """What of a tokenizer is needed to show text."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Turn tokens into text."""
-
-
-def facts(file: LogitsFile) -> dict[str, Any]:
-    """Everything about a file as a whole; sizes in bytes, perplexity of the teacher on the captured positions."""
-    layout = file.layout
-    size_bytes = file.path.stat().st_size
-    lengths = np.diff(file.arrays["offsets"])
-    return {
-        "path": str(file.path),
-        "size_bytes": size_bytes,
-        "rows": layout.num_rows,
-        "tokens": layout.num_tokens,
-        "positions": layout.num_positions,
-        "shortest_row": int(lengths.min()),
-        "longest_row": int(lengths.max()),
-        "kept": layout.kept,
-        "bytes_per_position": layout.bytes_per_position,
-        "bytes_per_token": size_bytes / layout.num_tokens,
-        "perplexity": file.perplexity(),
-        **file.attributes,
-    }
-
-
-def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, Any]:
-    """One row, position by position: the token that came, its probability, the teacher's best guesses.
-
-    Args:
-        file: The file.
-        row: Row number; negative counts from the end.
-        decoder: The teacher's tokenizer; without one tokens are shown as ids.
-
-    Raises:
-        UsageError: There is no such row.
-        FormatError: The row is damaged.
-    """
-    if not -len(file) <= row < len(file):
-        raise UsageError(f"--row must be between 0 and {len(file) - 1}, got {row}.")
-    for problem in row_problems(file, row % len(file)):
-        raise FormatError(f"{file.path} is damaged: row {row % len(file)} {problem}. Copy it again.")
-    data = file.row(row)
-    ids = data["input_ids"]
-    ids_PK, logprobs_PK = _guesses(data | _logits(file, data))
-    positions = [
-        {
-            "position": int(position),
-            "token": _text(decoder, ids[position]),
-            "next": _text(decoder, ids[position + 1]),
-            "probability": float(np.exp(target_logprob)),
-            "guesses": [
-                {"token": _text(decoder, guess), "probability": float(np.exp(logprob.astype(np.float32)))}
-                for guess, logprob in zip(guesses, logprobs, strict=True)
-            ],
-        }
-        for position, target_logprob, guesses, logprobs in zip(
-            data["positions"], data["target_logprob"], ids_PK, logprobs_PK, strict=True
-        )
-    ]
-    return {
-        "row": row % len(file),
-        "source_row": int(file.arrays["source_row"][row]),
-        "tokens": len(ids),
-        "text": decoder.decode(ids.tolist()) if decoder else None,
-        "positions": positions,
-    }
-
-
-def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
-    """Turn hidden states into logits, if there are any."""
-    if "hidden" not in data:
-        return {}
-    import torch  # takes seconds
-
-    from logitgen.student.dataset import head_of
-
-    head = head_of(file)
-    return {"logits": head(torch.tensor(data["hidden"], dtype=torch.float32)).numpy()} if head else {}
-
-
-def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:
-    """The likeliest ids and their log-probs, [P, up to NUM_GUESSES] each."""
-    if "kept_ids" in data:
-        return data["kept_ids"][:, :NUM_GUESSES], data["kept_logprobs"][:, :NUM_GUESSES]
-    logprobs_PV = data["logits"].astype(np.float32) - data["logsumexp"][:, None]
-    ids_PK = np.argsort(-logprobs_PV, axis=1, kind="stable")[:, :NUM_GUESSES]
-    return ids_PK, np.take_along_axis(logprobs_PV, ids_PK, axis=1)
-
-
-def _text(decoder: Decoder | None, token: int) -> str:
-    return decoder.decode([int(token)]) if decoder else str(int(token))
 
 
 def overview(known: dict[str, Any]) -> RenderableType:
@@ -239,26 +141,6 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
     lines["verdict"] = f"NOT verified, {count}" if found else verified
     return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
-
-
-def status_facts(status: Status) -> dict[str, Any]:
-    """How a run is doing; times in seconds, None for what is not known."""
-    known = status.snapshot
-    ranks = zip(known.source_tokens, known.source_totals, strict=True) if known else ()
-    return {
-        "path": str(status.path),
-        "state": status.state,
-        "rows_done": status.num_done,
-        "rows": status.num_rows,
-        "seconds_since_write": status.idle_seconds,
-        "seconds": known.seconds if known else None,
-        "tokens_done": known.tokens if known else None,
-        "tokens": known.total if known else None,
-        "tokens_per_second": known.rate if known else None,
-        "tokens_per_second_of_late": known.rate_of_late if known else None,
-        "eta_seconds": known.eta_seconds if known else None,
-        "ranks": [{"tokens_done": done, "tokens": goal} for done, goal in ranks],
-    }
 
 
 def status_line(status: Status) -> str:

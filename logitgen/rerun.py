@@ -18,7 +18,8 @@ from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
 from logitgen.split.tokens import load_tokenizer, tokenizer_fingerprint
 from logitgen.student.dataset import head_of
-from logitgen.teacher.model import Teacher, TeacherInfo, describe_teacher, load_model
+from logitgen.teacher.describe import TeacherInfo, describe_teacher
+from logitgen.teacher.model import Teacher, load_model
 
 logger = logging.getLogger(__name__)
 

@@ -46,9 +46,9 @@ from rich.table import Table
 import generate
 import logitgen.leader.writer
 from logitgen import LogitsFile
-from logitgen.console import Progress
 from logitgen.file import header
 from logitgen.file.layout import row_crc32
+from logitgen.leader.progress import Progress
 from logitgen.split.plan import Plan
 
 messages = Console(stderr=True, width=160)

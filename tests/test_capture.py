@@ -12,15 +12,16 @@ import torch
 from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitgen.teacher.capture import _largest, capture_batch, full, sample, seal, top_k
-from logitgen.teacher.model import Teacher
-from logitgen.teacher.noise import position_keys
 
 from logitgen import CaptureError, LogitsFile
 from logitgen.file.layout import Layout
 from logitgen.split.rows import Batch
 from logitgen.teacher import capture as capture_module
 from logitgen.teacher import model as teacher_module
+from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.keep import _largest, full, sample, top_k
+from logitgen.teacher.model import Teacher
+from logitgen.teacher.noise import position_keys
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 50), st.floats(0.1, 30), st.data())

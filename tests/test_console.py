@@ -19,10 +19,7 @@ from rich.text import Text
 
 from logitgen import UsageError, console
 from logitgen.console import (
-    BUSY_SHARE,
     PLAIN_SECONDS,
-    WAITED_SHARE,
-    Progress,
     format_bytes,
     format_seconds,
     print_error,
@@ -31,6 +28,7 @@ from logitgen.console import (
     silence_stdout,
     start_logging,
 )
+from logitgen.leader.progress import BUSY_SHARE, WAITED_SHARE, Progress
 
 REDRAW = re.compile(r"(?:\r|\x1b\[2K|\x1b\[\d+A)+")
 ESCAPES = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
@@ -63,7 +61,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     def make(width: int, height: int) -> io.StringIO:
         screen = io.StringIO()
         drawn = Console(file=screen, force_terminal=True, width=width, height=height)
-        monkeypatch.setattr(console, "_messages", drawn)
+        monkeypatch.setattr(console, "messages", drawn)
         return screen
 
     return make
@@ -73,7 +71,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def messages(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed to standard error where that is not a terminal."""
     output = io.StringIO()
-    monkeypatch.setattr(console, "_messages", Console(file=output, force_terminal=False, width=80))
+    monkeypatch.setattr(console, "messages", Console(file=output, force_terminal=False, width=80))
     return output
 
 
@@ -408,7 +406,7 @@ def test_both_displays_name_what_the_run_waits_for(
     screen = terminal(80, 24)
     waiting(clock, [4.0, 4.0], writer_seconds)
     assert f"1.0 kB written, bottleneck {bottleneck}" in " ".join(" ".join(frames(screen)[-1]).split())
-    monkeypatch.setattr(console, "_messages", Console(file=io.StringIO(), force_terminal=False, width=80))
+    monkeypatch.setattr(console, "messages", Console(file=io.StringIO(), force_terminal=False, width=80))
     waiting(clock, [4.0, 4.0], 2 * writer_seconds, seconds=2 * PLAIN_SECONDS)
     (line,) = caplog.messages
     assert f"1.0 kB written, bottleneck {bottleneck}, slowest" in line

@@ -17,8 +17,6 @@ import torch
 from conftest import make_llama, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitgen.teacher.capture import capture_batch
-from logitgen.teacher.model import Teacher
 from transformers import AutoTokenizer
 
 import generate
@@ -31,6 +29,8 @@ from logitgen.leader import output as output_module
 from logitgen.provenance import package_versions
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
+from logitgen.teacher.capture import capture_batch
+from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
 

@@ -18,7 +18,8 @@ from benchmarks import rivals
 from benchmarks.fidelity import errors
 from benchmarks.methods import Method, drawn_target
 from benchmarks.targets import LEAST_TAIL, Kept, Target, Truth, Whole, angle, divergence, gradient, squared_error
-from logitgen.student.losses import DistillationLoss, sample_weights
+from logitgen.student.events import sample_weights
+from logitgen.student.losses import DistillationLoss
 
 VOCAB = 40
 POSITIONS = 6

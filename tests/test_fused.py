@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
-from logitgen.teacher.capture import _largest_in_groups, _logsumexp_in_passes, top_k
 
 from logitgen.teacher import capture
+from logitgen.teacher.keep import _largest_in_groups, _logsumexp_in_passes, top_k
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 

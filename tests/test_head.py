@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
-from logitgen.teacher.model import Teacher
 from test_teacher import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, make
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,6 +18,7 @@ from logitgen import FormatError, LogitsDataset, LogitsFile, UsageError, collate
 from logitgen.file.header import create
 from logitgen.file.layout import HeadForm, Layout
 from logitgen.head import Head, restored, stored
+from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
 SCALES = {"cohere with a logit scale": 0.25, "granite with a logits scaling": 0.25}

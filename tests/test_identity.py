@@ -10,11 +10,11 @@ import torch
 from conftest import make_llama, save_teacher, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from logitgen.teacher.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
 from transformers import AutoConfig, LlamaConfig
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
+from logitgen.teacher.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
 
 Capture = Callable[..., Path]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitgen.teacher.noise import gumbel, position_keys
 
 from logitgen.teacher import noise
+from logitgen.teacher.noise import gumbel, position_keys
 
 WORD = 2**64 - 1
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, launch, launch_command, save_teacher, write_jsonl
-from logitgen.teacher.model import Teacher
 from test_ranks import error_lines, exit_statuses, launch_changed, ranks_that_ran
 from test_teacher import ROWS, make
 from transformers import PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
 from logitgen.config import parse_config
+from logitgen.teacher.model import Teacher
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tensor parallel": (2, {"tp_size": 2}),

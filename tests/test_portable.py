@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 import generate
 from logitgen import CaptureError, LogitsFile
 from logitgen.file.layout import HeadForm
-from logitgen.leader.output import _sync_folder
+from logitgen.leader.lock import sync_folder
 from logitgen.ranks import agree as transport
 from logitgen.ranks.agree import Ranks
 
@@ -128,10 +128,10 @@ def test_what_pretends_to_be_windows_refuses_what_windows_refuses(tmp_path: Path
 def test_a_folder_is_not_synced_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = tmp_path / "missing"
     monkeypatch.setattr(os, "name", "nt")
-    _sync_folder(missing)
+    sync_folder(missing)
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
-        _sync_folder(missing)
+        sync_folder(missing)
 
 
 def test_without_signals_to_threads_the_main_one_is_interrupted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

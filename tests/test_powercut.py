@@ -24,8 +24,9 @@ from conftest import ROOT, SENTENCES, write_jsonl
 import generate
 from logitgen import LogitsFile
 from logitgen.leader.output import Output
+from logitgen.leader.places import write_known
 from logitgen.leader.status import Watch
-from logitgen.leader.writer import Writer, write_known
+from logitgen.leader.writer import Writer
 from logitgen.ranks.agree import Ranks
 
 SECTOR = 512

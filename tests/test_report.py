@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from logitgen import FormatError, LogitsFile, UsageError, console
 from logitgen.__main__ import main
 from logitgen.estimate import Estimate, Pilot
-from logitgen.report import estimate_view, facts, overview, row_facts, row_view, summary, verdict_view
+from logitgen.facts import facts, row_facts
+from logitgen.report import estimate_view, overview, row_view, summary, verdict_view
 from logitgen.rerun import Rerun
 
 Capture = Callable[..., Path]
@@ -69,7 +70,7 @@ def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no setting of this machine's colour or width the output."""
     for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(console, "_messages", Console(stderr=True))
+    monkeypatch.setattr(console, "messages", Console(stderr=True))
 
 
 @pytest.fixture

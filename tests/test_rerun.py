@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, save_teacher, write_jsonl
-from logitgen.teacher.model import Teacher
 from transformers import AutoModelForCausalLM
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
 from logitgen.rerun import TOLERANCES, Rerun, load_teacher_of, rerun, sample_rows
 from logitgen.teacher import model as teacher_module
+from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
 

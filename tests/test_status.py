@@ -30,10 +30,11 @@ import logitgen.__main__
 import logitgen.leader.writer
 from logitgen import FormatError, LogitsFile, UsageError
 from logitgen.__main__ import main
-from logitgen.console import Snapshot
+from logitgen.facts import status_facts
 from logitgen.leader import status
+from logitgen.leader.progress import Snapshot
 from logitgen.leader.status import Status, Watch, decode, encode
-from logitgen.report import status_facts, status_line, status_view
+from logitgen.report import status_line, status_view
 from logitgen.split.plan import Plan
 
 Capture = Callable[..., Path]

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
-from logitgen.teacher.model import Teacher, describe_teacher, load_model
 from safetensors.torch import load_file, save_file
 from test_generate import assert_row_is_right
 from test_report import drawn
@@ -20,8 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from logitgen import LogitsFile, UsageError
 from logitgen.config import Config
-from logitgen.report import facts, overview
+from logitgen.facts import facts
+from logitgen.report import overview
 from logitgen.teacher import model as teacher
+from logitgen.teacher.describe import describe_teacher
+from logitgen.teacher.model import Teacher, load_model
 
 VOCAB = 97
 USUAL: dict[str, Any] = {

@@ -29,7 +29,8 @@ from logitgen.file import header
 from logitgen.file.header import Header
 from logitgen.file.layout import Layout
 from logitgen.leader import writer
-from logitgen.leader.writer import Writer, write_known
+from logitgen.leader.places import write_known
+from logitgen.leader.writer import Writer
 from logitgen.split import rows
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows

@@ -4,7 +4,6 @@ A new file is made under a third name, and renamed to `.partial` once its head a
 forward pass are on the disk. So a `.partial` is always whole in its structure; one more rename, and it is complete.
 """
 
-import errno
 import json
 import logging
 import os
@@ -18,10 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from logitgen.console import format_bytes
-from logitgen.errors import CaptureError, FormatError, UsageError
+from logitgen.errors import CaptureError, FormatError, UsageError, reason
 from logitgen.file import header
 from logitgen.file.header import Attributes, Header, Places
-from logitgen.file.layout import LATER_ATTRIBUTES, PARTIAL_SUFFIX, STATUS_BYTES, Array, Layout
+from logitgen.file.layout import LATER_ATTRIBUTES, PARTIAL_SUFFIX, Array, Layout
+from logitgen.leader.lock import locked, reserve, sync_folder
 
 try:
     import fcntl
@@ -30,8 +30,6 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_UNLOCKED = "%s cannot be locked here: start only one run at a time that writes it."
 _CALLED = {
     "teacher_fingerprint": "the teacher's weights",
     "tokenizer_fingerprint": "the tokenizer",
@@ -85,7 +83,7 @@ class Output:
                 tempfile.TemporaryFile(dir=self.path.parent).close()
                 return
             elif not self._dry_run:
-                self._lock = _locked(self.partial, os.O_RDWR)
+                self._lock = locked(self.partial, os.O_RDWR)
         try:
             self.found = header.read(self._place)
         except FormatError as error:
@@ -109,7 +107,7 @@ class Output:
     def _remove_unfinished(self) -> None:
         """Free the space of a file whose creation was killed."""
         if self.new.exists():
-            lock = _locked(self.new, os.O_RDWR)
+            lock = locked(self.new, os.O_RDWR)
             self.new.unlink()
             lock.close()
 
@@ -191,12 +189,12 @@ class Output:
             return self.found
         new = self.new
         with _refused_if_impossible(self.path, "created"):
-            lock = _locked(new, os.O_RDWR | os.O_CREAT)
+            lock = locked(new, os.O_RDWR | os.O_CREAT)
             try:
                 self._check_still_free()
                 places = header.create(new, layout, attributes)
                 with open(new, "r+b", buffering=0) as file:
-                    _reserve(file.fileno())
+                    reserve(file.fileno())
                     write_known(file, places)
                     os.fsync(file.fileno())
                 new.replace(self.partial)
@@ -204,7 +202,7 @@ class Output:
                 new.unlink(missing_ok=True)
                 raise
             self._lock = lock
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.found = header.read(self.partial)
         return self.found
 
@@ -248,7 +246,7 @@ class Output:
                     os.ftruncate(file.fileno(), self.found.size_bytes)  # the line about the run does not stay
                 os.fsync(file.fileno())
             self.partial.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise CaptureError(f"{self.partial} cannot be renamed to {self.path.name}: {reason(error)}.") from error
         self._place = self.path
@@ -277,58 +275,9 @@ def _where(file: BinaryIO) -> Path | str:
         return "the file that was moved, if it still is"
 
 
-def reason(error: OSError) -> str:
-    """Say what the system says; h5py puts a page of its own where that should be."""
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
 @contextmanager
 def _refused_if_impossible(path: Path, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UsageError(f"--output {path} cannot be {done}: {reason(error)}. Choose another place.") from error
-
-
-def _locked(path: Path, flags: int) -> BinaryIO:
-    """Open a file for this process alone, for as long as what is returned stays open.
-
-    Where there is no such lock, what is returned is closed: Windows neither renames nor removes a file that is open.
-
-    Raises:
-        UsageError: Another process has it.
-    """
-    file = os.fdopen(os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+b")
-    if fcntl is None:
-        file.close()
-        logger.warning(_UNLOCKED, path)
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat())  # renamed meanwhile
-    except BlockingIOError:
-        taken = True
-    except OSError as error:
-        if error.errno not in _CANNOT_LOCK:
-            raise
-        logger.warning(_UNLOCKED, path)
-        taken = False
-    if taken:
-        raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.")
-    return file
-
-
-def _reserve(descriptor: int) -> None:
-    """Have the file system set the file's blocks aside, so that the disk cannot be full later."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size + STATUS_BYTES)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable, where folders can be synced."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

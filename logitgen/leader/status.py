@@ -16,12 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from logitgen.console import Snapshot
-from logitgen.errors import FormatError, UsageError
+from logitgen.errors import FormatError, UsageError, reason
 from logitgen.file import header
 from logitgen.file.header import Header
 from logitgen.file.layout import PARTIAL_SUFFIX, STATUS_BYTES
-from logitgen.leader.output import Output, reason
+from logitgen.leader.output import Output
+from logitgen.leader.progress import Snapshot
 
 State = Literal["not started", "being created", "running", "stalled", "stopped", "complete"]
 

@@ -21,12 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from logitgen.errors import UsageError
+from logitgen.errors import UsageError, reason
 from logitgen.file.layout import WITH_KEPT_IDS, Array
 from logitgen.file.reader import LogitsFile
-from logitgen.leader.output import reason
 from logitgen.student.dataset import IGNORED_LABEL
-from logitgen.student.losses import sample_weights
+from logitgen.student.events import sample_weights
 
 MASKED_LOGPROB = -1e9
 """What stands where nothing is known: what axolotl pads with; finite, so that nothing computed from it is NaN."""

@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from logitgen.errors import UsageError
-from logitgen.file.layout import FLOAT16_MAX
 from logitgen.student.dataset import IGNORED_LABEL
+from logitgen.student.events import common_columns, kept_events, kl_sum, normalised, sampled_forward_kl
 
 CHUNK_LOGITS = 2**23
 """Logits of the student that are in float32 at a time, 32 MiB; for the forward KL three such tensors live at the peak,
@@ -29,8 +29,6 @@ costs 30 to 50 % more for whole distributions, 2**22 nothing less, 2**20 reads t
 MAX_PADDED_ROWS = 1024
 """Rows by which heads of one tokenizer may differ, as some are padded for speed: phi-2's by 905."""
 
-LEAST_LOGPROB = -FLOAT16_MAX
-"""Stands for the log-prob of what cannot come: finite, so that 0 times it is 0, and as the file stores it."""
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 Tail = Literal["ghost", "ignore"]
@@ -180,17 +178,17 @@ class DistillationLoss:
         if self._capture == "topk":
             events = kept_events(student_CV, known["kept_ids"], known["kept_logprobs"], ghost=self.tail == "ghost")
         else:
-            events = _common_columns(student_CV, self._teacher_logits(known))
-        teacher_CE, student_CE = (_normalised(logprobs / self.temperature) for logprobs in events)
+            events = common_columns(student_CV, self._teacher_logits(known))
+        teacher_CE, student_CE = (normalised(logprobs / self.temperature) for logprobs in events)
         return self.temperature**2 * self._divergence(teacher_CE, student_CE)
 
     def _divergence(self, teacher_CE: Tensor, student_CE: Tensor) -> Tensor:
         if self.divergence == "forward_kl":
-            return _kl_sum(teacher_CE, student_CE)
+            return kl_sum(teacher_CE, student_CE)
         if self.divergence == "reverse_kl":
-            return _kl_sum(student_CE, teacher_CE)
+            return kl_sum(student_CE, teacher_CE)
         mixture_CE = torch.logaddexp(teacher_CE + math.log(self.beta), student_CE + math.log(1 - self.beta))
-        return self.beta * _kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * _kl_sum(student_CE, mixture_CE)
+        return self.beta * kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * kl_sum(student_CE, mixture_CE)
 
     def _teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
         """Return the teacher's logits [C, W]; through its head in its own dtype, as it computed them itself."""
@@ -229,79 +227,6 @@ class DistillationLoss:
                 f"with a tokenizer of {tokenizer_size or 'unknown'} size; {least} to {most} would fit. Train a student "
                 "that has the teacher's tokenizer."
             )
-
-
-def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghost: bool) -> tuple[Tensor, Tensor]:
-    """Describe both sides by the kept tokens, and with `ghost` by one more event, that any other token comes.
-
-    Args:
-        student_CV: Logits.
-        ids_CK: The teacher's kept ids. Those the student has no column for, a padded head's, fall to the tail.
-        logprobs_CK: Their log-probs.
-        ghost: Whether the tail is an event.
-
-    Returns:
-        The teacher's and the student's log-probs, [C, K] or [C, K+1].
-    """
-    num_columns = student_CV.shape[-1]
-    both = logprobs_CK, student_CV.log_softmax(-1).gather(-1, ids_CK.clamp(max=num_columns - 1))
-    known_CK = ids_CK < num_columns
-    kept = [torch.where(known_CK, logprobs, LEAST_LOGPROB).clamp(min=LEAST_LOGPROB) for logprobs in both]
-    if ghost:
-        kept = [torch.cat([logprobs, _tail_logprob(logprobs)], dim=-1) for logprobs in kept]
-    return kept[0], kept[1]
-
-
-def _tail_logprob(kept_CK: Tensor) -> Tensor:
-    """Return the log of what the kept probabilities leave of 1, [C, 1].
-
-    Rounding can make their sum exceed 1. A tail is never less than what the dtype can tell from 0, on both sides, so
-    that it cancels.
-    """
-    kept_mass = kept_CK.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(kept_CK.dtype).eps)
-    return (-torch.expm1(kept_mass)).log()
-
-
-def sample_weights(logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
-    """Weigh sampled tokens so that on average over the draws each token of the vocabulary has its probability.
-
-    Args:
-        logprobs_CK: Log-probs p of the kept tokens, drawn without replacement by Gumbel-top-k.
-        threshold_C: kappa, the (K+1)-th perturbed log-prob.
-
-    Returns:
-        [C, K]: exp(p) by the probability that the token's perturbed log-prob exceeds kappa.
-
-    Source: Vieira 2017, "Estimating means in a finite universe"; Kool et al. 2019, "Stochastic Beams and Where to Find
-    Them", section 4.
-    """
-    logprobs_CK = logprobs_CK.clamp(min=LEAST_LOGPROB)
-    inclusion_CK = -torch.expm1(-(logprobs_CK - threshold_C[:, None]).exp())
-    # What is masked, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
-    return logprobs_CK.exp() / inclusion_CK.clamp(min=torch.finfo(inclusion_CK.dtype).tiny)
-
-
-def sampled_forward_kl(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
-    """Estimate KL(teacher || student) from sampled tokens, without bias in value and gradient, [C].
-
-    The weights are not made to sum to 1: that would bring a bias back.
-    """
-    teacher_CK, student_CK = kept_events(student_CV, ids_CK, logprobs_CK, ghost=False)
-    return (sample_weights(teacher_CK, threshold_C) * (teacher_CK - student_CK)).sum(-1)
-
-
-def _common_columns(student_CV: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor]:
-    num_common = min(student_CV.shape[-1], teacher_CW.shape[-1])
-    return teacher_CW[:, :num_common], student_CV[:, :num_common]
-
-
-def _normalised(logits_CE: Tensor) -> Tensor:
-    return logits_CE.log_softmax(-1).clamp(min=LEAST_LOGPROB)
-
-
-def _kl_sum(of_CE: Tensor, from_CE: Tensor) -> Tensor:
-    """KL(of || from), both log-probs, summed over positions."""
-    return kl_div(from_CE, of_CE, reduction="sum", log_target=True)
 
 
 def _next_labels(labels_BT: Tensor) -> Tensor:

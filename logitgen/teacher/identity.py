@@ -8,15 +8,17 @@ Shape letters: R rows of a weight (all dimensions but the last), C columns.
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from logitgen.teacher.noise import mixed
+from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from logitgen.teacher.noise import mixed
 
 _WITHOUT_EFFECT = {"transformers_version", "_commit_hash", "auto_map", "architectures", "dtype", "torch_dtype"}
 _WITHOUT_EFFECT |= {"id2label", "label2id", "num_labels", "problem_type", "use_cache", "return_dict"}
@@ -138,3 +140,13 @@ def _hash_of_part(part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]
         values ^= values >> 32
         total += (values.mul_(key_C).sum(-1) * keys).sum()
     return total
+
+
+def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight, one at a time, wherever it or its parts are."""
+    for module_name, module in sorted(model.named_modules()):
+        of_children = tuple(f"{name}." for name, _ in module.named_children())
+        with align_module_device(module):
+            for name, tensor in sorted(module.state_dict().items()):
+                if not name.startswith(of_children):
+                    yield f"{module_name}.{name}", tensor

@@ -8,30 +8,24 @@ Shape letters: B rows of a batch, T positions of a row, P captured positions, C 
 S ids of a shard of it, D hidden size.
 """
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import align_module_device
-from logitgen.teacher.identity import describe_adapters, describe_computation, describe_config, fingerprint
-from logitgen.teacher.shard import VocabShard
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedModel, masking_utils
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
-from logitgen.file.layout import STORED_DTYPES, HeadForm
-from logitgen.head import Head, dtype_name
+from logitgen.file.layout import HeadForm
+from logitgen.teacher.describe import TeacherInfo, cause_of
+from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
+from logitgen.teacher.probes import _device_of_logits, _find_head, _find_shard, _head, _separable_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -44,120 +38,9 @@ GPU_CHUNK_LOGITS = 2**29
 """The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty launches of kernels, for which a GPU that
 is done with the one before waits."""
 
-_SCALE_ERROR = 1e-5
-"""What float32 may make of a scale and a soft-cap, relatively."""
-_PRODUCT_ERROR = 1e-5
-"""What float32 may make of two ways to compute the product with the head, of its largest result."""
 
 _ALIGNMENT = 64
 """Bytes: where torch's own tensors begin on a CPU, and a cache line."""
-
-
-@dataclass(frozen=True)
-class TeacherInfo:
-    """What is known of a teacher before its weights are loaded.
-
-    Attributes:
-        vocab_size: Rows of the output head, V.
-        max_length: Longest row the run allows, in tokens; None where neither options nor teacher set a limit.
-        length_switch: Row length in tokens above which the whole row is computed differently (the long factors of
-            LongRoPE, chosen by the longest row of a batch); None for most.
-        commit: The hub's commit hash; empty for a folder.
-        quantization: How its checkpoint is quantised, as JSON; empty if it is not.
-        config: What of its configuration can change its logits, see `identity.describe_config`.
-    """
-
-    vocab_size: int
-    max_length: int | None
-    length_switch: int | None
-    commit: str
-    quantization: str
-    config: dict[str, Any]
-
-
-def describe_teacher(config: Config) -> TeacherInfo:
-    """Read a teacher's configuration, without its weights.
-
-    Raises:
-        UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
-            it can read or knows.
-    """
-    folder = Path(config.teacher)
-    is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
-    is_path = folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2
-    if is_path and not is_folder:
-        wrong = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise UsageError(f"--teacher {config.teacher} {wrong}. Give a folder or a hub id.")
-    if config.revision and is_folder:
-        raise UsageError(f"--revision is for teachers on the hub, {config.teacher} is a folder. Leave it out.")
-    if is_folder and not config.teacher_gguf and not (folder / "config.json").is_file():
-        raise UsageError(f"--teacher {config.teacher} has no config.json. Give the folder of a transformers model.")
-    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
-    try:
-        teacher_config = AutoConfig.from_pretrained(
-            config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
-        )
-    except Exception as error:
-        if "trust_remote_code" in str(error) and not config.trust_remote_code:
-            raise UsageError(
-                f"--teacher {config.teacher} comes with code of its own. Add --trust_remote_code if you trust it."
-            ) from error
-        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
-    text_config = teacher_config.get_text_config()
-    own_code = "AutoModelForCausalLM" in (getattr(teacher_config, "auto_map", None) or {})
-    known = type(teacher_config) in AutoModelForCausalLM._model_mapping
-    if known and own_code and not config.trust_remote_code:
-        logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
-    if not known and not (own_code and config.trust_remote_code):
-        raise UsageError(
-            f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
-            "in transformers. Give a model that predicts the next token."
-        )
-    context_length = getattr(text_config, "max_position_embeddings", None)
-    _check(config, text_config.vocab_size, context_length)
-    return TeacherInfo(
-        vocab_size=text_config.vocab_size,
-        max_length=config.max_length or context_length,
-        length_switch=_length_switch(text_config),
-        commit=getattr(teacher_config, "_commit_hash", None) or "",
-        quantization=_quantization(teacher_config),
-        config=describe_config(teacher_config),
-    )
-
-
-def _length_switch(text_config: PreTrainedConfig) -> int | None:
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or getattr(
-        text_config, "original_max_position_embeddings", None
-    )
-
-
-def _quantization(teacher_config: PreTrainedConfig) -> str:
-    found = getattr(teacher_config, "quantization_config", None)
-    if not found:
-        return ""
-    return json.dumps(found if isinstance(found, dict) else found.to_dict(), sort_keys=True, default=str)
-
-
-def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
-    if vocab_size < 1:
-        raise UsageError(f"--teacher {config.teacher} has a vocab_size of {vocab_size} in its config.json. Correct it.")
-    attentions = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
-    name = config.attn_implementation
-    if name and name not in attentions and "/" not in name:  # a name with a slash is a kernel on the hub
-        raise UsageError(f"--attn_implementation must be one of {', '.join(sorted(attentions))}, got {name}.")
-    if config.kept > vocab_size:  # of those that are drawn, `Layout.check` knows the number
-        raise UsageError(
-            f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
-            "Lower it, or keep every token with --capture full."
-        )
-    if config.max_length and context_length and config.max_length > context_length:
-        raise UsageError(
-            f"--max_length must be at most the teacher's context length {context_length}, got {config.max_length}. "
-            "Lower it."
-        )
 
 
 class Teacher:
@@ -192,7 +75,7 @@ class Teacher:
         self.device = _device_of_logits(model)
         self.dtype = model.dtype
         self.is_shared = model._device_mesh is not None
-        self.fingerprint = fingerprint(_weights(model), describe_adapters(model))
+        self.fingerprint = fingerprint(weights_of(model), describe_adapters(model))
         self.computation = describe_computation(model)
         self.shard = _find_shard(model, vocab_size, self.device)
         self._decoder = _separable_decoder(model, self.shard, self.device)
@@ -280,7 +163,7 @@ def load_model(config: Config, info: TeacherInfo, device: torch.device, num_repl
             raise UsageError(
                 f"--tp_size: transformers does not know how to cut {config.teacher}. Share it with --fsdp_size."
             ) from error
-        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {_cause(error)}") from error
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
     model, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if missing := sorted(loading["missing_keys"]):
         raise UsageError(
@@ -324,179 +207,6 @@ def _align_weights(model: PreTrainedModel) -> None:
             local.data = local.data.clone()
 
 
-def _device_of_logits(model: PreTrainedModel) -> torch.device:
-    """Return where a model's logits come out; its weights may be elsewhere until they are needed."""
-    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
-    return torch.device(hook.execution_device) if hook else model.device
-
-
-@torch.no_grad()
-def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -> VocabShard:
-    """Have a tensor-parallel model leave its vocabulary apart, if whatever it does after the head allows for that.
-
-    Its own plan joins the logits of all ranks right after the head. So what it makes of them is there to compare with.
-    """
-    whole = VocabShard(None, vocab_size)
-    mesh, head = model._device_mesh, model.get_output_embeddings()
-    if mesh is None or mesh["tp"].size() == 1 or "forward" not in vars(head):
-        return whole
-    group = mesh["tp"].get_group()
-    shard = VocabShard(group, vocab_size)
-    input_ids_BT = _some_ids(vocab_size, device)
-    try:
-        expected_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
-    except RuntimeError as error:
-        raise UsageError(
-            f"--tp_size {group.size()} does not fit the teacher: {first_line(error)}. Choose one that divides its "
-            "key-value heads, or share it with --fsdp_size."
-        ) from error
-    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES  # older ones, which lack it, got no mesh
-
-    joining = head.forward
-    del head.forward
-    ALL_PARALLEL_STYLES["colwise"].install_forward(head, mesh["tp"])
-    try:
-        logits_BTV = shard.whole(model(input_ids=input_ids_BT, use_cache=False).logits)
-    except Exception as error:  # what follows the head may want all of it
-        reason = f"running it on a part of the vocabulary fails: {first_line(error)}"
-    else:
-        if _close(logits_BTV, expected_BTV, relative=4 * torch.finfo(expected_BTV.dtype).eps):
-            return shard
-        reason = "its logits differ otherwise"
-    head.forward = joining
-    logger.warning("The teacher's vocabulary is joined on every rank: %s.", reason)
-    return whole
-
-
-def _some_ids(vocab_size: int, device: torch.device) -> Tensor:
-    return torch.arange(16, device=device).view(2, 8) % vocab_size
-
-
-@torch.no_grad()
-def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.device) -> nn.Module | None:
-    """Return the model's body if body and head apart give the plain forward's logits, else None.
-
-    Raises:
-        UsageError: The logits are not as wide as the teacher's configuration says, or depend on later tokens.
-    """
-    vocab_size = shard.vocab_size
-    input_ids_BT = _some_ids(vocab_size, device)
-    plain_BTS = model(input_ids=input_ids_BT, use_cache=False).logits
-    if plain_BTS.shape[-1] != shard.size:
-        raise UsageError(
-            f"The teacher's logits are {plain_BTS.shape[-1]} wide, its configuration says {vocab_size}. "
-            "Correct vocab_size in its config.json."
-        )
-    if not plain_BTS.logsumexp(-1).isfinite().all():
-        raise UsageError(
-            f"The teacher's logits are not finite in {str(model.dtype).removeprefix('torch.')}, whatever it reads. "
-            "Try another --dtype; if that does not help, its weights are damaged."
-        )
-    other_last_BT = input_ids_BT.clone()
-    other_last_BT[:, -1] = (other_last_BT[:, -1] + 1) % vocab_size
-    changed_BTS = model(input_ids=other_last_BT, use_cache=False).logits
-    # Quantised to 8 bits, a token's numbers are rounded together with those of the others.
-    noise = 0.1 if getattr(model, "hf_quantizer", None) else max(16 * torch.finfo(plain_BTS.dtype).eps, 0.01)
-    if not _close(changed_BTS[:, :-1], plain_BTS[:, :-1], relative=noise):
-        raise UsageError(
-            "The teacher's logits depend on later tokens: it is no causal language model, or is not set up as one "
-            "(is_decoder in its config.json)."
-        )
-    try:
-        decoder = cast(nn.Module, model.get_decoder())
-        output = decoder(input_ids=input_ids_BT, use_cache=False)
-        chunked_CS = _head(model, decoder, output, output.last_hidden_state.to(device).flatten(0, 1))
-    except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
-        reason = f"running it apart fails: {first_line(error)}"
-    else:
-        if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
-            return decoder
-        reason = "its logits differ from a plain forward"
-    logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
-    return None
-
-
-def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
-    """Compare logits by the largest one; masked tokens must be masked in both, and do not count as large."""
-    usual = expected.isfinite() & (expected.abs() < torch.finfo(expected.dtype).max / 2)
-    if not torch.equal(logits.isfinite(), expected.isfinite()):
-        return False
-    difference, size = (logits - expected)[usual].abs(), expected[usual].abs()
-    return not len(size) or bool(difference.max() <= relative * size.max())
-
-
-@torch.no_grad()  # here, not on `Teacher.logits`: around a generator it holds on to a chunk while the next is computed
-def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
-    """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
-
-    The body's forward is replaced by one that hands back its own output with these hidden states in it. So whatever a
-    family does after the head (soft-cap, scaling) happens as in a plain forward, without a list of families. Tested on
-    21 small models of 18 families, all exact (tests/test_teacher.py).
-    """
-    ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
-    any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
-    with _forward_returns(decoder, ready):
-        return cast(Tensor, model(input_ids=any_ids_CT, use_cache=False).logits[0])
-
-
-@torch.no_grad()
-def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabShard, device: torch.device) -> Head:
-    """Take a model's output head out of it, and prove that it gives the model's own logits.
-
-    What a family does after the product is found without a list of families: the model's own forward is given numbers
-    of all sizes in the product's place, and scale and soft-cap are read off what becomes of them, in float32.
-
-    Raises:
-        UsageError: Its logits are not soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap).
-    """
-    module = model.get_output_embeddings()
-    if decoder is None or getattr(module, "weight", None) is None:
-        raise _no_head("body and head cannot be run apart")
-    with align_module_device(module):
-        weight_VD = _whole(module.weight)
-        bias_V = None if getattr(module, "bias", None) is None else _whole(module.bias)
-    vocab_size = shard.vocab_size
-    output = decoder(input_ids=_some_ids(vocab_size, device), use_cache=False)
-    hidden_PD = output.last_hidden_state.to(device).flatten(0, 1)
-    dtypes = {tensor.dtype for tensor in (hidden_PD, weight_VD, bias_V) if tensor is not None}
-    if dtypes != {model.dtype} or dtype_name(model.dtype) not in STORED_DTYPES:
-        names = " and ".join(sorted(map(dtype_name, dtypes | {model.dtype})))
-        raise _no_head(
-            f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)} (see --dtype)"
-        )
-    # Of both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
-    id_V = torch.arange(vocab_size, device=device)
-    probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
-    probe_S = probe_V[shard.start : shard.start + shard.size]
-    with _forward_returns(cast(nn.Module, module), probe_S.repeat(1, len(hidden_PD), 1)):
-        answer_V = shard.whole(_head(model, decoder, output, hidden_PD)[-1].float())
-    scale, soft_cap = _scale_and_cap(probe_V, answer_V)
-    head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, soft_cap=soft_cap)
-    if not torch.allclose(head.after_product(probe_V), answer_V, rtol=_SCALE_ERROR, atol=0):
-        raise _no_head("something else is done to the logits after the product")
-    own_PV = shard.whole(_head(model, decoder, output, hidden_PD))
-    relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
-    if not _close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
-        raise _no_head("something is done to the hidden states before the product")
-    return head
-
-
-def _scale_and_cap(probe_V: Tensor, answer_V: Tensor) -> tuple[float, float]:
-    """Read off what becomes of small numbers, the first, and of large ones; a soft-cap of 0 is none."""
-    scale = float(answer_V[0] / probe_V[0])
-    largest = int(probe_V.argmax())
-    if abs(answer_V[largest]) > abs(scale * probe_V[largest]) / 2:
-        return scale, 0.0
-    return 1.0 if abs(scale - 1) < _SCALE_ERROR else scale, float(abs(answer_V[largest]))  # a tanh rounds the small
-
-
-def _no_head(reason: str) -> UsageError:
-    return UsageError(
-        "--capture hidden needs a teacher whose logits are a product of its last hidden states and its output "
-        f"embeddings, scaled or soft-capped at most; with this one {reason}. Use another --capture."
-    )
-
-
 @contextmanager
 def _rows_not_packed() -> Iterator[None]:
     """Spare transformers the look at position ids whether several rows are packed into one: ours never are.
@@ -510,43 +220,3 @@ def _rows_not_packed() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
-
-
-@contextmanager
-def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
-    """Let a module's forward return a ready output."""
-    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put one there
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight, one at a time, wherever it or its parts are."""
-    for module_name, module in sorted(model.named_modules()):
-        of_children = tuple(f"{name}." for name, _ in module.named_children())
-        with align_module_device(module):
-            for name, tensor in sorted(module.state_dict().items()):
-                if not name.startswith(of_children):
-                    yield f"{module_name}.{name}", tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Join the parts of a weight that is spread over ranks."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
-
-
-def _cause(error: Exception) -> str:
-    """Say in one line why transformers or the hub could not load something."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says."
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        text = f"KeyError {text}"
-    sentences = text.split(". ")
-    return sentences[0][:300].rstrip(".") + "." if sentences[0] else type(error).__name__

@@ -1,0 +1,67 @@
+"""Files of one process alone: locked, reserved on the disk, renamed durably."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from logitgen.errors import UsageError
+from logitgen.file.layout import STATUS_BYTES
+
+logger = logging.getLogger(__name__)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+_UNLOCKED = "%s cannot be locked here: start only one run at a time that writes it."
+
+
+def locked(path: Path, flags: int) -> BinaryIO:
+    """Open a file for this process alone, for as long as what is returned stays open.
+
+    Where there is no such lock, what is returned is closed: Windows neither renames nor removes a file that is open.
+
+    Raises:
+        UsageError: Another process has it.
+    """
+    file = os.fdopen(os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+b")
+    if fcntl is None:
+        file.close()
+        logger.warning(_UNLOCKED, path)
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat())  # renamed meanwhile
+    except BlockingIOError:
+        taken = True
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        logger.warning(_UNLOCKED, path)
+        taken = False
+    if taken:
+        raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.")
+    return file
+
+
+def reserve(descriptor: int) -> None:
+    """Have the file system set the file's blocks aside, so that the disk cannot be full later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size + STATUS_BYTES)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder durable, where folders can be synced."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

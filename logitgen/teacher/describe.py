@@ -1,0 +1,135 @@
+"""A teacher as its configuration describes it, before its weights are loaded."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from logitgen.config import Config
+from logitgen.errors import UsageError
+from logitgen.teacher.identity import describe_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What is known of a teacher before its weights are loaded.
+
+    Attributes:
+        vocab_size: Rows of the output head, V.
+        max_length: Longest row the run allows, in tokens; None where neither options nor teacher set a limit.
+        length_switch: Row length in tokens above which the whole row is computed differently (the long factors of
+            LongRoPE, chosen by the longest row of a batch); None for most.
+        commit: The hub's commit hash; empty for a folder.
+        quantization: How its checkpoint is quantised, as JSON; empty if it is not.
+        config: What of its configuration can change its logits, see `identity.describe_config`.
+    """
+
+    vocab_size: int
+    max_length: int | None
+    length_switch: int | None
+    commit: str
+    quantization: str
+    config: dict[str, Any]
+
+
+def describe_teacher(config: Config) -> TeacherInfo:
+    """Read a teacher's configuration, without its weights.
+
+    Raises:
+        UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
+            it can read or knows.
+    """
+    folder = Path(config.teacher)
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
+    is_path = folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2
+    if is_path and not is_folder:
+        wrong = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise UsageError(f"--teacher {config.teacher} {wrong}. Give a folder or a hub id.")
+    if config.revision and is_folder:
+        raise UsageError(f"--revision is for teachers on the hub, {config.teacher} is a folder. Leave it out.")
+    if is_folder and not config.teacher_gguf and not (folder / "config.json").is_file():
+        raise UsageError(f"--teacher {config.teacher} has no config.json. Give the folder of a transformers model.")
+    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
+    try:
+        teacher_config = AutoConfig.from_pretrained(
+            config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise UsageError(
+                f"--teacher {config.teacher} comes with code of its own. Add --trust_remote_code if you trust it."
+            ) from error
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
+    text_config = teacher_config.get_text_config()
+    own_code = "AutoModelForCausalLM" in (getattr(teacher_config, "auto_map", None) or {})
+    known = type(teacher_config) in AutoModelForCausalLM._model_mapping
+    if known and own_code and not config.trust_remote_code:
+        logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
+    if not known and not (own_code and config.trust_remote_code):
+        raise UsageError(
+            f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
+            "in transformers. Give a model that predicts the next token."
+        )
+    context_length = getattr(text_config, "max_position_embeddings", None)
+    _check(config, text_config.vocab_size, context_length)
+    return TeacherInfo(
+        vocab_size=text_config.vocab_size,
+        max_length=config.max_length or context_length,
+        length_switch=_length_switch(text_config),
+        commit=getattr(teacher_config, "_commit_hash", None) or "",
+        quantization=_quantization(teacher_config),
+        config=describe_config(teacher_config),
+    )
+
+
+def _length_switch(text_config: PreTrainedConfig) -> int | None:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        text_config, "original_max_position_embeddings", None
+    )
+
+
+def _quantization(teacher_config: PreTrainedConfig) -> str:
+    found = getattr(teacher_config, "quantization_config", None)
+    if not found:
+        return ""
+    return json.dumps(found if isinstance(found, dict) else found.to_dict(), sort_keys=True, default=str)
+
+
+def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
+    if vocab_size < 1:
+        raise UsageError(f"--teacher {config.teacher} has a vocab_size of {vocab_size} in its config.json. Correct it.")
+    attentions = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    name = config.attn_implementation
+    if name and name not in attentions and "/" not in name:  # a name with a slash is a kernel on the hub
+        raise UsageError(f"--attn_implementation must be one of {', '.join(sorted(attentions))}, got {name}.")
+    if config.kept > vocab_size:  # of those that are drawn, `Layout.check` knows the number
+        raise UsageError(
+            f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
+            "Lower it, or keep every token with --capture full."
+        )
+    if config.max_length and context_length and config.max_length > context_length:
+        raise UsageError(
+            f"--max_length must be at most the teacher's context length {context_length}, got {config.max_length}. "
+            "Lower it."
+        )
+
+
+def cause_of(error: Exception) -> str:
+    """Say in one line why transformers or the hub could not load something."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"KeyError {text}"
+    sentences = text.split(". ")
+    return sentences[0][:300].rstrip(".") + "." if sentences[0] else type(error).__name__
