@@ -47,7 +47,7 @@ from logitgen import estimate
 from logitgen.errors import first_line
 from logitgen.file.layout import Array, Layout
 from logitgen.leader.writer import Writer
-from logitgen.ranks.agree import Outbox
+from logitgen.ranks.deliver import Outbox
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Batch, Rows
 from logitgen.teacher import capture
@@ -279,7 +279,7 @@ class Capture:
         """Run it until all is written; the last sync is left out, which no long run would feel."""
         job, none = self.job, np.zeros(len(self.job.rows), dtype=bool)
         with (
-            Writer(self.path, self._header, job.rows, job.plan, none) as writer,
+            Writer(self.path, self._header, job, none) as writer,
             Outbox(
                 int(job.payload_bytes.max()),
                 lambda number, message: writer.submit(number, message.numpy()[:-8]).result,

@@ -38,7 +38,8 @@ from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.file.header import Places
 from logitgen.file.layout import nbytes
 from logitgen.leader.writer import COMMIT_BYTES, Writer
-from logitgen.ranks.agree import Ranks, launched
+from logitgen.ranks.agree import Ranks
+from logitgen.ranks.launch import launched
 
 VOCAB_SIZE = 151_936
 GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)
@@ -150,15 +151,18 @@ def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path, *, sealed: bool
     def on_written(batch: int, busy_seconds: float) -> None:
         written.append(batch)
 
-    head = ranks.on_leader(lambda: job.create_file(path))
+    with ranks.together():
+        head = job.create_file(path) if ranks.is_leader else None
     with timed(ranks) as seconds:
-        writer = Writer(path, head, job.rows, job.plan, np.zeros(len(job.rows), bool), on_written) if head else None
+        writer = Writer(path, head, job, np.zeros(len(job.rows), bool), on_written) if head else None
         with writer or nullcontext():
             with ranks.deliver(shares, sizes, writer.submit if writer else None, lambda *_: None) as outbox:
                 for number in shares[ranks.rank]:
                     outbox.put(number, payload[: sizes[number]], job.sealing(number) if sealed else lambda _: None)
             finished = seconds()
-            ranks.on_leader(lambda: writer.finish() if writer else None)
+            with ranks.together():
+                if writer:
+                    writer.finish()
     most_bytes = peak_bytes()
     finish_seconds = ranks.gathered(finished)
     if ranks.is_leader:

@@ -16,6 +16,7 @@ from logitgen.file import header
 from logitgen.file.header import Header
 from logitgen.file.layout import ATTRIBUTES, HEAD_ATTRIBUTES, Array, Layout
 from logitgen.leader.places import write_known
+from logitgen.split import job
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 from logitgen.teacher.capture import seal
@@ -36,17 +37,8 @@ def ragged_lengths(num_rows: int, mean: float, longest: int, seed: int = 0, shor
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run has before its first forward pass, the teacher left out."""
-
-    rows: Rows
-    plan: Plan
-    layout: Layout
-
-    @property
-    def payload_bytes(self) -> Array:
-        """Size of the payload of every batch, [num_batches]."""
-        return self.layout.payload_bytes(self.plan.num_rows, self.plan.sums(self.rows.num_positions))
+class Job(job.Job):
+    """A job of made-up rows, and the file it goes into."""
 
     def shares(self, num_ranks: int) -> list[Array]:
         """Batches of each rank, in order."""

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import generate
-from logitgen import console
-from logitgen.leader import writer
-from logitgen.ranks import agree as transport
+from logitgen import generate
+from logitgen.leader import places, progress, writer
+from logitgen.ranks import deliver
 
 SLOW_BYTES_PER_SECOND = 1e5
 
@@ -61,13 +60,13 @@ def main(folder: Path, arguments: list[str]) -> None:
     """Run as `generate.py` does, and leave `rank_N.json` in the folder."""
     generate.capture_batch = traced("forward", generate.capture_batch)
     generate.seal = traced("checksum", generate.seal)
-    transport.Outbox.put = traced("hand over", waits_traced(transport.Outbox.put))  # type: ignore[method-assign]
+    deliver.Outbox.put = traced("hand over", waits_traced(deliver.Outbox.put))  # type: ignore[method-assign]
     writer.Writer._write_batch = traced("write", writer.Writer._write_batch)  # type: ignore[method-assign]
     os.fsync = traced("sync", os.fsync)
     if "--slow_disk" in arguments:
         arguments.remove("--slow_disk")
-        writer._Datasets.put_parts = slowed(writer._Datasets.put_parts)  # type: ignore[method-assign]
-    console.PLAIN_SECONDS = 2.0
+        places.Arrays.put_parts = slowed(places.Arrays.put_parts)  # type: ignore[method-assign]
+    progress.PLAIN_SECONDS = 2.0
     sys.argv = ["generate.py", *arguments]
     generate.main()
     path = folder / f"rank_{os.environ.get('RANK', '0')}.json"

@@ -24,12 +24,13 @@ import torch
 from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
-import generate
+from logitgen import generate
 from logitgen.config import parse_config
 from logitgen.file.header import create
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
-from logitgen.ranks.agree import Ranks, Submit
+from logitgen.ranks.agree import Ranks
+from logitgen.ranks.deliver import Submit
 from logitgen.split.plan import Plan
 from logitgen.teacher.model import Teacher
 

@@ -34,3 +34,7 @@ def first_line(error: BaseException) -> str:
 def reason(error: OSError) -> str:
     """Say what the system says; h5py puts a page of its own where that should be."""
     return os.strerror(error.errno) if error.errno else str(error)
+
+
+class LostRankError(CaptureError):
+    """Another rank ended without saying why."""

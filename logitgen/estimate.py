@@ -14,7 +14,8 @@ import torch
 
 from logitgen.file.header import Attributes, file_bytes
 from logitgen.file.layout import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layout
-from logitgen.ranks.agree import NUM_BUFFERS, Outbox
+from logitgen.ranks.deliver import NUM_BUFFERS, Outbox
+from logitgen.split.job import Job
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 from logitgen.teacher.capture import capture_batch, seal
@@ -123,7 +124,7 @@ def _proc_bytes(path: str, name: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
-def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout, agreed: Callable[[int], int]) -> Pilot:
+def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot:
     """Compute a few of the batches as a run would, and throw the result away.
 
     The first, which is the largest, warms up, and shows how much memory is needed and how many more there is time for;
@@ -131,20 +132,18 @@ def run_pilot(teacher: Teacher, rows: Rows, plan: Plan, layout: Layout, agreed: 
 
     Args:
         teacher: The loaded teacher.
-        rows: The tokenised split.
-        plan: Which rows form a batch.
-        layout: What is kept.
+        job: What a run would compute.
         agreed: Turns a number of batches into one that is the same on all ranks: those that share a teacher must run
             it equally often.
     """
-    payload_bytes = layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions))
-    outbox = Outbox(int(payload_bytes.max()), lambda number, payload: lambda: None, teacher.device)
+    plan = job.plan
+    outbox = Outbox(int(job.payload_bytes.max()), lambda number, payload: lambda: None, teacher.device)
 
     def seconds(number: int) -> float:
         start = time.perf_counter()
-        batch = rows.batch(plan.rows(number))
-        payload = capture_batch(teacher, batch, layout)
-        outbox.put(number, payload, partial(seal, batch=batch, layout=layout, dtype=teacher.dtype))
+        batch = job.rows.batch(plan.rows(number))
+        payload = capture_batch(teacher, batch, job.layout)
+        outbox.put(number, payload, partial(seal, batch=batch, layout=job.layout, dtype=teacher.dtype))
         outbox.flush()
         return time.perf_counter() - start
 
@@ -198,39 +197,18 @@ class Estimate:
     buffer_bytes: int
 
 
-def estimate(
-    rows: Rows,
-    plan: Plan,
-    layout: Layout,
-    attributes: Attributes,
-    pilots: list[Pilot],
-    tp_size: int = 1,
-    fsdp_size: int = 1,
-) -> Estimate:
+def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int = 1, fsdp_size: int = 1) -> Estimate:
     """Work out what a run would take.
 
     Args:
-        rows: The tokenised split.
-        plan: Which rows form a batch.
-        layout: The file's sizes.
+        job: What a run would compute.
         attributes: What the file would say about itself.
         pilots: What every rank measured.
         tp_size: Ranks that compute a batch together.
         fsdp_size: How many such groups share a teacher.
     """
+    rows, plan, layout = job.rows, job.plan, job.layout
     seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
-    largest_payload = int(layout.payload_bytes(plan.num_rows, plan.sums(rows.num_positions)).max())
-    others = [
-        replace(layout, capture="topk", top_k=k, encoding=encoding)
-        for encoding in OTHER_ENCODINGS
-        for k in OTHER_KEPT
-        if k <= layout.vocab_size
-    ]
-    if layout.num_drawable > OTHER_DRAWN:
-        others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
-    if layout.head:
-        others.append(replace(layout, capture="hidden", top_k=0, encoding="plain"))
-    others.append(replace(layout, capture="full", top_k=0, encoding="plain"))
     return Estimate(
         num_rows=layout.num_rows,
         num_tokens=layout.num_tokens,
@@ -247,9 +225,26 @@ def estimate(
         },
         pilots=pilots,
         size_bytes=file_bytes(layout, attributes),
-        other_sizes={other.kept: file_bytes(other, _attributes_of(other, attributes)) for other in others},
-        buffer_bytes=NUM_BUFFERS * (len(pilots) // tp_size) * largest_payload,
+        other_sizes={
+            other.kept: file_bytes(other, _attributes_of(other, attributes)) for other in _other_layouts(layout)
+        },
+        buffer_bytes=NUM_BUFFERS * (len(pilots) // tp_size) * int(job.payload_bytes.max()),
     )
+
+
+def _other_layouts(layout: Layout) -> list[Layout]:
+    """Lay out the files that other options would make of the same rows."""
+    others = [
+        replace(layout, capture="topk", top_k=k, encoding=encoding)
+        for encoding in OTHER_ENCODINGS
+        for k in OTHER_KEPT
+        if k <= layout.vocab_size
+    ]
+    if layout.num_drawable > OTHER_DRAWN:
+        others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
+    if layout.head:
+        others.append(replace(layout, capture="hidden", top_k=0, encoding="plain"))
+    return [*others, replace(layout, capture="full", top_k=0, encoding="plain")]
 
 
 def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:

@@ -43,9 +43,8 @@ from conftest import ROOT, SENTENCES, launch_command, make_llama, make_tokenizer
 from rich.console import Console
 from rich.table import Table
 
-import generate
 import logitgen.leader.writer
-from logitgen import LogitsFile
+from logitgen import LogitsFile, generate
 from logitgen.file import header
 from logitgen.file.layout import row_crc32
 from logitgen.leader.progress import Progress
@@ -150,7 +149,7 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wrapped)
 
-    datasets = logitgen.leader.writer._Datasets
+    datasets = logitgen.leader.writer.Arrays
     match fault.moment:
         case "create":
             after(header, "create", lambda path, *_: path.suffix == ".new")

@@ -113,7 +113,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def capture(tmp_path: Path) -> Callable[..., Path]:
     """Run the main job on this process alone; returns the output's path, raises what the run raises."""
-    import generate
+    from logitgen import generate
     from logitgen.ranks.agree import Ranks
 
     def run(**options: Any) -> Path:

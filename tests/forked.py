@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import generate
+from logitgen import generate
 
 
 def run(num_ranks: int, options: dict[str, Any]) -> dict[str, Any]:

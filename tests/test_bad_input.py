@@ -35,8 +35,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, CLIPConfig, T5Config
 
-import generate
-from logitgen import FormatError, LogitsDataset, LogitsFile
+from logitgen import FormatError, LogitsDataset, LogitsFile, generate
 from logitgen.__main__ import main
 from logitgen.console import print_error
 from logitgen.errors import LogitgenError

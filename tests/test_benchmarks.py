@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import generate
 from benchmarks import reading, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
@@ -20,10 +19,10 @@ from benchmarks.gpu import idle_share
 from benchmarks.harness import measure, median_and_spread
 from benchmarks.leader import InPlaces
 from benchmarks.synthetic import make_job, random_payload
-from logitgen import LogitsDataset
+from logitgen import LogitsDataset, generate
 from logitgen.file.reader import LogitsFile
 from logitgen.leader.writer import Writer
-from logitgen.ranks import agree as transport
+from logitgen.ranks import agree
 
 OTHERS = [
     "bash, file per process",
@@ -62,7 +61,7 @@ def test_bare_code_for_the_leader_puts_the_same_bytes_to_the_same_places_as_the_
     sizes, done = job.payload_bytes, np.zeros(len(job.rows), bool)
     payloads = [(random_payload(2 * size)[size:] + number) % 64 for number, size in enumerate(sizes)]
     bare = InPlaces(tmp_path / "bare", job)
-    with Writer(tmp_path / "ours", job.create_file(tmp_path / "ours"), job.rows, job.plan, done) as writer:
+    with Writer(tmp_path / "ours", job.create_file(tmp_path / "ours"), job, done) as writer:
         for number, payload in enumerate(payloads):
             bare.write(number, torch.from_numpy(payload))
             writer.submit(number, payload)
@@ -142,7 +141,7 @@ def test_nearly_equal_log_probs_may_come_in_another_order(ours: LogitsFile):
 def test_our_capture_with_a_piece_replaced_yields_the_same_rows(
     ours: LogitsFile, capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch, piece: str
 ):
-    for place, name in ((generate, "Plan"), (generate, "Teacher"), (transport.Ranks, "deliver")):
+    for place, name in ((generate, "Plan"), (generate, "Teacher"), (agree.Ranks, "deliver")):
         monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
     getattr(without, f"without_{piece}")()
     path = capture(

@@ -28,6 +28,7 @@ from logitgen.console import (
     silence_stdout,
     start_logging,
 )
+from logitgen.leader import progress as progress_module
 from logitgen.leader.progress import BUSY_SHARE, WAITED_SHARE, Progress
 
 REDRAW = re.compile(r"(?:\r|\x1b\[2K|\x1b\[\d+A)+")
@@ -49,7 +50,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=made))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=made))
     return made
 
 
@@ -339,7 +340,7 @@ def test_the_first_rows_are_announced_once_in_the_log_file(
         assert caplog.record_tuples == []
         for batch in (5, 3, 8):
             progress.written(batch, 0.0)
-    assert caplog.record_tuples == [("logitgen.console", logging.DEBUG, "First rows are in the file.")]
+    assert caplog.record_tuples == [("logitgen.leader.progress", logging.DEBUG, "First rows are in the file.")]
 
 
 # What a run takes its time for.

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import generate
-from logitgen import CaptureError, UsageError
+from logitgen import CaptureError, UsageError, generate
 from logitgen import estimate as estimate_module
 from logitgen.config import Config
 from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate, fitting_batch_tokens
 from logitgen.file.layout import Layout
 from logitgen.leader import output as output_module
 from logitgen.provenance import package_versions
+from logitgen.split.job import Job
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 from logitgen.teacher.capture import capture_batch
@@ -237,7 +237,7 @@ def hand_worked(pilots: list[Pilot], capture: str = "topk", attributes: dict[str
         top_k=2 if capture == "topk" else 0,
     )
     plan = Plan(rows.forward_lengths, batch_tokens=110)
-    return estimate(rows, plan, layout, attributes or {"settings": "{}"}, pilots)
+    return estimate(Job(rows, plan, layout), attributes or {"settings": "{}"}, pilots)
 
 
 def test_times_and_buffers_worked_by_hand() -> None:
@@ -267,7 +267,7 @@ def test_more_than_64_ranks_are_not_needed_for_three_batches() -> None:
 def test_the_time_is_that_of_the_rank_with_the_most_tokens() -> None:
     rows = rows_of([11, 10, 9, 8, 7, 6, 5, 4])
     layout = Layout(capture="topk", num_rows=8, num_tokens=60, num_positions=52, vocab_size=40, top_k=2)
-    found = estimate(rows, Plan(rows.forward_lengths, 1), layout, {"settings": "{}"}, [Pilot(0.5, 1, 0)])
+    found = estimate(Job(rows, Plan(rows.forward_lengths, 1), layout), {"settings": "{}"}, [Pilot(0.5, 1, 0)])
     # 10 9 8 7 6 5 4 3, each to who has least. Two ranks: 10 7 6 3 and 9 8 5 4. Four: 10 3, 9 4, 8 5, 7 6.
     assert found.seconds == {1: 26, 2: 13, 4: 6.5, 8: 5, 16: 5, 32: 5, 64: 5}
 

@@ -15,7 +15,7 @@ from test_ranks import Ended, error_lines, exit_statuses, launch_changed
 Capture = Callable[..., Path]
 
 SLOW = (
-    "import os, time, generate\ncompute = generate.capture_batch\nnumber = 0\n"
+    "import os, time\nfrom logitgen import generate\ncompute = generate.capture_batch\nnumber = 0\n"
     "def changed(*arguments):\n"
     "    global number\n"
     "    number += 1\n"
@@ -117,9 +117,9 @@ def test_a_run_goes_on_when_nobody_listens_any_more(
     teacher: Path, ragged: Path, tmp_path: Path, finished: Callable[[], None]
 ) -> None:
     """As with `| head`, or a terminal that is gone: the progress lines find no reader."""
-    change = "import logitgen.console\nlogitgen.console.PLAIN_SECONDS = 0.0"
+    change = "import logitgen.leader.progress as progress\nprogress.PLAIN_SECONDS = 0.0\nfrom logitgen import generate"
     script = tmp_path / "changed.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\ngenerate.main()\n")
     words = [f"--teacher={teacher}", f"--dataset={ragged}", "--batch_tokens=40", f"--log_dir={tmp_path / 'logs'}"]
     command = [sys.executable, str(script), *words, f"--output={tmp_path / 'out.h5'}"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -132,7 +132,7 @@ def test_a_run_goes_on_when_nobody_listens_any_more(
 
 def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
     hang = "if os.environ['RANK'] == '1': generate.load_model = lambda *_: time.sleep(3600)"
-    result = run(f"import os, time, generate\n{hang}", rank_timeout=4)
+    result = run(f"import os, time\nfrom logitgen import generate\n{hang}", rank_timeout=4)
     assert len(error_lines(result)) == 1
     assert "Rank 1 has not moved for 4 s" in error_lines(result)[0]
     assert not list(tmp_path.glob("out.h5*"))
@@ -164,7 +164,7 @@ def changed(*arguments, **options):
     return before(*arguments, **options)
 generate.{place} = changed
 """
-    result = run(f"import os, torch, generate{fail}", tp_size=2)
+    result = run(f"import os, torch\nfrom logitgen import generate{fail}", tp_size=2)
     assert len(error_lines(result)) == 1
     assert "Rank 1: OutOfMemoryError: Tried to allocate 2.00 GiB." in error_lines(result)[0]
     assert not list(tmp_path.glob("out.h5*"))

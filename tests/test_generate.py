@@ -16,8 +16,7 @@ import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import generate
-from logitgen import LogitsFile, UsageError
+from logitgen import LogitsFile, UsageError, generate
 from logitgen.errors import CaptureError
 from logitgen.ranks.agree import Ranks
 

@@ -147,7 +147,7 @@ def start(wire: Wire, teacher: Path, ragged: Path, tmp_path: Path) -> Callable[.
         if change:
             script = str(tmp_path / "changed.py")
             begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})"
-            Path(script).write_text(f"{begin}\n{change}\nimport generate\ngenerate.main()\n")
+            Path(script).write_text(f"{begin}\n{change}\nfrom logitgen import generate\ngenerate.main()\n")
         return [start_one(number, cache, script, **options) for number, cache in enumerate(caches)]
 
     return start_both
@@ -222,7 +222,8 @@ def test_a_machine_that_dies_while_the_leader_waits_without_limit_is_noticed(
 ) -> None:
     """The second machine takes long to read the split, for which it has all the time it wants."""
     change = (
-        "import os, time, generate, logitgen.transport\nlogitgen.transport._SILENT_SECONDS = 3.0\n"
+        "import os, time, logitgen.ranks.agree\nfrom logitgen import generate\n"
+        "logitgen.ranks.agree.SILENT_SECONDS = 3.0\n"
         "load = generate.load_split\n"
         "def slow(config):\n"
         "    time.sleep(8 * int(os.environ['RANK']))\n"

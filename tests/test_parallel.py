@@ -203,7 +203,8 @@ def test_ranks_that_share_a_teacher_run_the_same_pilot(runs: Runs) -> None:
 
 
 KILL = """
-import os, signal, generate
+import os, signal
+from logitgen import generate
 compute, calls = generate.capture_batch, []
 def dying(*arguments):
     calls.append(1)

@@ -20,11 +20,10 @@ from conftest import ROOT, launch_command, make_llama
 from test_capture import batch_of, captured, layout_of
 from torch.overrides import TorchFunctionMode
 
-import generate
-from logitgen import CaptureError, LogitsFile
+from logitgen import CaptureError, LogitsFile, generate
 from logitgen.file.layout import HeadForm
 from logitgen.leader.lock import sync_folder
-from logitgen.ranks import agree as transport
+from logitgen.ranks import deliver, ending, environment
 from logitgen.ranks.agree import Ranks
 
 Capture = Callable[..., Path]
@@ -139,7 +138,7 @@ def test_without_signals_to_threads_the_main_one_is_interrupted_all_the_same(mon
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
         monkeypatch.delattr(signal, "pthread_kill")
-        thread = threading.Thread(target=transport._interrupt_main, args=(signal.SIGTERM,))
+        thread = threading.Thread(target=ending.interrupt_main, args=(signal.SIGTERM,))
         thread.start()
         thread.join()
         sum(range(1000))  # the handler runs between two bytecodes
@@ -150,7 +149,7 @@ def test_without_signals_to_threads_the_main_one_is_interrupted_all_the_same(mon
 
 def test_a_lost_rank_ends_the_wait_for_another_where_no_signal_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "pthread_kill")
-    inbox = transport._Inbox(None, lambda *_: Future(), lambda *_: None, np.zeros(1), 1.0, [])
+    inbox = deliver.Inbox(None, lambda *_: Future(), lambda *_: None, np.zeros(1), 1.0, "Rank {}", [])
     gives_up, gave_up = threading.Event(), []
     inbox._threads = [threading.Thread(target=lambda: gave_up.append(gives_up.wait(20)), daemon=True)]
     inbox._threads[0].start()
@@ -180,7 +179,7 @@ def test_apples_gpu_serves_a_single_rank(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(found))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(transport, "Accelerator", accelerator)
+    monkeypatch.setattr(environment, "Accelerator", accelerator)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(num_ranks))
     assert Ranks([]).device.type == ("cpu" if cpu else found)

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, SENTENCES, write_jsonl
 
-import generate
-from logitgen import LogitsFile
+from logitgen import LogitsFile, generate
 from logitgen.leader.output import Output
 from logitgen.leader.places import write_known
 from logitgen.leader.status import Watch
 from logitgen.leader.writer import Writer
 from logitgen.ranks.agree import Ranks
+from logitgen.split.job import Job
 
 SECTOR = 512
 NUM_STATES = 600
@@ -50,7 +50,10 @@ class Call:
 def system_calls(folder: Path, arguments: list[str]) -> list[Call]:
     """Run the main program on one rank, and return its system calls on files of a folder."""
     script = folder / "run.py"
-    change = "import logitgen.writer\nlogitgen.writer.COMMIT_SECONDS = 0.0\nimport generate\ngenerate.main()\n"
+    change = (
+        "from logitgen import generate\nfrom logitgen.leader import writer\n"
+        "writer.COMMIT_SECONDS = 0.0\ngenerate.main()\n"
+    )
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}")
     log = folder / "strace.log"
     tracer = ["strace", "-f", "-qq", "-y", "-xx", "-s", "10000000", "-e", f"trace={CALLS}", "-o", str(log)]
@@ -212,11 +215,12 @@ class Run:
         if output.is_complete():
             output.complete()
             return 0
-        rows, plan, layout = self.claim["rows"], self.claim["plan"], self.claim["layout"]
-        header = output.create(layout, self.claim["attributes"], partial(write_known, layout=layout, rows=rows))
+        job = Job(self.claim["rows"], self.claim["plan"], self.claim["layout"])
+        known = partial(write_known, layout=job.layout, rows=job.rows)
+        header = output.create(job.layout, self.claim["attributes"], known)
         done = output.done()
-        pending = plan.pending(done)
-        with Writer(output.partial, header, rows, plan, done) as writer:
+        pending = job.plan.pending(done)
+        with Writer(output.partial, header, job, done) as writer:
             for batch in pending:
                 writer.submit(int(batch), self.payloads[int(batch)])
             writer.finish()

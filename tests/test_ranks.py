@@ -113,7 +113,9 @@ def test_help_is_printed_once(tmp_path: Path) -> None:
 def launch_changed(folder: Path, change: str, num_ranks: int = 2, **options: Any) -> Ended:
     """Launch the main program on several ranks after some Python that changes it."""
     script = folder / "changed.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nimport generate\ngenerate.main()\n")
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nfrom logitgen import generate\ngenerate.main()\n"
+    )
     places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
     command = launch_command(num_ranks, **(places | options))
     command[command.index("generate.py")] = str(script)
@@ -148,7 +150,7 @@ def test_ranks_with_different_options_are_refused(teacher: Path, ragged: Path, t
 def test_a_killed_rank_is_named_even_if_the_leader_is_busy(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     """The leader sleeps where no signal wakes Python, as in a long kernel; the launcher's SIGTERM comes meanwhile."""
     change = (
-        "import ctypes, os, signal, generate\ncompute = generate.capture_batch\n"
+        "import ctypes, os, signal\nfrom logitgen import generate\ncompute = generate.capture_batch\n"
         "def slow(*arguments):\n"
         "    if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    for _ in range(4): ctypes.CDLL(None).sleep(1)\n"
@@ -162,7 +164,7 @@ def test_a_killed_rank_is_named_even_if_the_leader_is_busy(teacher: Path, ragged
 
 def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     change = (
-        "import errno, os\nfrom logitgen.writer import Writer\n"
+        "import errno, os\nfrom logitgen.leader.writer import Writer\n"
         "def full_disk(self, batch, payload):\n"
         "    if batch < 9: return write(self, batch, payload)\n"
         "    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
@@ -301,7 +303,7 @@ def test_a_rank_that_had_ended_before_the_signal_came_is_found(tmp_path: Path) -
     """Three children of one launcher: the second is gone before the third looks, the first still there."""
     (tmp_path / "launcher.py").write_text(
         "import os, subprocess, sys\n"
-        "look = 'from logitgen.transport import _dead_neighbours as dead; print(dead())'\n"
+        "look = 'from logitgen.ranks.ending import _dead_neighbours as dead; print(dead())'\n"
         "codes = ['import time; time.sleep(300)', '', look]\n"
         "children = []\n"
         "for rank, code in enumerate(codes, start=4):\n"

@@ -25,10 +25,9 @@ from rich.console import Console
 from test_dataset import imported_by
 from test_reader import ARRAYS, ATTRIBUTES, write_file
 
-import generate
 import logitgen.__main__
 import logitgen.leader.writer
-from logitgen import FormatError, LogitsFile, UsageError
+from logitgen import FormatError, LogitsFile, UsageError, generate
 from logitgen.__main__ import main
 from logitgen.facts import status_facts
 from logitgen.leader import status
@@ -413,7 +412,8 @@ def test_a_disk_that_has_no_room_for_the_line_does_not_matter(
 
 
 GATED = (
-    "import os, sys, time\nimport logitgen.leader.writer, generate\nlogitgen.writer.COMMIT_SECONDS = 0.2\n"
+    "import os, sys, time\nfrom logitgen import generate\n"
+    "from logitgen.leader import writer\nwriter.COMMIT_SECONDS = 0.2\n"
     "gate, most = {gate!r}, {most}[int(os.environ['RANK'])]\n"
     "compute, number = generate.capture_batch, 0\n"
     "def gated(*arguments):\n"

@@ -19,7 +19,7 @@ from logitgen.console import _Stream
 Capture = Callable[..., Path]
 
 SLOW = (
-    "import sys, time, pathlib, generate\n"
+    "import sys, time, pathlib\nfrom logitgen import generate\n"
     "compute = generate.capture_batch\n"
     "def slow(*arguments):\n"
     "    time.sleep(0.05)\n"
@@ -133,7 +133,7 @@ def test_a_stream_that_failed_once_is_not_written_to_again(monkeypatch: pytest.M
 def test_a_summary_that_cannot_be_drawn_leaves_the_run_a_success(
     tmp_path: Path, capture: Capture, teacher: Path, ragged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import generate
+    from logitgen import generate
 
     def out_of_memory(path: Path) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))

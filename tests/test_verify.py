@@ -15,8 +15,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 
-import generate
-from logitgen import CaptureError, FormatError, LogitsFile
+from logitgen import CaptureError, FormatError, LogitsFile, generate
 from logitgen.__main__ import MOST_PROBLEMS, main
 from logitgen.file import layout as schema
 from logitgen.file.verify import problems

@@ -63,7 +63,7 @@ class Job:
         found = header.read(path) if path.exists() else self.create(path)
         if done is None:
             done = np.fromfile(path, "u1", self.layout.num_rows, offset=found.places["done"]) == 1
-        return Writer(path, found, self.rows, self.plan, done, **options)
+        return Writer(path, found, self, done, **options)
 
     def write(self, path: Path, order: Sequence[int] | None = None) -> Path:
         with self.writer(path) as made:

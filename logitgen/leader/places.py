@@ -15,7 +15,7 @@ _HAS_PWRITE = hasattr(os, "pwrite")
 """Not on Windows."""
 
 
-class _Datasets:
+class Arrays:
     """The datasets of an open file, by their places in it."""
 
     def __init__(self, file: BinaryIO, layout: Layout, places: Places) -> None:
@@ -68,10 +68,10 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head
         rows: The tokenised split.
         head: The teacher's output head, if the file has one.
     """
-    datasets = _Datasets(file, layout, places)
+    datasets = Arrays(file, layout, places)
     datasets.put("source_row", 0, rows.source_row)
-    datasets.put("offsets", 0, _offsets(rows.lengths))
-    datasets.put("position_offsets", 0, _offsets(rows.num_positions))
+    datasets.put("offsets", 0, offsets_of(rows.lengths))
+    datasets.put("position_offsets", 0, offsets_of(rows.num_positions))
     num_tokens = num_positions = 0
     for input_ids, positions in rows.blocks():
         datasets.put("input_ids", num_tokens, input_ids)
@@ -87,5 +87,6 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head
     datasets.put("done", 0, rows.num_positions == 0)
 
 
-def _offsets(counts: Array) -> Array:
+def offsets_of(counts: Array) -> Array:
+    """Turn the sizes of rows into where each begins and the last one ends, [N+1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.console import PLAIN_SECONDS, format_bytes, format_seconds, messages
+from logitgen import console
+from logitgen.console import PLAIN_SECONDS, format_bytes, format_seconds
 from logitgen.file.layout import Array
 
 logger = logging.getLogger(__name__)
@@ -144,12 +145,12 @@ class Progress:
         self._writer_seconds = 0.0
         self._start = self._last_line = time.monotonic()
         self._marks = [(self._start, 0.0, 0.0, 0)] * 2
-        self._live = Live(get_renderable=self._render, console=messages, transient=True, refresh_per_second=4)
+        self._live = Live(get_renderable=self._render, console=console.messages, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = time.monotonic()
         self._marks = [(self._start, 0.0, 0.0, 0)] * 2
-        if messages.is_terminal:
+        if console.messages.is_terminal:
             self._live.start()
         return self
 
@@ -176,7 +177,7 @@ class Progress:
         if now - self._marks[1][0] > PLAIN_SECONDS:
             waited, tokens = sum(self._waited_seconds), sum(self._source_tokens)
             self._marks = [self._marks[1], (now, waited, writer_seconds, tokens)]
-        if not messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
+        if not console.messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             logger.info("%s", self._plain())
 
@@ -228,5 +229,5 @@ class Progress:
 
     def _render(self) -> RenderableType:
         known = self.snapshot()
-        lines = max(1, messages.height - 3 - -(-120 // messages.width))  # the numbers may take several
+        lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may take several
         return Group(Text(f"{self._numbers(known)}, {self._last_words()}"), bars(known, known.eta, lines))

@@ -26,11 +26,10 @@ import numpy as np
 from logitgen.errors import CaptureError, reason
 from logitgen.file.header import Header
 from logitgen.file.layout import Array
-from logitgen.leader.places import _Datasets, _offsets, write_at
+from logitgen.leader.places import Arrays, offsets_of, write_at
 from logitgen.leader.progress import Snapshot
 from logitgen.leader.status import encode
-from logitgen.split.plan import Plan
-from logitgen.split.rows import Rows
+from logitgen.split.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ class Writer:
         self,
         partial: Path,
         header: Header,
-        rows: Rows,
-        plan: Plan,
+        job: Job,
         done: Array,
         on_written: OnWritten = lambda *_: None,
         snapshot: Callable[[], Snapshot] | None = None,
@@ -66,28 +64,26 @@ class Writer:
         Args:
             partial: The file, with all that is known of its rows.
             header: The file's head.
-            rows: The tokenised split.
-            plan: Which rows a batch has.
+            job: What the file is to hold.
             done: Which rows are in the file already, bool[N].
             on_written: Called with the number of every batch that has been written, and how many seconds writing and
                 syncing have taken so far, in the writer's thread.
             snapshot: Says how far the run is, for whoever watches it: at the start, and after every commit.
         """
         self._partial = partial
-        self._plan = plan
+        self._plan = job.plan
         self._file = open(partial, "r+b", buffering=0)
-        self._datasets = _Datasets(self._file, header.layout, header.places)
+        self._datasets = Arrays(self._file, header.layout, header.places)
         self._layout = header.layout
-        self._num_positions = rows.num_positions
-        self._position_offsets = _offsets(rows.num_positions)
+        self._num_positions = job.rows.num_positions
+        self._position_offsets = offsets_of(job.rows.num_positions)
         self._on_written = on_written
         self._snapshot = snapshot
         self._end = header.size_bytes
         self._times_written = done.astype(np.uint8)
         self._done = done
-        self._unsynced: list[Array] = []
-        self._unsynced_bytes = 0
-        self._syncing: list[Array] = []
+        self._unsynced, self._unsynced_bytes = list[Array](), 0
+        self._syncing = list[Array]()
         self._sync: Future[None] | None = None
         self._last_sync = time.monotonic()
         self._syncer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")

@@ -1,0 +1,189 @@
+"""The end of a run that fails: one line from one rank, one exit status on all."""
+
+import _thread
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, cast
+
+import psutil
+import torch.distributed as dist
+
+from logitgen.console import print_error
+from logitgen.errors import LogitgenError, LostRankError, UsageError, first_line
+from logitgen.ranks.environment import (
+    _STORE_TIMEOUT,
+    launch_store,
+    launched_rank,
+    launched_ranks,
+    ranks_of_machine,
+)
+
+logger = logging.getLogger(__name__)
+
+HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
+
+
+GONE = "{} ended without a word: it was killed, or its machine or connection was lost."
+
+
+_RUN_ME_AGAIN = 75
+"""Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
+_NOTICE_SECONDS = 0.5
+"""When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop from outside: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP)."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_status = 128 + signal_number if signal_number == signal.SIGINT else _RUN_ME_AGAIN
+
+
+def end_run(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:
+    """End this process for an error, or for what was the cause of it in a thread or in another rank.
+
+    Args:
+        error: What the main thread raised.
+        thread_failures: Where other threads leave why they failed, before they interrupt the main one.
+    """
+    ignore_signals()
+    if isinstance(error, Stopped):
+        dead = _dead_neighbours()
+        if not thread_failures:
+            time.sleep(_NOTICE_SECONDS)
+        if thread_failures:
+            error = thread_failures[0]
+        elif dead:
+            error = LostRankError(GONE.format(f"Rank {', '.join(map(str, dead))}"))
+    leave(error)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """End this process, with one line if it is the first of the launch to fail."""
+    logger.debug("This rank ends.", exc_info=error)
+    if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
+        traceback.print_exception(error)
+    mine = Failure.of(error)
+    first = first_failure(mine) if launched_ranks() > 1 else mine
+    try:
+        if first.rank == mine.rank:
+            print_error(first.message)
+        first.tell_launcher()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
+        os._exit(first.exit_status)
+
+
+def _dead_neighbours() -> list[int]:
+    """Ranks of this machine that had ended when the launcher's signal came: then that is why it came.
+
+    A rank that ends because of the signal itself may be among them; but it has said so to the launch's store by then.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    first = launched_rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    living = set()
+    with suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    living.add(process.environ().get("RANK"))
+        return [rank for rank in range(first, first + ranks_of_machine()) if str(rank) not in living]
+    return []
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ends."""
+
+    rank: int
+    exit_status: int
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Put an error of this rank into words."""
+        # Accelerate may not have spoken yet, or may be wrong: here the launcher's word counts.
+        rank = launched_rank()
+        where = f"Rank {rank}: " if launched_ranks() > 1 else ""
+        match error:
+            case Stopped():
+                return cls(rank, error.exit_status, f"The run was {error}.")
+            case UsageError():
+                return cls(rank, error.exit_status, str(error))
+            case LogitgenError():
+                return cls(rank, error.exit_status, where + str(error))
+        if (isinstance(error, RuntimeError) and "gloo" in str(error)) or isinstance(error, dist.DistError):
+            return cls(rank, 1, f"{where}{GONE.format('Another rank')}")
+        more = " (traceback in this rank's log file)" if logging.root.handlers else ""
+        return cls(rank, 1, f"{where}{type(error).__name__}: {first_line(error)}{more}")
+
+    def tell_launcher(self) -> None:
+        """Put the message where torch's launcher looks for it, so that its own report names the cause."""
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            report = {"message": self.message, "timestamp": int(time.time())}
+            Path(path).write_text(json.dumps(report), encoding="utf-8")
+
+
+def first_failure(mine: Failure) -> Failure:
+    """Ask the launch's store which rank failed first: only that one speaks."""
+    claims: list[bytes] = []
+
+    def claim() -> None:
+        with suppress(Exception):  # out of reach: this rank speaks for itself
+            claims.append(launch_store().compare_set("failure", "", json.dumps(astuple(mine))))
+
+    # In a thread, because the store's own time-out does not end a call to a machine that is gone (torch 2.13).
+    thread = threading.Thread(target=claim, daemon=True)
+    thread.start()
+    thread.join(_STORE_TIMEOUT.total_seconds())
+    return Failure(*json.loads(claims[0])) if claims else mine
+
+
+@contextmanager
+def lost_connection_means(who: str) -> Iterator[None]:
+    """Turn gloo's error over a closed connection into one that says whose it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(GONE.format(who)) from error
+
+
+def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
+    """Handle a signal: have the main thread raise `Stopped`, once."""
+    ignore_signals()
+    raise Stopped(number)
+
+
+def ignore_signals() -> None:
+    """From here on a signal does nothing. Not SIG_IGN: Python complains about one that came just before."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+
+
+def interrupt_main(number: signal.Signals = signal.SIGINT) -> None:
+    """Send the main thread a signal, from another thread."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(cast(int, threading.main_thread().ident), number)  # also ends a wait for a lock
+    else:
+        _thread.interrupt_main(number)

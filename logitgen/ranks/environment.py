@@ -1,0 +1,164 @@
+"""The launch as its environment describes it: who this rank is, how the ranks find each other, their store."""
+
+import functools
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from logitgen.errors import LostRankError, UsageError, first_line
+
+SILENT_SECONDS = 120.0
+"""A machine that dies closes nothing. When its kernel has not answered for so long, its connections are given up."""
+
+
+LOOK_SECONDS = 1.0
+"""How often a rank that waits looks whether the others still move."""
+
+
+MOVES = "moves"
+
+
+_STORE_TIMEOUT = timedelta(seconds=10)
+
+
+JOIN_TIMEOUT = timedelta(minutes=30)
+
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+_TRAINING_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def launched_rank() -> int:
+    """Return the number of this rank, as the launcher says."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks_of_machine() -> int:
+    """Return how many ranks the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def launched_ranks() -> int:
+    """Return how many ranks the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_several_machines() -> bool:
+    """Whether the launch has ranks on other machines."""
+    return launched_ranks() > ranks_of_machine()
+
+
+def use_interface_to(host: str) -> None:
+    """Have gloo use the network interface that leads to a host.
+
+    By itself it takes the one with the address of this machine's own name, often a loopback no other machine reaches.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # which sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == own for found in addresses):
+            os.environ[_INTERFACE] = name
+
+
+def give_up_silent_machines(seconds: float) -> None:
+    """Have the system break connections to a machine that answers nothing for so long; gloo and torch do not ask it to.
+
+    A machine whose ranks hang still answers. Only on Linux.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    step = max(1, int(seconds) // 5)
+    for connection in psutil.Process().net_connections("tcp"):
+        with socket.fromfd(connection.fd, connection.family, connection.type) as ours:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, step)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, step)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            # Ranks that wait ask the store. On payloads this would also count a leader that is slow to take them.
+            if connection.raddr and connection.raddr.port == int(os.environ["MASTER_PORT"]):
+                ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+@functools.cache
+def launch_store(timeout: timedelta = _STORE_TIMEOUT) -> Any:
+    """Return the launch's store, kept by the launcher or else by rank 0; restarted ranks find an empty one."""
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=launched_rank() == 0 and not of_launcher,
+        wait_for_workers=False,
+        multi_tenant=True,
+        timeout=timeout,
+    )
+    return dist.PrefixStore(  # type: ignore[attr-defined]
+        f"logitgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+
+
+def counter(key: str, more: int = 0) -> int:
+    """Add to one of the launch's counters, and return where it stands."""
+    try:
+        return int(launch_store().add(key, more))
+    except RuntimeError as error:
+        raise LostRankError(
+            "The leader's launcher is out of reach: it has ended, or its machine or the network to it is down."
+        ) from error
+
+
+def join() -> Accelerator:
+    """Join the other ranks of the launch.
+
+    Raises:
+        UsageError: The launch profile asks for something this machine does not have.
+    """
+    # The launcher does not hand a profile's use_cpu on to several ranks (accelerate 1.15): without a GPU in sight
+    # they would not even find each other. The CPU profile hides the GPUs, and what is in sight decides; Apple's
+    # serves a single rank only.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    cpu = found is None or (found.type == "mps" and launched_ranks() > 1)
+    if on_several_machines() and _INTERFACE not in os.environ:
+        use_interface_to(os.environ["MASTER_ADDR"])
+    if launched_ranks() > 1 and not dist.is_initialized():
+        # Not left to Accelerate: with its static rendezvous ranks that were restarted find the addresses of the
+        # dead ones in the launcher's store (torch 2.13).
+        dist.init_process_group(store=launch_store(JOIN_TIMEOUT), rank=launched_rank(), world_size=launched_ranks())
+    try:
+        return Accelerator(cpu=cpu)
+    except (ValueError, ImportError) as error:  # what a profile or ACCELERATE_... asks for is not to be had here
+        raise UsageError(
+            f"The launch profile does not fit this machine: {first_line(error)} Use one from accelerate_configs/."
+        ) from error
+
+
+def check_launch(num_ranks: int) -> None:
+    """Refuse a launch whose processes do not see each other: each would believe to be the leader.
+
+    Args:
+        num_ranks: How many ranks this one sees.
+
+    Raises:
+        UsageError: The launcher started another number, or has Accelerate shard models, which it only does for
+            training.
+    """
+    for engine in _TRAINING_ENGINES:
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
+            raise UsageError(
+                f"The launch profile turns on {engine}, with which Accelerate trains. For teachers larger than a "
+                "GPU use accelerate_configs/tensor_parallel.yaml or fsdp.yaml."
+            )
+    if launched_ranks() != num_ranks:
+        raise UsageError(
+            f"The launcher started {launched_ranks()} processes, but they do not see each other "
+            f"(Accelerate reports {num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
+        )

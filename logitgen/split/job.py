@@ -1,0 +1,33 @@
+"""The job of a run: the rows, the plan of their batches, and the layout of the file they go into."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from logitgen.file.layout import Array, Layout
+from logitgen.split.plan import Plan
+from logitgen.split.rows import Rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """The values that say which numbers are computed, and where they go.
+
+    Attributes:
+        rows: The tokenised split.
+        plan: The rows of every batch.
+        layout: The file's sizes.
+    """
+
+    rows: Rows
+    plan: Plan
+    layout: Layout
+
+    @cached_property
+    def payload_bytes(self) -> Array:
+        """Size of the payload of every batch, [num_batches]."""
+        return self.layout.payload_bytes(self.plan.num_rows, self.plan.sums(self.rows.num_positions))
+
+    @cached_property
+    def forward_tokens(self) -> Array:
+        """Tokens of every batch that go through the teacher, [num_batches]."""
+        return self.plan.sums(self.rows.forward_lengths)
