@@ -41,7 +41,7 @@ def memory_of_loading(teacher: str) -> dict[str, float]:
         "from logitgen.teacher import Teacher, describe_teacher, load_model;"
         "config = Config(teacher=sys.argv[1], dataset='none', output='none');"
         "info, device, found = describe_teacher(config), torch.device('cpu'), [];"
-        "load = lambda: found.append(Teacher(load_model(config, info, device), info.vocab_size));"
+        "load = lambda: found.append(Teacher(load_model(config, device), info.vocab_size));"
         "taken = _taken_bytes(device, load);"
         "print('taken', sum(p.nbytes for p in found[0]._model.parameters()), taken)"
     )

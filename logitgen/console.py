@@ -57,7 +57,6 @@ class _Stream:
 _stdout = cast(TextIO, _Stream("stdout"))
 messages = Console(file=cast(TextIO, _Stream("stderr")))
 
-
 _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -13,7 +13,6 @@ from logitgen.leader.status import Status
 if TYPE_CHECKING:
     pass
 
-
 NUM_GUESSES = 5
 
 
@@ -70,10 +69,7 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
             "token": _text(decoder, ids[position]),
             "next": _text(decoder, ids[position + 1]),
             "probability": float(np.exp(target_logprob)),
-            "guesses": [
-                {"token": _text(decoder, guess), "probability": float(np.exp(logprob.astype(np.float32)))}
-                for guess, logprob in zip(guesses, logprobs, strict=True)
-            ],
+            "guesses": _named(decoder, guesses, logprobs),
         }
         for position, target_logprob, guesses, logprobs in zip(
             data["positions"], data["target_logprob"], ids_PK, logprobs_PK, strict=True
@@ -107,6 +103,12 @@ def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:
     logprobs_PV = data["logits"].astype(np.float32) - data["logsumexp"][:, None]
     ids_PK = np.argsort(-logprobs_PV, axis=1, kind="stable")[:, :NUM_GUESSES]
     return ids_PK, np.take_along_axis(logprobs_PV, ids_PK, axis=1)
+
+
+def _named(decoder: Decoder | None, ids_K: Array, logprobs_K: Array) -> list[dict[str, Any]]:
+    """Name some ids with their probabilities."""
+    probabilities = np.exp(logprobs_K.astype(np.float32)).tolist()
+    return [{"token": _text(decoder, token), "probability": p} for token, p in zip(ids_K, probabilities, strict=True)]
 
 
 def _text(decoder: Decoder | None, token: int) -> str:

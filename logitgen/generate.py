@@ -161,7 +161,7 @@ def load_teacher(
     """Load the teacher, and plan the batches it computes."""
     logger.info(f"Loading {config.teacher}.")
     with ranks.together():
-        model = load_model(config, info, ranks.device, ranks.num_replicas)
+        model = load_model(config, ranks.device, ranks.num_replicas)
     with ranks.in_step():
         teacher = Teacher(model, info.vocab_size, with_head=config.capture == "hidden")
     rows, layout = split.rows, replace(split.layout, head=teacher.head_form)

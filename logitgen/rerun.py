@@ -79,10 +79,33 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
         UsageError: It cannot be loaded, or its vocabulary is not the file's.
     """
     said, settings = file.attributes, file.attributes["settings"]
-    same_name = name in (None, settings["teacher"])
     if settings.get("trust_remote_code") and not trust_remote_code:
         raise UsageError("The file was made with the teacher's own code. Add --trust_remote_code if you trust it.")
-    config = Config(
+    config = _config_of(file, name)
+    info = describe_teacher(config)
+    if info.vocab_size != file.layout.vocab_size:
+        raise UsageError(
+            f"--teacher {config.teacher} has a vocabulary of {info.vocab_size}, the file's teacher one of "
+            f"{file.layout.vocab_size}. Give the teacher of the file."
+        )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    teacher = Teacher(load_model(config, device or torch.device("cpu")), info.vocab_size)
+    tokenizer = tokenizer_fingerprint(load_tokenizer(config))
+    differs = {
+        "the teacher's weights are not those of the file": teacher.fingerprint != said["teacher_fingerprint"],
+        "the teacher's tokenizer is not that of the file": tokenizer != said["tokenizer_fingerprint"],
+    }
+    if not said["teacher_config"]:
+        logger.warning("The file is of an older logitgen, which looked at less of a teacher: weights are not compared.")
+        return teacher, [line for line, true in list(differs.items())[1:] if true]
+    return teacher, [*_other_values(said["teacher_config"], info), *(line for line, true in differs.items() if true)]
+
+
+def _config_of(file: LogitsFile, name: str | None) -> Config:
+    """Return the options that load the file's teacher as it was loaded, or another one by its name."""
+    said, settings = file.attributes, file.attributes["settings"]
+    same_name = name in (None, settings["teacher"])
+    return Config(
         teacher=name or settings["teacher"],
         dataset=settings["dataset"],
         output=str(file.path),
@@ -94,23 +117,6 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
         top_k=1,
         device_map="auto",
     )
-    info = describe_teacher(config)
-    if info.vocab_size != file.layout.vocab_size:
-        raise UsageError(
-            f"--teacher {config.teacher} has a vocabulary of {info.vocab_size}, the file's teacher one of "
-            f"{file.layout.vocab_size}. Give the teacher of the file."
-        )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    teacher = Teacher(load_model(config, info, device or torch.device("cpu")), info.vocab_size)
-    tokenizer = tokenizer_fingerprint(load_tokenizer(config))
-    differs = {
-        "the teacher's weights are not those of the file": teacher.fingerprint != said["teacher_fingerprint"],
-        "the teacher's tokenizer is not that of the file": tokenizer != said["tokenizer_fingerprint"],
-    }
-    if not said["teacher_config"]:
-        logger.warning("The file is of an older logitgen, which looked at less of a teacher: weights are not compared.")
-        return teacher, [line for line, true in list(differs.items())[1:] if true]
-    return teacher, [*_other_values(said["teacher_config"], info), *(line for line, true in differs.items() if true)]
 
 
 def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:

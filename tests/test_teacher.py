@@ -200,7 +200,7 @@ def test_weights_the_configuration_has_no_use_for_are_reported(
     save_teacher(tmp_path, make_llama(VOCAB), None)
     transformers.LlamaConfig(**USUAL | {"num_hidden_layers": 1, "num_key_value_heads": 4}).save_pretrained(tmp_path)
     options = config(teacher=str(tmp_path))
-    load_model(options, describe_teacher(options), torch.device("cpu"))
+    load_model(options, torch.device("cpu"))
     assert "9 weights its configuration has no use for: model.layers.1." in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=weights)
     options = config(teacher=str(tmp_path))
     with pytest.raises(UsageError, match=r"lacks 3 weights, model.layers.1.mlp.down_proj.weight the first"):
-        load_model(options, describe_teacher(options), torch.device("cpu"))
+        load_model(options, torch.device("cpu"))
 
 
 def test_an_unknown_attention_is_refused(teacher: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_precision_is_the_saved_one_unless_another_is_asked_for(tmp_path: Pa
     save_teacher(tmp_path, make_llama(VOCAB).to(torch.bfloat16), None)
     for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)):
         options = config(teacher=str(tmp_path), dtype=dtype)
-        assert load_model(options, describe_teacher(options), torch.device("cpu")).dtype == expected
+        assert load_model(options, torch.device("cpu")).dtype == expected
 
 
 def test_rows_may_be_as_long_as_the_teachers_context(teacher: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_length_of_a_checkpoints_metadata_moves_no_weight_and_no_bit(
     for length in range(1, 64):
         save_file(weights, folder / "model.safetensors", {"format": "pt", "padding": "x" * length})
         starts |= {8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 64}
-        loaded = load_model(config, describe_teacher(config), torch.device("cpu"))
+        loaded = load_model(config, torch.device("cpu"))
         assert {weight.data_ptr() % 64 for weight in loaded.parameters()} == {0}
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
         if length % 8 == 1:

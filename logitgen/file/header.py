@@ -43,9 +43,7 @@ from logitgen.file.layout import (
 )
 
 Attributes = dict[str, str | int | float]
-Places = Mapping[str, int]
-"""The byte at which each dataset starts."""
-
+Places = Mapping[str, int]  # the byte at which each dataset starts
 _TEXT_BYTES = 512
 _TEXT = "logitgen file, format version {version}\nHDF5 from byte 512 on\nhead_bytes {size}\nhead_sha256 {digest}\n"
 _TEXT_PATTERN = re.compile(_TEXT.format(version=r"(\d{1,9})", size=r"(\d{1,9})", digest="[0-9a-f]{64}"))
@@ -53,6 +51,8 @@ _METADATA_BYTES = 2**13
 """Room for HDF5's structures, and unit of the room for the attributes: so HDF5 never takes a second block."""
 _DTYPE_KINDS = {str: "S", int: "i", float: "f"}
 _MOST_HEAD_BYTES = 2**20
+_GARBLED = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+"""What h5py raises over garbled structures."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,7 @@ def read(path: Path) -> Header:
             attributes = _attributes(file, path)
             layout = _layout(file, attributes, path)
             places = {name: _place(file, name, field, path) for name, field in layout.datasets.items()}
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # what h5py raises over garbled structures
+    except _GARBLED as error:
         if "truncated file" in str(error):
             raise _cut_off(path) from error
         if isinstance(error, PermissionError):

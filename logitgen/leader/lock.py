@@ -16,9 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-
 
 _UNLOCKED = "%s cannot be locked here: start only one run at a time that writes it."
 

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 WAITED_SHARE = 0.05
 """Share of the ranks' time spent waiting below which the forward passes are what a run takes its time for."""
 
-
 BUSY_SHARE = 0.5
 """Share of the writer's time above which it is the disk that the ranks wait for."""
 

@@ -71,15 +71,12 @@ class Writer:
             snapshot: Says how far the run is, for whoever watches it: at the start, and after every commit.
         """
         self._partial = partial
-        self._plan = job.plan
+        self._job = job
+        self._header = header
         self._file = open(partial, "r+b", buffering=0)
         self._datasets = Arrays(self._file, header.layout, header.places)
-        self._layout = header.layout
-        self._num_positions = job.rows.num_positions
         self._position_offsets = offsets_of(job.rows.num_positions)
-        self._on_written = on_written
-        self._snapshot = snapshot
-        self._end = header.size_bytes
+        self._on_written, self._snapshot = on_written, snapshot
         self._times_written = done.astype(np.uint8)
         self._done = done
         self._unsynced, self._unsynced_bytes = list[Array](), 0
@@ -170,17 +167,17 @@ class Writer:
 
     def _write_batch(self, batch: int, payload: Array) -> None:
         start = time.monotonic()
-        all_rows = self._plan.rows(batch)
-        ends = np.cumsum(self._num_positions[all_rows], dtype=np.int64)
-        slices = self._layout.payload_slices(len(all_rows), int(ends[-1]))
+        all_rows = self._job.plan.rows(batch)
+        ends = np.cumsum(self._job.rows.num_positions[all_rows], dtype=np.int64)
+        slices = self._header.layout.payload_slices(len(all_rows), int(ends[-1]))
         missing = np.flatnonzero(~self._done[all_rows])
         rows = all_rows[missing]
-        starts = (ends - self._num_positions[all_rows])[missing]
+        starts = (ends - self._job.rows.num_positions[all_rows])[missing]
         of_rows = list(zip(missing.tolist(), (missing + 1).tolist(), rows.tolist(), strict=True))
         places = self._position_offsets[rows].tolist()
         of_positions = list(zip(starts.tolist(), ends[missing].tolist(), places, strict=True))
         self._datasets.put_parts("crc32", payload[slices["crc32"]], of_rows)
-        for name in self._layout.captured:
+        for name in self._header.layout.captured:
             self._datasets.put_parts(name, payload[slices[name]], of_positions)
         self._times_written[rows] += 1
         self._unsynced.append(rows)
@@ -217,7 +214,7 @@ class Writer:
     def _put_line(self, line: bytes) -> None:
         """Overwrite the line behind the data; no row depends on it, so the disk may refuse it."""
         with suppress(OSError):
-            write_at(self._file, self._end, memoryview(line))
+            write_at(self._file, self._header.size_bytes, memoryview(line))
 
     def _keep(self) -> None:
         """Commit, and have even the `done` flags on the disk."""

@@ -1,6 +1,5 @@
 """The agreement of ranks: what all do together, what one tells the others, and how long they wait for each other."""
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +14,12 @@ from torch import Tensor
 from logitgen.errors import LogitgenError, LostRankError, UsageError
 from logitgen.file.layout import Array
 from logitgen.ranks.deliver import Inbox, OnWaited, Outbox, Submit, Wait
-from logitgen.ranks.ending import (
-    HUNG,
-    Failure,
-    first_failure,
-    interrupt_main,
-    leave,
-    lost_connection_means,
-)
+from logitgen.ranks.ending import HUNG, Failure, first_failure, interrupt_main, leave, lost_connection_means
 from logitgen.ranks.environment import (
     LOOK_SECONDS,
     MOVES,
     SILENT_SECONDS,
+    check_replicas,
     counter,
     give_up_silent_machines,
     join,
@@ -34,18 +27,13 @@ from logitgen.ranks.environment import (
     ranks_of_machine,
 )
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
 
 _NO_TIMEOUT = timedelta(days=365)
 """A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
 
-
 UNLIMITED = math.inf
 """Patience for what may take hours on one rank while the others wait."""
-
 
 _GRACE_SECONDS = 3.0
 """By how much longer the other ranks wait than the leader, which knows best who hangs."""
@@ -110,17 +98,8 @@ class Ranks:
         Raises:
             UsageError: They do not fit the number of ranks.
         """
-        if device_map and self.num_ranks > 1:
-            raise UsageError(
-                f"--device_map has one rank use all GPUs of the machine, the launcher started {self.num_ranks} ranks. "
-                "Use accelerate_configs/single_gpu.yaml; for several ranks there are --tp_size and --fsdp_size."
-            )
+        check_replicas(self.num_ranks, tp_size, fsdp_size, device_map)
         size = tp_size * fsdp_size
-        if self.num_ranks % size:
-            raise UsageError(
-                f"--tp_size {tp_size} and --fsdp_size {fsdp_size} make replicas of {size} ranks, the launcher started "
-                f"{self.num_ranks}. Start a multiple of {size}: accelerate launch --num_processes {size} ..."
-            )
         self.num_replicas, self.replica = self.num_ranks // size, self.rank // size
         self.stream, self._ranks_of_stream, self._ranks_of_replica = self.rank // tp_size, tp_size, size
 

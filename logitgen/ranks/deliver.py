@@ -41,10 +41,8 @@ Submit = Callable[[int, Array], Future[None]]
 
 OnWaited = Callable[[int, float], None]
 
-
 NUM_BUFFERS = 2
 """Payloads a rank may have on their way, and the leader per rank: one travels while the next one is filled."""
-
 
 _WAITED_BYTES = 8
 """After every payload travels, as a float64, how many seconds its rank has waited for a free buffer so far."""

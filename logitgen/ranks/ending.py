@@ -33,16 +33,12 @@ logger = logging.getLogger(__name__)
 
 HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
 
-
 GONE = "{} ended without a word: it was killed, or its machine or connection was lost."
-
 
 _RUN_ME_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-
 
 _NOTICE_SECONDS = 0.5
 """When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""

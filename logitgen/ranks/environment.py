@@ -16,22 +16,16 @@ from logitgen.errors import LostRankError, UsageError, first_line
 SILENT_SECONDS = 120.0
 """A machine that dies closes nothing. When its kernel has not answered for so long, its connections are given up."""
 
-
 LOOK_SECONDS = 1.0
 """How often a rank that waits looks whether the others still move."""
 
-
 MOVES = "moves"
-
 
 _STORE_TIMEOUT = timedelta(seconds=10)
 
-
 JOIN_TIMEOUT = timedelta(minutes=30)
 
-
 _INTERFACE = "GLOO_SOCKET_IFNAME"
-
 
 _TRAINING_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
@@ -161,4 +155,19 @@ def check_launch(num_ranks: int) -> None:
         raise UsageError(
             f"The launcher started {launched_ranks()} processes, but they do not see each other "
             f"(Accelerate reports {num_ranks}). Use a profile from accelerate_configs/ that fits this machine."
+        )
+
+
+def check_replicas(num_ranks: int, tp_size: int, fsdp_size: int, device_map: str | None) -> None:
+    """Refuse a number of ranks that do not make whole replicas, see `Ranks.form_replicas`."""
+    if device_map and num_ranks > 1:
+        raise UsageError(
+            f"--device_map has one rank use all GPUs of the machine, the launcher started {num_ranks} ranks. "
+            "Use accelerate_configs/single_gpu.yaml; for several ranks there are --tp_size and --fsdp_size."
+        )
+    size = tp_size * fsdp_size
+    if num_ranks % size:
+        raise UsageError(
+            f"--tp_size {tp_size} and --fsdp_size {fsdp_size} make replicas of {size} ranks, the launcher started "
+            f"{num_ranks}. Start a multiple of {size}: accelerate launch --num_processes {size} ..."
         )

@@ -58,7 +58,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
     """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
 
-    Row shapes are recognised by their columns: ready `input_ids`, `messages`, `prompt` and `completion`, plain text.
     The tokenizer adds the special tokens it adds by itself and no others, but for one: with packing, a text that does
     not end in the end-of-text token gets one, so that two texts do not run into each other.
 

@@ -24,7 +24,6 @@ from logitgen.teacher.shard import VocabShard
 
 logger = logging.getLogger(__name__)
 
-
 _CACHED_KEPT = 2**13
 _GPU_PASS_KEPT = 2**19
 """Kept ids that are packed at a time; each takes some 200 bytes meanwhile."""

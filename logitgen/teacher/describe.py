@@ -5,7 +5,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,27 +46,7 @@ def describe_teacher(config: Config) -> TeacherInfo:
         UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
             it can read or knows.
     """
-    folder = Path(config.teacher)
-    is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
-    is_path = folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2
-    if is_path and not is_folder:
-        wrong = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise UsageError(f"--teacher {config.teacher} {wrong}. Give a folder or a hub id.")
-    if config.revision and is_folder:
-        raise UsageError(f"--revision is for teachers on the hub, {config.teacher} is a folder. Leave it out.")
-    if is_folder and not config.teacher_gguf and not (folder / "config.json").is_file():
-        raise UsageError(f"--teacher {config.teacher} has no config.json. Give the folder of a transformers model.")
-    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
-    try:
-        teacher_config = AutoConfig.from_pretrained(
-            config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
-        )
-    except Exception as error:
-        if "trust_remote_code" in str(error) and not config.trust_remote_code:
-            raise UsageError(
-                f"--teacher {config.teacher} comes with code of its own. Add --trust_remote_code if you trust it."
-            ) from error
-        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
+    teacher_config = _read_config(config)
     text_config = teacher_config.get_text_config()
     own_code = "AutoModelForCausalLM" in (getattr(teacher_config, "auto_map", None) or {})
     known = type(teacher_config) in AutoModelForCausalLM._model_mapping
@@ -87,6 +67,32 @@ def describe_teacher(config: Config) -> TeacherInfo:
         quantization=_quantization(teacher_config),
         config=describe_config(teacher_config),
     )
+
+
+def _read_config(config: Config) -> PreTrainedConfig:
+    """Read a teacher's configuration from its folder or the hub."""
+    folder = Path(config.teacher)
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
+    is_path = folder.is_absolute() or config.teacher.startswith(".") or len(folder.parts) > 2
+    if is_path and not is_folder:
+        wrong = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise UsageError(f"--teacher {config.teacher} {wrong}. Give a folder or a hub id.")
+    if config.revision and is_folder:
+        raise UsageError(f"--revision is for teachers on the hub, {config.teacher} is a folder. Leave it out.")
+    if is_folder and not config.teacher_gguf and not (folder / "config.json").is_file():
+        raise UsageError(f"--teacher {config.teacher} has no config.json. Give the folder of a transformers model.")
+    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
+    try:
+        found = AutoConfig.from_pretrained(
+            config.teacher, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
+        )
+        return cast(PreTrainedConfig, found)
+    except Exception as error:
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise UsageError(
+                f"--teacher {config.teacher} comes with code of its own. Add --trust_remote_code if you trust it."
+            ) from error
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
 
 
 def _length_switch(text_config: PreTrainedConfig) -> int | None:

@@ -22,18 +22,14 @@ logger = logging.getLogger(__name__)
 
 _GROUP_SIZE = 8
 
-
 _LEAST_GROUPS = 4
 """Groups per kept logit below which `torch.topk` is as fast."""
-
 
 _CACHED_LOGITS = 2**19
 """Logits that stay in a core's second-level cache: 2 MiB as float32."""
 
-
 _NEIGHBOURS = 32
 """Ids of a group on a GPU, where a kernel finds the largest of each."""
-
 
 _GPU_PASS_LOGITS = 2**26
 """Logits of which float32 copies are made at a time on a GPU without that kernel."""

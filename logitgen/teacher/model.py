@@ -23,9 +23,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 from logitgen.file.layout import HeadForm
-from logitgen.teacher.describe import TeacherInfo, cause_of
+from logitgen.teacher.describe import cause_of
 from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
-from logitgen.teacher.probes import _device_of_logits, _find_head, _find_shard, _head, _separable_decoder
+from logitgen.teacher.probes import probe, run_head
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ bits. Smaller chunks read the head's weights too often, larger ones gain nothing
 GPU_CHUNK_LOGITS = 2**29
 """The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty launches of kernels, for which a GPU that
 is done with the one before waits."""
-
 
 _ALIGNMENT = 64
 """Bytes: where torch's own tensors begin on a CPU, and a cache line."""
@@ -72,14 +71,13 @@ class Teacher:
         # layers took on an H200; the gain of leaving it out has not been measured.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model
-        self.device = _device_of_logits(model)
         self.dtype = model.dtype
         self.is_shared = model._device_mesh is not None
         self.fingerprint = fingerprint(weights_of(model), describe_adapters(model))
         self.computation = describe_computation(model)
-        self.shard = _find_shard(model, vocab_size, self.device)
-        self._decoder = _separable_decoder(model, self.shard, self.device)
-        self.head = _find_head(model, self._decoder, self.shard, self.device) if with_head else None
+        anatomy = probe(model, vocab_size, with_head)
+        self.device, self.shard, self.head = anatomy.device, anatomy.shard, anatomy.head
+        self._decoder = anatomy.decoder
 
     @property
     def head_form(self) -> HeadForm | None:
@@ -113,7 +111,7 @@ class Teacher:
         hidden_PD = output.last_hidden_state.to(self.device)[row_P, position_P]
         for start in range(0, len(row_P), step):
             span = slice(start, min(start + step, len(row_P)))
-            yield span, _head(self._model, self._decoder, output, hidden_PD[span]), hidden_PD[span]
+            yield span, run_head(self._model, self._decoder, output, hidden_PD[span]), hidden_PD[span]
 
     def keep_step(self) -> None:
         """Run once for nothing, because another rank that shares the teacher runs it once more."""
@@ -126,45 +124,20 @@ class Teacher:
             return (self._decoder or self._model)(input_ids=input_ids_BT, use_cache=False)
 
 
-def load_model(config: Config, info: TeacherInfo, device: torch.device, num_replicas: int = 1) -> PreTrainedModel:
+def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> PreTrainedModel:
     """Load a teacher's weights straight to where they are used: no rank ever holds more of them than its part.
 
     Ranks that share it do not wait for one another here; they do whenever they use it.
 
     Args:
         config: The run's options.
-        info: The teacher's configuration.
         device: This rank's device.
         num_replicas: How many copies of the teacher the ranks hold together.
 
     Raises:
         UsageError: The weights cannot be loaded, or some of them are missing from the checkpoint.
     """
-    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    placement = _placement(config, device, num_replicas)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            config.teacher,
-            revision=config.revision,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **placement,
-            **gguf,
-            **attention,
-        )
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}"
-        ) from error
-    except Exception as error:
-        if "has no `tp_plan`" in str(error):
-            raise UsageError(
-                f"--tp_size: transformers does not know how to cut {config.teacher}. Share it with --fsdp_size."
-            ) from error
-        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
-    model, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    model, loading = _load(config, device, num_replicas)
     if missing := sorted(loading["missing_keys"]):
         raise UsageError(
             f"--teacher {config.teacher} lacks {len(missing)} weights, {missing[0]} the first: they would be random. "
@@ -178,6 +151,36 @@ def load_model(config: Config, info: TeacherInfo, device: torch.device, num_repl
         _align_weights(model)
     model.config.return_dict = True  # some checkpoints ask for tuples
     return cast(PreTrainedModel, model.eval())
+
+
+def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Have transformers load a model; return it and what it says of the checkpoint."""
+    gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            config.teacher,
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **_placement(config, device, num_replicas),
+            **gguf,
+            **attention,
+        )
+    except UsageError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"--teacher {config.teacher} does not fit into the memory of {device}. {first_line(error)}"
+        ) from error
+    except Exception as error:
+        if "has no `tp_plan`" in str(error):
+            raise UsageError(
+                f"--tp_size: transformers does not know how to cut {config.teacher}. Share it with --fsdp_size."
+            ) from error
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
+    return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
 
 
 def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[str, Any]:

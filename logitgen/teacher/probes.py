@@ -7,6 +7,7 @@ shard of it, D hidden size.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,9 +26,38 @@ logger = logging.getLogger(__name__)
 _SCALE_ERROR = 1e-5
 """What float32 may make of a scale and a soft-cap, relatively."""
 
-
 _PRODUCT_ERROR = 1e-5
 """What float32 may make of two ways to compute the product with the head, of its largest result."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model that are run apart.
+
+    Attributes:
+        device: Where the logits come out.
+        shard: The ids whose logits this rank gets.
+        decoder: The body; None where it cannot be run without the head.
+        head: The output head, if it is to be stored.
+    """
+
+    device: torch.device
+    shard: VocabShard
+    decoder: nn.Module | None
+    head: Head | None
+
+
+def probe(model: PreTrainedModel, vocab_size: int, with_head: bool) -> Anatomy:
+    """Find out how a model can be run apart, by running it on a few tokens.
+
+    Raises:
+        UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
+    """
+    device = _device_of_logits(model)
+    shard = _find_shard(model, vocab_size, device)
+    decoder = _separable_decoder(model, shard, device)
+    head = _find_head(model, decoder, shard, device) if with_head else None
+    return Anatomy(device, shard, decoder, head)
 
 
 def _device_of_logits(model: PreTrainedModel) -> torch.device:
@@ -85,8 +115,25 @@ def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.
     Raises:
         UsageError: The logits are not as wide as the teacher's configuration says, or depend on later tokens.
     """
+    input_ids_BT = _some_ids(shard.vocab_size, device)
+    plain_BTS = _causal_logits(model, shard, input_ids_BT)
+    try:
+        decoder = cast(nn.Module, model.get_decoder())
+        output = decoder(input_ids=input_ids_BT, use_cache=False)
+        chunked_CS = run_head(model, decoder, output, output.last_hidden_state.to(device).flatten(0, 1))
+    except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
+        reason = f"running it apart fails: {first_line(error)}"
+    else:
+        if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
+            return decoder
+        reason = "its logits differ from a plain forward"
+    logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
+    return None
+
+
+def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tensor) -> Tensor:
+    """Return the plain forward's logits [B, T, S], once they are as wide as expected, finite and causal."""
     vocab_size = shard.vocab_size
-    input_ids_BT = _some_ids(vocab_size, device)
     plain_BTS = model(input_ids=input_ids_BT, use_cache=False).logits
     if plain_BTS.shape[-1] != shard.size:
         raise UsageError(
@@ -108,18 +155,7 @@ def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.
             "The teacher's logits depend on later tokens: it is no causal language model, or is not set up as one "
             "(is_decoder in its config.json)."
         )
-    try:
-        decoder = cast(nn.Module, model.get_decoder())
-        output = decoder(input_ids=input_ids_BT, use_cache=False)
-        chunked_CS = _head(model, decoder, output, output.last_hidden_state.to(device).flatten(0, 1))
-    except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
-        reason = f"running it apart fails: {first_line(error)}"
-    else:
-        if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
-            return decoder
-        reason = "its logits differ from a plain forward"
-    logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
-    return None
+    return cast(Tensor, plain_BTS)
 
 
 def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
@@ -132,7 +168,7 @@ def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
 
 
 @torch.no_grad()  # here, not on `Teacher.logits`: around a generator it holds on to a chunk while the next is computed
-def _head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
+def run_head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
     """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
 
     The body's forward is replaced by one that hands back its own output with these hidden states in it. So whatever a
@@ -175,12 +211,12 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
     probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
     probe_S = probe_V[shard.start : shard.start + shard.size]
     with _forward_returns(cast(nn.Module, module), probe_S.repeat(1, len(hidden_PD), 1)):
-        answer_V = shard.whole(_head(model, decoder, output, hidden_PD)[-1].float())
+        answer_V = shard.whole(run_head(model, decoder, output, hidden_PD)[-1].float())
     scale, soft_cap = _scale_and_cap(probe_V, answer_V)
     head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, soft_cap=soft_cap)
     if not torch.allclose(head.after_product(probe_V), answer_V, rtol=_SCALE_ERROR, atol=0):
         raise _no_head("something else is done to the logits after the product")
-    own_PV = shard.whole(_head(model, decoder, output, hidden_PD))
+    own_PV = shard.whole(run_head(model, decoder, output, hidden_PD))
     relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
     if not _close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
         raise _no_head("something is done to the hidden states before the product")
