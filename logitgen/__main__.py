@@ -26,6 +26,12 @@ WATCH_SECONDS = 5.0
 """Time between two looks of `status --watch`: the writer commits no more often."""
 
 
+_EXAMPLE = """example:
+  %(prog)s inspect teacher.h5 --row 1 --positions 12
+
+%(prog)s COMMAND --help shows the options of a command."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -36,24 +42,33 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    parser = _Parser(prog="python -m logitgen", description="Watch runs, look into their files, export them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = _Parser(
+        prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
+        description="Watch runs, look into their files, prove them right, export them.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     about = "Show how far a run is, from any machine that sees its output, without disturbing it."
-    status = commands.add_parser("status", help="Show how far a run is.", description=about)
+    status = commands.add_parser("status", help="Show how far a run is, from anywhere.", description=about)
     status.add_argument("file", type=Path, help="The run's --output, there already or not, or its .partial.")
     status.add_argument("--watch", action="store_true", help="Look again every few seconds until the file is complete.")
     status.add_argument("--json", action="store_true", help="Print JSON for scripts; with --watch, a line at a time.")
     status.set_defaults(run=_status)
-    inspect = commands.add_parser("inspect", help="Show what is in a file.", description="Show what is in a file.")
-    inspect.add_argument("file", type=Path)
+    inspect = commands.add_parser(
+        "inspect", help="Show what is in a file, whole or row by row.", description="Show what is in a file."
+    )
+    inspect.add_argument("file", type=Path, help="A complete file.")
     inspect.add_argument("--row", type=int, help="Show this row position by position, with the teacher's best guesses.")
     inspect.add_argument("--positions", type=int, help="With --row: show only so many positions.")
     inspect.add_argument("--tokenizer", help="Folder or hub id of the tokenizer; the file's teacher if not given.")
     inspect.add_argument("--json", action="store_true", help="Print JSON for scripts.")
     inspect.set_defaults(run=_inspect)
     about = "Check every row of a file; with --teacher, run the teacher again over some of them. Status 1 if not right."
-    verify = commands.add_parser("verify", help="Prove a file right.", description=about)
-    verify.add_argument("file", type=Path)
+    verify = commands.add_parser(
+        "verify", help="Prove a file right: its checksums, or against its teacher.", description=about
+    )
+    verify.add_argument("file", type=Path, help="A file, complete or the .partial of a run.")
     verify.add_argument(
         "--teacher", nargs="?", const="", help="Run this teacher again, or without a name the one the file names."
     )
@@ -62,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     verify.set_defaults(run=_verify)
     about = "Write the rows in the columns of axolotl's distillation: a Parquet file, or a folder as datasets saves it."
     export = commands.add_parser("export", help="Hand a file over to other trainers.", description=about)
-    export.add_argument("file", type=Path)
+    export.add_argument("file", type=Path, help="A complete file.")
     export.add_argument("output", type=Path, help="Its name ends in .parquet, or has no ending for a folder.")
     export.set_defaults(run=_export)
     try:

@@ -1,9 +1,9 @@
 """The options of a run: one frozen, validated value, from the command line and, if given, a YAML file."""
 
+import argparse
 import dataclasses
 import json
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,16 @@ _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "d
 _LONGEST_VALUE = 4096
 _LARGEST_OPTIONS_FILE = 2**16
 
+_DESCRIPTION = """\
+Capture a teacher's logits over a dataset into one HDF5 file. The same command
+again resumes a run that was stopped. Dashes and underscores both work."""
+
+_EXAMPLE = r"""example:
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml \
+      generate.py --teacher Qwen/Qwen2.5-7B-Instruct \
+      --dataset HuggingFaceH4/ultrachat_200k --split train_sft \
+      --max_length 4096 --output ultrachat.h5"""
+
 
 class TokenBudget(int):
     """A number of tokens; the word `auto` is the largest there is, which stands for as many as fit."""
@@ -38,7 +48,7 @@ class TokenBudget(int):
         try:
             return super().__new__(cls, sys.maxsize if text == "auto" else text)
         except ValueError as error:
-            raise ArgumentTypeError(f"expected a whole number or auto, got '{text}'") from error
+            raise argparse.ArgumentTypeError(f"expected a whole number or auto, got '{text}'") from error
 
     @property
     def is_auto(self) -> bool:
@@ -46,61 +56,75 @@ class TokenBudget(int):
         return self == sys.maxsize
 
 
-def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(group: str, help: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"group": group, "help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What to capture, from which teacher, over which rows, into which file."""
 
-    teacher: str = _option("Hub id or folder of a causal language model.")
+    teacher: str = _option("required", "Hub id or folder of a causal language model.")
     dataset: str = _option(
-        "Hub id, .json/.jsonl/.parquet/.csv/.txt/.arrow file, folder of such files, or save_to_disk folder."
+        "required", "Hub id, .json/.jsonl/.parquet/.csv/.txt/.arrow file, folder of such files, or save_to_disk folder."
     )
-    output: str = _option("The HDF5 file to write.")
-    revision: str | None = _option("Branch, tag or commit of the teacher on the hub.", None)
-    teacher_gguf: str | None = _option("Name of a GGUF file inside the teacher's folder or repository.", None)
+    output: str = _option("required", "The HDF5 file to write.")
+    revision: str | None = _option("teacher", "Branch, tag or commit of the teacher on the hub.", None)
+    teacher_gguf: str | None = _option(
+        "teacher", "Name of a GGUF file inside the teacher's folder or repository.", None
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "Precision of the teacher's forward pass; auto takes the one it was saved in.", "auto"
+        "teacher", "Precision of the teacher's forward pass; auto takes the one it was saved in.", "auto"
     )
-    attn_implementation: str | None = _option("Attention as transformers names it: sdpa, eager, ...", None)
+    attn_implementation: str | None = _option("teacher", "Attention as transformers names it: sdpa, eager, ...", None)
     device_map: Literal["auto"] | None = _option(
+        "teacher",
         "auto spreads the teacher over all GPUs of the machine, then over its memory: for a single rank.",
         None,
     )
-    tp_size: int = _option("Ranks that compute one teacher together, a part of every layer each (tensor parallel).", 1)
+    tp_size: int = _option(
+        "ranks",
+        "Ranks that compute one teacher together, a part of every layer each (tensor parallel).",
+        1,
+    )
     fsdp_size: int = _option(
-        "Ranks that keep one teacher's weights together, and gather them layer by layer (FSDP2).", 1
+        "ranks",
+        "Ranks that keep one teacher's weights together, and gather them layer by layer (FSDP2).",
+        1,
     )
-    dataset_config: str | None = _option("Configuration of a hub dataset that has several.", None)
-    split: str = _option("Split, or a slice of one: train[:1%%], validation[100:200].", "train")
+    dataset_config: str | None = _option("rows", "Configuration of a hub dataset that has several.", None)
+    split: str = _option("rows", "Split, or a slice of one: train[:1%%], validation[100:200].", "train")
     text_column: str | None = _option(
-        "Column of plain text. Without it the first of input_ids, messages, prompt + completion, text is taken.", None
+        "rows",
+        "Column of plain text. Without it the first of input_ids, messages, prompt + completion, text is taken.",
+        None,
     )
-    max_length: int | None = _option("Longest row in tokens; the teacher's context length if not given.", None)
-    overflow: Literal["truncate", "split", "error"] = _option("What happens to a longer row.", "truncate")
-    packing: bool = _option("Join the rows and cut them into blocks of exactly max_length tokens.", False)
-    completion_only: bool = _option("Capture only the positions that predict a token of a completion.", False)
-    limit: int | None = _option("Take only the first rows of the split.", None)
+    max_length: int | None = _option("rows", "Longest row in tokens; the teacher's context length if not given.", None)
+    overflow: Literal["truncate", "split", "error"] = _option("rows", "What happens to a longer row.", "truncate")
+    packing: bool = _option("rows", "Join the rows and cut them into blocks of exactly max_length tokens.", False)
+    completion_only: bool = _option("rows", "Capture only the positions that predict a token of a completion.", False)
+    limit: int | None = _option("rows", "Take only the first rows of the split.", None)
     capture: CaptureKind = _option(
+        "what to keep",
         "What to keep per position: the top k log-probs, k that are drawn (unbiased), the last hidden state (exact, "
         "with the output head once), or all logits.",
         "topk",
     )
-    top_k: int = _option("How many tokens to keep per position with --capture topk or sample.", 64)
+    top_k: int = _option("what to keep", "How many tokens to keep per position with --capture topk or sample.", 64)
     encoding: Encoding = _option(
-        "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
+        "what to keep", "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
     )
     batch_tokens: TokenBudget = _option(
-        "Tokens per forward pass, padding included; auto takes as many as fit into free memory.", TokenBudget("8192")
+        "run",
+        "Tokens per forward pass, padding included; auto takes as many as fit into free memory.",
+        TokenBudget("8192"),
     )
-    overwrite: bool = _option("Replace a complete output by a new one, and what another run left of one.", False)
-    dry_run: bool = _option("Write no output; say what the run would take in disk, memory and time.", False)
-    trust_remote_code: bool = _option("Run code that comes with the teacher.", False)
-    rank_timeout: int = _option("Seconds a rank may keep the others waiting without a sign of progress.", 1800)
-    log_dir: str = _option("Folder for one log file per rank.", "logs")
-    seed: int = _option("Seed of anything random.", 0)
+    overwrite: bool = _option("run", "Replace a complete output by a new one, and what another run left of one.", False)
+    dry_run: bool = _option("run", "Write no output; say what the run would take in disk, memory and time.", False)
+    trust_remote_code: bool = _option("run", "Run code that comes with the teacher.", False)
+    rank_timeout: int = _option("run", "Seconds a rank may keep the others waiting without a sign of progress.", 1800)
+    log_dir: str = _option("run", "Folder for one log file per rank.", "logs")
+    seed: int = _option("run", "Seed of anything random.", 0)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -165,7 +189,33 @@ class Config:
         return json.dumps(self.settings, sort_keys=True)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with one spelling of each option, one short word for its value, and its default where it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = ", ".join(word for word in action.option_strings if "-" not in word[2:])
+        if action.nargs in (0, "?"):  # a switch needs no value
+            return spellings
+        return f"{spellings} {self._format_args(action, 'N' if action.type in (int, TokenBudget) else 'NAME')}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class _Parser(HfArgumentParser):
+    def __init__(self, *types: Any, **options: Any) -> None:
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
+        super().__init__(*types, **options, allow_abbrev=False, formatter_class=_Help)
+
+    def add_argument(self, *names: str, group: str | None = None, **options: Any) -> argparse.Action:
+        """Add an option, with a `group` under that heading; a field's metadata arrive here as they are."""
+        if group is None:
+            return super().add_argument(*names, **options)
+        if group not in self._groups:
+            self._groups[group] = self.add_argument_group(group)
+        return self._groups[group].add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[0].upper()}{message[1:300].rstrip('.')}. See --help for the options.")
 
@@ -181,12 +231,18 @@ def parse_config(arguments: Sequence[str]) -> Config:
         UsageError: An option is unknown, missing, of the wrong type or out of range.
     """
     parser = _Parser(
-        [Config],  # type: ignore[list-item]  # its protocol wants a mutable dataclass
+        [Config],
         prog="generate.py",
-        description="Capture a teacher's logits over a dataset into one HDF5 file.",
-        allow_abbrev=False,
+        usage="%(prog)s --teacher NAME --dataset NAME --output NAME [options]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file that holds any of these options.")
+    parser.add_argument(
+        "--config",
+        group="run",
+        metavar="FILE",
+        help="YAML or JSON file with any of these options; the command line wins over it.",
+    )
     words = list(arguments)
     if (path := _config_path(words)) is not None:
         words = _file_words(Path(path)) + words
@@ -200,7 +256,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 def _config_path(words: list[str]) -> str | None:
     """Find the value of --config before the options are parsed: the file may hold the required ones."""
-    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder = _Parser(add_help=False)
     finder.add_argument("--config", action="append", default=[])
     found, _ = finder.parse_known_args(words)
     if len(found.config) > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from logitgen.config import Config, parse_config
 from logitgen.errors import UsageError
@@ -98,6 +99,43 @@ def test_help_shows_the_percent_sign_of_a_slice(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parse_config(["--help"])
     assert "train[:1%]" in capsys.readouterr().out
+
+
+@pytest.fixture(params=[80, 120])
+def help_screen(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> list[str]:
+    """The lines of --help in a terminal of so many columns, none of which is longer."""
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= request.param
+    return lines
+
+
+def test_help_shows_the_options_in_groups(help_screen: list[str]) -> None:
+    groups = list(dict.fromkeys(option.metadata["group"] for option in dataclasses.fields(Config)))
+    assert groups == ["required", "teacher", "ranks", "rows", "what to keep", "run"]
+    assert [line[:-1] for line in help_screen if re.match(r"\w.*:$", line)] == ["options", *groups, "example"]
+
+
+def test_help_spells_an_option_once_and_shows_a_default_only_where_there_is_one(help_screen: list[str]) -> None:
+    shown = " ".join(" ".join(help_screen).split())
+    for option in dataclasses.fields(Config):
+        assert shown.count(f" --{option.name} ") >= 1
+        if "_" in option.name:
+            assert f"--{option.name.replace('_', '-')}" not in shown
+    assert "(default: None)" not in shown
+    assert "(default: False)" not in shown
+    values = [option.default for option in dataclasses.fields(Config) if not isinstance(option.default, bool)]
+    defaults = [str(value) for value in values if value not in (None, dataclasses.MISSING)]
+    assert re.findall(r"\(default: (.*?)\)", shown) == defaults
+
+
+def test_the_example_of_help_is_a_command_that_parses(help_screen: list[str]) -> None:
+    words = " ".join(help_screen[help_screen.index("example:") + 1 :]).replace("\\", "").split()
+    assert words[:2] == ["accelerate", "launch"]
+    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    assert parse_config(words[words.index("generate.py") + 1 :]).output == "ultrachat.h5"
 
 
 def test_what_is_not_given_has_its_default() -> None:
