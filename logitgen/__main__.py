@@ -42,6 +42,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        return cast(int, options.run(options))
+    except LogitgenError as error:
+        print_error(str(error))
+        return error.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
         description="Watch runs, look into their files, prove them right, export them.",
@@ -49,12 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for add in (_add_status, _add_inspect, _add_verify, _add_export):
+        add(commands)
+    return parser
+
+
+def _add_status(commands: Any) -> None:
     about = "Show how far a run is, from any machine that sees its output, without disturbing it."
     status = commands.add_parser("status", help="Show how far a run is, from anywhere.", description=about)
     status.add_argument("file", type=Path, help="The run's --output, there already or not, or its .partial.")
     status.add_argument("--watch", action="store_true", help="Look again every few seconds until the file is complete.")
     status.add_argument("--json", action="store_true", help="Print JSON for scripts; with --watch, a line at a time.")
     status.set_defaults(run=_status)
+
+
+def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect", help="Show what is in a file, whole or row by row.", description="Show what is in a file."
     )
@@ -64,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--tokenizer", help="Folder or hub id of the tokenizer; the file's teacher if not given.")
     inspect.add_argument("--json", action="store_true", help="Print JSON for scripts.")
     inspect.set_defaults(run=_inspect)
+
+
+def _add_verify(commands: Any) -> None:
     about = "Check every row of a file; with --teacher, run the teacher again over some of them. Status 1 if not right."
     verify = commands.add_parser(
         "verify", help="Prove a file right: its checksums, or against its teacher.", description=about
@@ -75,17 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_argument("--rows", type=int, help="With --teacher: how many rows, drawn at random; 16 if not given.")
     verify.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the teacher.")
     verify.set_defaults(run=_verify)
+
+
+def _add_export(commands: Any) -> None:
     about = "Write the rows in the columns of axolotl's distillation: a Parquet file, or a folder as datasets saves it."
     export = commands.add_parser("export", help="Hand a file over to other trainers.", description=about)
     export.add_argument("file", type=Path, help="A complete file.")
     export.add_argument("output", type=Path, help="Its name ends in .parquet, or has no ending for a folder.")
     export.set_defaults(run=_export)
-    try:
-        options = parser.parse_args(arguments)
-        return cast(int, options.run(options))
-    except LogitgenError as error:
-        print_error(str(error))
-        return error.exit_status
 
 
 def _status(options: argparse.Namespace) -> int:
