@@ -24,7 +24,7 @@ run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU rank
 test: $(VENV)/ready  ## Run all tests
 	$(BIN)/python -m pytest
 
-bench: $(DEMO)/teacher/config.json  ## Measure what the README has figures of; ONLY=head: one thing
+bench: $(DEMO)/teacher/config.json  ## Measure the figures of docs/benchmarks.md; ONLY=head: one thing
 	$(BIN)/python -m benchmarks $(ONLY) --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
 
 gpu: $(VENV)/ready  ## Settle what is open about this machine's GPU, in ten minutes

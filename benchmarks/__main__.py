@@ -1,4 +1,4 @@
-"""Measure everything the README has figures of, or what is named.
+"""Measure the figures of docs/benchmarks.md, all of them or those named.
 
     python -m benchmarks [NAME ...] --teacher FOLDER --dataset ROWS.jsonl
 

@@ -53,10 +53,3 @@ def test_the_table_of_the_page_is_what_its_command_prints(tmp_path: Path) -> Non
 
 def test_it_runs_with_all_others() -> None:
     assert "scaling" in benchmarks.ON_ITS_OWN
-
-
-def test_the_page_is_linked() -> None:
-    assert "(docs/scaling.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
-    (anchor,) = re.findall(r"\(\.\./README\.md#([^)]*)\)", DOC)
-    headings = re.findall(r"^#+ (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert anchor in {heading.lower().replace(" ", "-") for heading in headings}

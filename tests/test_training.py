@@ -1,4 +1,4 @@
-"""The training recipes: what the README shows is run as it stands, and the student comes closer to the teacher."""
+"""The training recipes of the README and docs/ run as they stand, and the student comes closer to the teacher."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, make_llama
+from conftest import PAGES, make_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -15,18 +15,12 @@ from logitgen import DistillationLoss, LogitsDataset, collate
 
 Capture = Callable[..., Path]
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = [
+    code for text in PAGES.values() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "student" in code
+]
+"""All Python that trains; test_docs runs the rest."""
 
-
-def recipe(word: str) -> str:
-    """The README's one piece of Python that has a word in it."""
-    (found,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code)
-    return found
-
-
-LOOP, TRAINER, TRL = recipe("optimizer"), recipe("compute_loss_func="), recipe("SFTTrainer")
-
-RECIPES = {"loop": LOOP, "trainer": TRAINER, "trl": TRL}
+RECIPES = dict(zip(["loop", "trainer", "trl"], TRAINING, strict=True))
 
 
 @pytest.fixture

@@ -1,0 +1,330 @@
+"""The README and docs/ tell the truth about options, commands, attributes, datasets, links and code."""
+
+import argparse
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import typing
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import PAGES, ROOT
+
+from logitgen import DistillationLoss, LogitsFile, UsageError
+from logitgen import __main__ as program
+from logitgen.config import Config, parse_config
+from logitgen.rerun import TOLERANCES
+
+README, DESIGN = PAGES["README.md"], PAGES["docs/design.md"]
+MOST_LINES, MOST_BYTES = 200, 12_000
+"""Of the README: more belongs into docs/."""
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TYPES = {"text": str, "integer": int, "number": float, "dictionary": dict}
+"""How the table of attributes calls them."""
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """The cells of the one table whose header row starts with this cell."""
+    (page,) = (text for text in PAGES.values() if f"\n| {heading} |" in text)
+    _, table = page.split(f"\n| {heading} |")
+    lines = table.splitlines()[2:]
+    lines = lines[: next(index for index, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def names_in(cell: str) -> list[str]:
+    return re.findall(r"`([\w-]+)`", cell)
+
+
+def code_of(page: str) -> list[str]:
+    """All that a page shows as code and not as Python, inline or a line of a block, a command in one piece."""
+    blocks = [block for language, block in FENCED.findall(PAGES[page]) if language != "python"]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", FENCED.sub("", PAGES[page]))
+    return [" ".join(text.split()) for text in [*lines, *spans]]
+
+
+CODE = sorted({(page, text) for page in PAGES for text in code_of(page)})
+
+
+# The README and its pages.
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_LINES
+    assert len(README.encode()) <= MOST_BYTES
+
+
+def test_the_readme_links_every_page() -> None:
+    assert set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README)) == PAGES.keys() - {"README.md"}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"README.md"}))
+def test_a_page_opens_with_the_use_of_it(page: str) -> None:
+    assert re.match(r"# \w.*\n\nAfter this page you ", PAGES[page])
+
+
+# Links.
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKS = sorted(
+    {
+        (page, link)
+        for page, text in PAGES.items()
+        for link in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", text))
+        if not re.match(r"https?:", link)
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_a_link_leads_to_a_file_and_a_heading_in_it(page: str, link: str) -> None:
+    name, _, anchor = link.partition("#")
+    target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+    assert target.is_file()
+    assert not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
+
+
+# Tables.
+
+
+def test_the_option_table_is_the_option_list() -> None:
+    expected = []
+    types = typing.get_type_hints(Config)  # the fields' own are changed by the parser
+    for field in dataclasses.fields(Config):
+        default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
+        meaning = field.metadata["help"].replace("%%", "%")
+        choices = typing.get_args(types[field.name])
+        if typing.get_origin(types[field.name]) is typing.Literal and "float32" not in choices:
+            meaning += f" ({', '.join(choices)})"
+        expected.append([f"`--{field.name}`", default, meaning])
+    assert table_rows("option") == expected
+
+
+def test_the_argument_table_is_that_of_the_loss() -> None:
+    documented = {name.strip("`"): default.strip("`") for name, default, _ in table_rows("argument")}
+    options = [field for field in dataclasses.fields(DistillationLoss) if field.init and field.name != "dataset"]
+    assert documented == {field.name: str(field.default) for field in options}
+
+
+def test_the_module_table_is_the_package() -> None:
+    modules = {path.stem for path in (ROOT / "logitgen").glob("*.py")} - {"__init__", "__main__"}
+    assert {name.strip("`") for name, _ in table_rows("module")} == modules
+
+
+def test_a_module_imports_only_what_stands_before_it() -> None:
+    order = re.search(r"`(config → [^`]*)`;\na module", DESIGN)
+    assert order
+    flow = order[1].replace("[file] → ", "").split(" → ")
+    for position, name in enumerate(flow):
+        source = (ROOT / "logitgen" / f"{name}.py").read_text()
+        imported = set(re.findall(r"^from logitgen\.(\w+) import", source, re.MULTILINE))
+        assert not imported & set(flow[position:]), name
+    reader_side = "".join((ROOT / "logitgen" / f"{name}.py").read_text() for name in ("reader", "dataset"))
+    assert not re.search(r"from logitgen\.(writer|rows|plan)", reader_side)
+
+
+@pytest.fixture
+def files(capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path) -> list[LogitsFile]:
+    """One file of every kind."""
+    kinds = [{}, {"capture": "sample", "encoding": "packed"}, {"capture": "hidden"}, {"capture": "full"}]
+    options: dict[str, Any] = {"teacher": teacher, "dataset": ragged, "limit": 5}
+    return [
+        LogitsFile(capture(**options, **kind, output=tmp_path / f"{number}.h5")) for number, kind in enumerate(kinds)
+    ]
+
+
+def test_every_dataset_of_the_files_is_in_the_table_with_its_dtype(files: list[LogitsFile]) -> None:
+    documented = {name: dtype for names, dtype, _ in table_rows("dataset") for name in names_in(names)}
+    found = {name: array for file in files for name, array in file.arrays.items()}
+    assert documented.keys() == found.keys() | {"head_bias"}  # which the tiny teacher's head does not have
+    for name, array in found.items():
+        assert str(array.dtype) in documented[name] or "teacher's" in documented[name], name
+        assert len(re.findall(r"\[([^]]*)\]", documented[name])[0].split(",")) == array.ndim, name
+
+
+def test_every_attribute_of_the_files_is_in_the_table_with_its_type(files: list[LogitsFile]) -> None:
+    documented = {
+        name: TYPES[kind]
+        for names, kinds, _ in table_rows("attribute")
+        for name, kind in zip(names_in(names), kinds.split(", "), strict=True)
+    }
+    found = {name: value for file in files for name, value in file.attributes.items()}
+    assert {name: type(value) for name, value in found.items()} == documented
+
+
+def test_the_limits_of_verify_are_in_the_table() -> None:
+    documented = {
+        dtype: tuple(float(re.findall(r"[\d.]+", cell)[0]) for cell in limits)
+        for dtypes, *limits in table_rows("dtype")
+        for dtype in dtypes.split(", ")
+    }
+    expected = {dtype: (mean, 100 * agreement) for dtype, (mean, agreement) in TOLERANCES.items()}
+    assert documented == expected
+
+
+def test_every_profile_is_in_the_table() -> None:
+    profiles = {path.name for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    used = [name for _, command in table_rows("profile") for name in re.findall(r"accelerate_configs/(\S+)", command)]
+    assert sorted(used) == sorted(profiles)
+    for name in profiles:
+        assert "num_processes" in yaml.safe_load((ROOT / "accelerate_configs" / name).read_text())
+
+
+# Commands and their options.
+
+
+def parser_of_commands() -> argparse.ArgumentParser:
+    """Catch the parser of `python -m logitgen` before it parses."""
+    caught: list[argparse.ArgumentParser] = []
+
+    def catch(self: argparse.ArgumentParser, *_: object) -> None:
+        caught.append(self)
+        raise UsageError("caught")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program._Parser, "parse_args", catch)
+        program.main([])
+    return caught[0]
+
+
+def options_of_commands() -> dict[str, set[str]]:
+    """The options of every command of `python -m logitgen`."""
+    (subparsers,) = (
+        action for action in parser_of_commands()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return {
+        name: {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+        for name, parser in subparsers.choices.items()
+    }
+
+
+def options_in_source(path: str) -> set[str]:
+    """The options of a benchmark, as its source names them."""
+    sources = [ROOT / path, ROOT / "benchmarks" / "harness.py"]
+    return {option for source in sources for option in re.findall(r'"(--\w+)"', source.read_text(encoding="utf-8"))}
+
+
+def options_of_launcher() -> set[str]:
+    return {option for action in launch_command_parser()._actions for option in action.option_strings}
+
+
+def check_capture(words: list[str]) -> None:
+    """Parse the options of a run; `...` stands for those that are left out, as does nothing at all."""
+    required = ["--teacher", "T", "--dataset", "D", "--output", "O"] if not words or "..." in words else []
+    parse_config([*required, *(word for word in words if word != "...")])
+
+
+def check(command: str) -> bool:
+    """Check a command against the program it starts; return whether it is one that can be checked."""
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["accelerate", "launch", *rest]:
+            if {"generate.py", "logitgen.generate"}.isdisjoint(rest):
+                rest = [*(word for word in rest if word != "..."), "generate.py"]
+            check_capture(launch_command_parser().parse_args(rest).training_script_args)
+        case ["python", "-m", "logitgen", *rest]:
+            parser_of_commands().parse_args(rest)
+        case ["python", "-m", "benchmarks", *names]:
+            assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in names)
+        case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
+            path = f"{module.replace('.', '/')}.py"
+            assert {word for word in rest if word.startswith("--")} <= options_in_source(path)
+        case [script, *rest] if script.endswith(".py"):
+            assert {word for word in rest if word.startswith("--")} <= options_in_source(script)
+        case ["sbatch", *rest]:
+            script = rest.index("examples/slurm.sbatch")
+            assert [word for word in rest[:script] if word.startswith("-")] in ([], ["--nodes"])
+            check_capture(rest[script + 1 :])
+        case ["make", target, *_]:
+            subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+        case _:
+            return False
+    return True
+
+
+STARTS = ("accelerate launch ", "python -m logitgen ", "python -m benchmarks", "tests/chaos.py ", "sbatch ", "make ")
+COMMANDS = [(page, text) for page, text in CODE if text.startswith(STARTS) and " COMMAND" not in text]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_is_one_that_its_program_takes(page: str, command: str) -> None:
+    assert check(command)
+
+
+def test_commands_of_every_program_were_found() -> None:
+    assert {start for start in STARTS if any(text.startswith(start) for _, text in COMMANDS)} == set(STARTS)
+
+
+def test_an_option_in_the_text_exists_and_takes_its_value() -> None:
+    benchmarks = [path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")]
+    known = {f"--{field.name}" for field in dataclasses.fields(Config)} | {"--config"} | options_of_launcher()
+    known = known.union(*options_of_commands().values(), *map(options_in_source, benchmarks))
+    choices = {f"--{name}": typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items()}
+    for page, text in CODE:
+        if text.startswith("--"):
+            words = text.split()
+            assert {word for word in words if word.startswith("--")} <= known, (page, text)
+            for option, value in pairwise(words):
+                texts = [choice for choice in choices.get(option, ()) if isinstance(choice, str)]
+                assert value.startswith("--") or not texts or value in texts, (page, text)
+
+
+def test_the_command_table_is_that_of_the_program() -> None:
+    documented: dict[str, set[str]] = {}
+    command = ""
+    for name, options, _ in table_rows("command | options"):
+        command = name.strip("`") or command
+        documented.setdefault(command, set()).update(names_in(options))
+    assert documented == options_of_commands()
+
+
+def test_the_example_of_the_readme_says_what_it_means() -> None:
+    command = re.search(r"generate\.py \\\n(.*?)```", README, re.DOTALL)
+    assert command
+    config = parse_config(command[1].replace("\\\n", " ").split())
+    assert config.completion_only
+    assert config.max_length == 4096
+
+
+def test_make_alone_lists_the_targets() -> None:
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = ["help", "run", "test", "bench", "gpu", "fidelity", "distil", "chaos", "check", "format", "clean"]
+    assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == targets
+    assert max(map(len, listed.splitlines())) <= 80
+
+
+# Python.
+
+
+PYTHON = [(page, code) for page in PAGES for language, code in FENCED.findall(PAGES[page]) if language == "python"]
+
+
+def test_the_python_that_reads_runs(
+    capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trains is run in test_training."""
+    monkeypatch.chdir(tmp_path)
+    capture(teacher=teacher, dataset=ragged, output=tmp_path / "teacher.h5")
+    for part in range(4):
+        shutil.copy("teacher.h5", f"part_{part}.h5")
+    reading = [(page, code) for page, code in PYTHON if "student" not in code]
+    assert {page for page, _ in reading} >= {"docs/format.md", "docs/scaling.md"}
+    for page, code in reading:
+        names: dict[str, Any] = {}
+        exec(compile(code, page, "exec"), names)
+        assert {"row", "dataset", "file"} & names.keys()
