@@ -50,7 +50,7 @@ from logitgen.leader.writer import Writer
 from logitgen.ranks.deliver import Outbox
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Batch, Rows
-from logitgen.teacher import capture
+from logitgen.teacher import capture, keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher
@@ -438,11 +438,11 @@ def _steps(model: Teacher, head: nn.Module, hidden_CD: Tensor, logits_CV: Tensor
         name: Layout(num_rows=1, num_tokens=1, num_positions=1, vocab_size=logits_CV.shape[1], **fields)
         for name, fields in CAPTURES.items()
     }
-    in_passes = mock.patch.object(capture, "_gpu_scan", return_value=None)
+    in_passes = mock.patch.object(keep, "_gpu_scan", return_value=None)
 
     def passes() -> None:
         with in_passes:
-            capture.top_k(logits_CV, target_C, 64)
+            keep.top_k(logits_CV, target_C, 64)
 
     def kept(name: str) -> dict[str, Tensor]:
         return capture._kept(logits_CV, hidden_CD, target_C, target_C, model.shard, layouts[name])
@@ -455,8 +455,8 @@ def _steps(model: Teacher, head: nn.Module, hidden_CD: Tensor, logits_CV: Tensor
         "torch.topk": lambda: torch.topk(logits_CV, 64),
         "torch.logsumexp": lambda: torch.logsumexp(logits_CV.float(), -1),
         "top 64 and log-sum-exp, torch alone": passes,
-        "top 64 and log-sum-exp": lambda: capture.top_k(logits_CV, target_C, 64),
-        "log-sum-exp": lambda: capture._logsumexp(logits_CV),
+        "top 64 and log-sum-exp": lambda: keep.top_k(logits_CV, target_C, 64),
+        "log-sum-exp": lambda: keep._logsumexp(logits_CV),
         "packing 64": lambda: packing.pack(top["kept_ids"], top["kept_logprobs"]),
         "drawing 12": partial(kept, "sample 12, packed"),
     }

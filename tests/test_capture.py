@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from logitgen import CaptureError, LogitsFile
 from logitgen.file.layout import Layout
 from logitgen.split.rows import Batch
-from logitgen.teacher import capture as capture_module
+from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.keep import _largest, full, sample, top_k
@@ -58,7 +58,7 @@ def test_no_logprob_is_above_0(seed: int, scale: float, vocab_size: int) -> None
 
 def test_a_certain_token_has_logprob_0_even_if_the_logsumexp_was_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     rounded_down = torch.tensor([90.0 * (1 - 2**-20)])
-    monkeypatch.setattr(capture_module, "_logsumexp_in_passes", lambda *arguments: rounded_down)
+    monkeypatch.setattr(keep, "_logsumexp_in_passes", lambda *arguments: rounded_down)
     logits_CV = torch.tensor([[90.0, 1.0, 2.0]])
     kept = top_k(logits_CV, torch.tensor([0]), 2)
     assert kept["logsumexp"].item() < 90
@@ -137,7 +137,7 @@ def test_the_logsumexp_is_that_of_float64_however_many_positions_are_taken_at_a_
     expected = np.log(np.exp(exact - largest[:, None]).sum(1)) + largest
     targets_C = torch.arange(len(logits_CV)) % logits_CV.shape[1]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(capture_module, "_CACHED_LOGITS", cached_logits)
+        patched.setattr(keep, "_CACHED_LOGITS", cached_logits)
         kept, everything = top_k(logits_CV, targets_C, k), full(logits_CV, targets_C)
     for scalars in (kept, everything):
         np.testing.assert_allclose(scalars["logsumexp"], expected, rtol=2e-7, atol=2e-6)

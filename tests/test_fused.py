@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from logitgen.teacher import capture
+from logitgen.teacher import keep
 from logitgen.teacher.keep import _largest_in_groups, _logsumexp_in_passes, top_k
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
@@ -87,7 +87,7 @@ def test_with_the_kernel_the_same_is_kept_as_without(dtype: torch.dtype) -> None
     torch.manual_seed(1)
     logits_CV, target_C = (torch.randn(6, 12_345) * 4).to(dtype), torch.randint(12_345, (6,))
     without = top_k(logits_CV, target_C, 40)
-    with mock.patch.object(capture, "_gpu_scan", return_value=scanned):
+    with mock.patch.object(keep, "_gpu_scan", return_value=scanned):
         found = top_k(logits_CV, target_C, 40)
     assert {name: values.dtype for name, values in found.items()} == {n: v.dtype for n, v in without.items()}
     for name in ("logsumexp", "target_logprob", "kept_logprobs"):
@@ -102,10 +102,10 @@ def test_without_triton_a_gpu_says_so_once_and_reads_the_logits_several_times(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "logitgen.teacher.fused", None)
-    capture._gpu_scan.cache_clear()
-    assert capture._gpu_scan(torch.device("cuda")) is None
-    assert capture._gpu_scan(torch.device("cuda")) is None
-    capture._gpu_scan.cache_clear()
+    keep._gpu_scan.cache_clear()
+    assert keep._gpu_scan(torch.device("cuda")) is None
+    assert keep._gpu_scan(torch.device("cuda")) is None
+    keep._gpu_scan.cache_clear()
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["Triton cannot be used"]
     logits_CV = torch.randn(5, 300)
     torch.testing.assert_close(_logsumexp_in_passes(logits_CV, logits_CV.amax(-1)), logits_CV.logsumexp(-1))

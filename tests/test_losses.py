@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from logitgen import DistillationLoss, LogitsDataset, UsageError, collate
 from logitgen.student import losses
+from logitgen.student.events import sample_weights
 
 WORDS, HIDDEN, KEPT = 11, 3, 4
 LENGTHS = (6, 2, 5)
@@ -292,7 +293,7 @@ def test_gradient_from_samples_is_on_average_that_of_the_whole_distribution(reno
     ids, threshold = draw_without_replacement(teacher_W.expand(draws, -1), kept, noise)
     logprobs = teacher_W[ids]
     if renormalised:
-        weights = losses.sample_weights(logprobs, threshold)
+        weights = sample_weights(logprobs, threshold)
         logprobs, threshold = (weights / weights.sum(-1, keepdim=True)).log(), torch.full((draws,), -100.0).double()
     batch = {
         "captured": torch.ones(1, draws, dtype=torch.bool),
@@ -316,7 +317,7 @@ def test_gradient_from_samples_is_on_average_that_of_the_whole_distribution(reno
 def test_weights_are_probabilities_where_nothing_was_left_out() -> None:
     logprobs = torch.tensor([[0.7, 0.3, 0.0]]).log()
     for threshold in (-torch.inf, -65504.0):
-        weights = losses.sample_weights(logprobs, torch.tensor([threshold]))
+        weights = sample_weights(logprobs, torch.tensor([threshold]))
         torch.testing.assert_close(weights, torch.tensor([[0.7, 0.3, 0.0]]))
 
 

@@ -331,3 +331,19 @@ def test_a_precision_this_machine_cannot_train_in_is_refused_in_one_line(
     assert re.match(
         r"error: The launch profile does not fit this machine: .*fp8.* Use one from accelerate_configs/\.$", line
     )
+
+
+def test_an_installed_package_captures_without_the_checkout(
+    capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    """From another folder, with the package on Python's path only: `accelerate launch -m logitgen.generate`."""
+    options = {"teacher": teacher, "dataset": ragged, "limit": 12}
+    command = launch_command(2, output=tmp_path / "module.h5", log_dir=tmp_path / "module_logs", **options)
+    at = command.index("generate.py")
+    command[at : at + 1] = ["-m", "logitgen.generate"]
+    command[command.index("accelerate_configs/cpu.yaml")] = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Ranks: 2" in ended.stderr
+    assert (tmp_path / "module.h5").read_bytes() == capture(**options).read_bytes()

@@ -318,14 +318,14 @@ def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", 4 * 384)
     wrapped = Teacher(make_llama(), 384)
     seen: list[weakref.ref[Tensor]] = []
-    head = teacher._head
+    head = teacher.run_head
 
     def watched(*arguments: Any) -> Tensor:
         assert not any(chunk() is not None for chunk in seen)
         seen.append(weakref.ref(logits_CV := head(*arguments)))
         return logits_CV
 
-    monkeypatch.setattr(teacher, "_head", watched)
+    monkeypatch.setattr(teacher, "run_head", watched)
     row_P = torch.zeros(20, dtype=torch.int64)
     for _, logits_CV, hidden_CD in wrapped.logits(torch.arange(20)[None], row_P, torch.arange(20)):
         assert not logits_CV.requires_grad
