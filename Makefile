@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 DEMO := .demo
 OUTPUT := $(DEMO)/teacher.h5
 BENCH := .bench
+TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
+QUICK := $(foreach name,config console data docs export head header identity losses noise output packing plan \
+	project reader report rooms rows schema tokens writer,tests/test_$(name).py)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench gpu fidelity distil chaos check lint types format clean
+.PHONY: help run test test-long quick bench gpu fidelity distil chaos check lint types format clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU ranks, and show the file
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
@@ -21,8 +24,14 @@ run: $(DEMO)/teacher/config.json  ## Capture an embedded teacher on two CPU rank
 	$(BIN)/python -m logitgen inspect $(OUTPUT)
 	$(BIN)/python -m logitgen inspect $(OUTPUT) --row 1 --positions 12
 
-test: $(VENV)/ready  ## Run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/ready  ## Run the tests, two at a time
+	$(TESTS) -m "not slow"
+
+test-long: $(VENV)/ready  ## Run the long forms: chaos, hanging ranks, machines that die
+	$(TESTS) -m slow
+
+quick: lint types  ## After every change: lint, types and the fast tests
+	$(TESTS) $(QUICK)
 
 bench: $(DEMO)/teacher/config.json  ## Measure the figures of docs/benchmarks.md; ONLY=head: one thing
 	$(BIN)/python -m benchmarks $(ONLY) --teacher $(DEMO)/teacher --dataset $(DEMO)/split.jsonl
@@ -39,7 +48,7 @@ distil: $(DEMO)/teacher/config.json  ## Train students from files and with the t
 chaos: $(VENV)/ready  ## Kill and stop several hundred runs, print what was lost
 	$(BIN)/python tests/chaos.py
 
-check: lint types test  ## Lint, check the format and the types, run all tests
+check: lint types test test-long  ## Lint, check the format and the types, run all tests
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_or_stopped_nothing_is_lost_or_wrong() -> None:
     command = [sys.executable, "tests/chaos.py", "--rounds", "12", "--launches", "1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)

@@ -50,6 +50,7 @@ def test_every_seed_has_its_own_order_and_every_way_the_same(capture: Capture, t
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_a_run_reports_every_way_and_draws_it(
     teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_disk_that_is_full_in_the_middle(
     finished()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_too_large_from_the_start(run: Callable[..., Ended], tmp_path: Path) -> None:
     result = run("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, -1))")
     assert len(error_lines(result)) == 1
@@ -78,6 +79,7 @@ def test_a_file_that_is_too_large_from_the_start(run: Callable[..., Ended], tmp_
     assert not list(tmp_path.glob("out.h5*"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(run: Callable[..., Ended], finished: Callable[[], None], tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -90,7 +92,7 @@ def test_a_folder_that_vanishes(run: Callable[..., Ended], finished: Callable[[]
     finished()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_hangs_is_named(run: Callable[..., Ended], finished: Callable[[], None], rank: int) -> None:
     result = run(SLOW.format(f"if os.environ['RANK'] == '{rank}' and number == 5: time.sleep(3600)"), rank_timeout=4)
     assert len(error_lines(result)) == 1
@@ -102,6 +104,7 @@ def test_a_rank_that_hangs_is_named(run: Callable[..., Ended], finished: Callabl
     finished()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_among_others_that_have_finished(
     run: Callable[..., Ended], finished: Callable[[], None]
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_run_goes_on_when_nobody_listens_any_more(
     finished()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
     hang = "if os.environ['RANK'] == '1': generate.load_model = lambda *_: time.sleep(3600)"
     result = run(f"import os, time\nfrom logitgen import generate\n{hang}", rank_timeout=4)
@@ -138,6 +142,7 @@ def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tm
     assert not list(tmp_path.glob("out.h5*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sharing", "rank"), [("tp_size", 1), ("fsdp_size", 0)])
 def test_a_rank_that_hangs_with_a_part_of_the_teacher_ends_the_run(
     run: Callable[..., Ended], finished: Callable[[], None], tmp_path: Path, sharing: str, rank: int
@@ -170,6 +175,7 @@ generate.{place} = changed
     assert not list(tmp_path.glob("out.h5*"))
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for(run: Callable[..., Ended], finished: Callable[[], None]) -> None:
     """Each pass takes less than the time-out, all of them together much more; the other rank has long finished."""
     result = run(SLOW.format("if os.environ['RANK'] == '1': time.sleep(0.4)"), rank_timeout=3)

@@ -247,6 +247,7 @@ def test_a_run_that_goes_on_computes_only_what_is_missing_and_ends_with_the_same
     assert not (tmp_path / "out.h5.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_stopped_again_and_again(
     capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop
 ) -> None:

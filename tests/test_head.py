@@ -144,7 +144,9 @@ def test_a_head_of_another_precision_than_can_be_stored_is_refused(dtype: torch.
     if dtype != torch.float64:
         model.lm_head.float()
         model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-    with pytest.raises(UsageError, match=r"are .*float(32|64), expected one of float32, float16, bfloat16\. Use"):
+    with pytest.raises(
+        UsageError, match=r"are .*float(32|64), expected one of float32, float16, bfloat16 \(see --dtype\)\. Use"
+    ):
         Teacher(model, VOCAB, with_head=True)
 
 

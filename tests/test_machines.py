@@ -178,6 +178,7 @@ def ranks_of(run: Run) -> dict[str, int]:
     return {child.environ()["RANK"]: Path(f"/proc/{child.pid}/ns/net").stat().st_ino for child in children}
 
 
+@pytest.mark.slow
 def test_two_machines_write_the_same_bytes_over_a_slow_wire_and_only_the_first_needs_the_folder(
     start: Callable[..., list[Run]], wire: Wire, expected: bytes, tmp_path: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_two_machines_write_the_same_bytes_over_a_slow_wire_and_only_the_first_n
     assert wire.num_lost > 0
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_cut_off_ends_the_run_on_both_and_the_same_command_goes_on(
     start: Callable[..., list[Run]], wire: Wire, expected: bytes, tmp_path: Path
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_machine_that_is_cut_off_ends_the_run_on_both_and_the_same_command_goe
     assert (tmp_path / "disk" / "folder" / "out.h5").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_while_the_leader_waits_without_limit_is_noticed(
     start: Callable[..., list[Run]], wire: Wire, tmp_path: Path
 ) -> None:

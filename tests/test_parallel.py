@@ -235,6 +235,7 @@ def test_a_sharded_teacher_whose_rank_was_killed_is_gone_on_with_by_one_rank(
     assert capture(**options).read_bytes() == undisturbed.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_tensor_parallel_teacher_whose_rank_was_killed_is_gone_on_with_to_the_same_bytes(
     tmp_path: Path, teacher: Path, ragged: Path
 ) -> None:

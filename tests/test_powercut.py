@@ -27,7 +27,6 @@ from logitgen.leader.places import write_known
 from logitgen.leader.status import Watch
 from logitgen.leader.writer import Writer
 from logitgen.ranks.agree import Ranks
-from logitgen.split.job import Job
 
 SECTOR = 512
 NUM_STATES = 600
@@ -215,7 +214,7 @@ class Run:
         if output.is_complete():
             output.complete()
             return 0
-        job = Job(self.claim["rows"], self.claim["plan"], self.claim["layout"])
+        job = self.claim["job"]
         known = partial(write_known, layout=job.layout, rows=job.rows)
         header = output.create(job.layout, self.claim["attributes"], known)
         done = output.done()
@@ -242,9 +241,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Run:
     payloads: dict[int, np.ndarray] = {}
 
     class Recorder(Writer):
-        def __init__(self, path: Path, header: Any, rows: Any, plan: Any, *others: Any) -> None:
-            claim.update(rows=rows, plan=plan, layout=header.layout)
-            super().__init__(path, header, rows, plan, *others)
+        def __init__(self, path: Path, header: Any, job: Any, *others: Any) -> None:
+            claim.update(job=job)
+            super().__init__(path, header, job, *others)
 
         def submit(self, batch: int, payload: np.ndarray) -> Any:
             payloads[int(batch)] = payload.copy()

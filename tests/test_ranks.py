@@ -60,14 +60,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragged: Path)
 @pytest.mark.parametrize(
     ("num_ranks", "options"),
     [
-        (2, {}),
-        (3, {}),
-        (3, {"limit": 4}),
-        (2, {"capture": "sample", "encoding": "packed", "top_k": 12}),
-        (2, {"capture": "hidden"}),
-        (2, {"capture": "full", "limit": 11}),
+        pytest.param(2, {}, id="topk, 2"),
+        pytest.param(3, {}, id="topk, 3", marks=pytest.mark.slow),
+        pytest.param(3, {"limit": 4}, id="few", marks=pytest.mark.slow),
+        pytest.param(2, {"capture": "sample", "encoding": "packed", "top_k": 12}, id="draws", marks=pytest.mark.slow),
+        pytest.param(2, {"capture": "hidden"}, id="hidden", marks=pytest.mark.slow),
+        pytest.param(2, {"capture": "full", "limit": 11}, id="full", marks=pytest.mark.slow),
     ],
-    ids=["topk, 2", "topk, 3", "few", "packed draws", "hidden", "full"],
 )
 def test_any_number_of_ranks_writes_the_same_bytes(
     files: Callable[..., Path], num_ranks: int, options: dict[str, Any]
@@ -122,6 +121,7 @@ def launch_changed(folder: Path, change: str, num_ranks: int = 2, **options: Any
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_see_each_other_are_refused(teacher: Path, ragged: Path, tmp_path: Path) -> None:
     """Accelerate leaves ranks alone on a machine whose accelerator is not of the profile's kind."""
     change = (
@@ -287,6 +287,7 @@ def peak_memory_mb(**options: Any) -> float:
     return usage.ru_maxrss / 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(teacher: Path, tmp_path: Path) -> None:
     """Twenty times the rows, a file of over 200 MB; 60 MB are left to `datasets`, which tokenises more of them."""
     places = {"teacher": teacher, "log_dir": tmp_path, "batch_tokens": 2048, "top_k": 128}

@@ -64,6 +64,7 @@ def test_parts_of_a_split_read_as_one_are_the_whole_bit_by_bit(
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_parts_of_a_split_in_larger_batches_are_the_whole_but_for_rounding(
     shards: Callable[..., tuple[Path, list[Path]]],
 ) -> None:

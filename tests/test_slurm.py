@@ -66,6 +66,7 @@ def job(tmp_path: Path, teacher: Path) -> Job:
     return start
 
 
+@pytest.mark.slow
 def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next(job: Job, tmp_path: Path) -> None:
     """On two nodes at first, then on one."""
     first = job(num_nodes=2)
