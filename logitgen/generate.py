@@ -203,7 +203,7 @@ def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: T
     num_tokens = int(job.forward_tokens[batches].sum())
     logger.info(
         f"Capturing {np.count_nonzero(~done):,} of {len(job.rows):,} rows, {num_tokens:,} tokens in {len(batches):,} "
-        f"batches. Ranks: {ranks.num_ranks}, on {ranks.device.type}, {torch.get_num_threads()} CPU threads each."
+        f"batches. Ranks: {ranks.num_ranks}, on {ranks.device.type}, CPU threads per rank: {torch.get_num_threads()}."
     )
     progress = Progress(job.plan.num_rows, job.forward_tokens, job.payload_bytes, shares, config.tp_size)
     writer = Writer(output.partial, header, job, done, progress.written, progress.snapshot) if header else None

@@ -77,7 +77,7 @@ def summary(
     present = int(np.count_nonzero(file.arrays["done"]))
     lines = {
         "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, "
-        f"{num_twice:,} written twice",
+        f"{num_twice:,} duplicates",
         "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
         "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, "
         f"{padding_share:.1%} padding, {waited_share:.1%} waiting",
@@ -184,7 +184,7 @@ def _numbers(status: Status) -> list[str]:
     if status.snapshot is None:
         return [f"{rows} ({status.num_done / status.num_rows:.0%})"]
     known = status.snapshot
-    return [rows, f"{known.speed} over {format_seconds(known.seconds)}", f"{known.rate_of_late:,.0f} of late"]
+    return [rows, f"{known.speed} over {format_seconds(known.seconds)}", f"{known.rate_of_late:,.0f} tok/s recent"]
 
 
 def _eta(status: Status) -> str:
@@ -215,7 +215,7 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
         most: Show only so many positions; None for all.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, justify in (("pos", "right"), ("token", "left"), ("came", "left"), ("p", "right")):
+    for heading, justify in (("pos", "right"), ("token", "left"), ("next", "left"), ("p", "right")):
         table.add_column(heading, justify=justify, no_wrap=True, max_width=16)  # type: ignore[arg-type]
     table.add_column("the teacher expected", overflow="fold")
     for position in known["positions"][:most]:

@@ -293,7 +293,7 @@ def test_a_run_that_goes_on_says_so_and_counts_only_its_own_tokens(
     capsys.readouterr()
     file = LogitsFile(capture(**options))
     captured = capsys.readouterr()
-    assert "53 expected, 53 present, 0 missing, 0 written twice" in " ".join(captured.out.split())
+    assert "53 expected, 53 present, 0 missing, 0 duplicates" in " ".join(captured.out.split())
     lengths = [len(file.row(row)["positions"]) for batch in stop.batches for row in batch]
     log = (tmp_path / "logs" / "rank_0.log").read_text()
     assert f"Capturing {53 - num_done} of 53 rows, {sum(lengths):,} tokens in {len(stop.batches)} batches." in log
@@ -645,7 +645,7 @@ def test_the_end_of_a_run_states_what_is_in_the_file(
     path = capture(teacher=teacher, dataset=ragged)
     printed = " ".join(capsys.readouterr().out.split())
     file = LogitsFile(path)
-    assert "53 expected, 53 present, 0 missing, 0 written twice" in printed
+    assert "53 expected, 53 present, 0 missing, 0 duplicates" in printed
     assert f"teacher perplexity {np.exp(-file.arrays['target_logprob'].mean(dtype=np.float64)):,.3f}" in printed
     assert str(path.name) in printed
 

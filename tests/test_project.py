@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-MAKE_TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+MAKE_TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 HOOKS = ROOT / ".pre-commit-config.yaml"
 YAML_FILES = [
@@ -48,9 +48,11 @@ def test_a_yaml_file_holds_names_and_values(path: Path) -> None:
 
 
 def test_ci_and_hooks_call_make_targets_that_exist() -> None:
-    called = {target for command in commands() for target in re.findall(r"\bmake ([a-z]+)", command)}
-    assert called == {"lint", "types", "test"}  # together `make check`
-    assert called <= set(MAKE_TARGETS)
+    called = {target for command in commands() for target in re.findall(r"\bmake ([a-z-]+)", command)}
+    assert called == {"lint", "types", "test", "test-long"}  # together `make check`
+    told = set(re.findall(r"`make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert "quick" in told
+    assert called | told <= set(MAKE_TARGETS)
 
 
 def test_ci_runs_the_oldest_python_that_the_package_allows_and_the_newest() -> None:

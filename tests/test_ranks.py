@@ -34,7 +34,9 @@ def exit_statuses(ended: Ended) -> list[int]:
 def ranks_that_ran(log_dir: Path) -> list[str]:
     """The ranks whose logs say that they captured something."""
     return sorted(
-        log.stem for log in log_dir.glob("*.log") if re.search(r"Capturing .* \d+ CPU threads", log.read_text())
+        log.stem
+        for log in log_dir.glob("*.log")
+        if re.search(r"Capturing .* CPU threads per rank: \d+", log.read_text())
     )
 
 

@@ -215,7 +215,7 @@ def test_the_overview_of_a_full_capture_says_so(tmp_path: Path) -> None:
 def test_the_view_of_a_row_shows_what_came_and_what_was_expected(path: Path) -> None:
     lines = drawn(row_view(row_facts(LogitsFile(path), 2, Letters())))
     assert lines[:2] == ["row 2 (row 5 of the split), 5 tokens", "fghij"]
-    assert lines[2].split() == ["pos", "token", "came", "p", "the", "teacher", "expected"]
+    assert lines[2].split() == ["pos", "token", "next", "p", "the", "teacher", "expected"]
     assert [line.split() for line in lines[3:]] == [
         ["1", "'g'", "'h'", "0.61", "'h'", "0.61", "'a'", "0.05"],
         ["3", "'i'", "'j'", "0.61", "'j'", "0.61", "'b'", "0.29"],
@@ -233,7 +233,7 @@ def test_the_view_of_a_row_can_be_cut_short(path: Path) -> None:
 def test_the_end_of_a_run_is_summed_up(path: Path) -> None:
     shown = summary(LogitsFile(path), 0, num_forward_tokens=1000, padding_share=0.25, seconds=65.2, waited_share=0.0731)
     assert definitions(drawn(shown)) == {
-        "rows": "3 expected, 3 present, 0 missing, 0 written twice",
+        "rows": "3 expected, 3 present, 0 missing, 0 duplicates",
         "tokens": "9, 4 positions captured",
         "speed": "15 tokens/s over 1:05, 25.0% padding, 7.3% waiting",
         "size": f"{path.stat().st_size / 1000:.1f} kB, {path.stat().st_size / 9:,.1f} bytes per token",

@@ -277,7 +277,7 @@ def test_a_run_is_shown_whole_at_any_width(width: int) -> None:
     text = " ".join(" ".join(lines).split())
     for words in (
         "out.h5: running, last written to 0:02 ago",
-        "1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, 15 of late",
+        "1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, 15 tok/s recent",
     ):
         assert words in text
     assert re.search(r"capture \S+ +54% ETA 1:05", text)
@@ -298,7 +298,7 @@ def test_the_plain_line_names_the_slowest_rank() -> None:
     slower = replace(SNAPSHOT, source_tokens=[560, 90])
     assert status_line(replace(RUNNING, snapshot=slower)) == (
         "out.h5: running, last written to 0:02 ago, 1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, "
-        "15 of late, ETA 1:05, slowest rank 1 at 30%"
+        "15 tok/s recent, ETA 1:05, slowest rank 1 at 30%"
     )
 
 

@@ -191,7 +191,7 @@ class Progress:
 
     @property
     def bottleneck(self) -> str:
-        """What the run takes its time for, of late: forward, transport or disk."""
+        """The bottleneck of the last seconds: forward, transport or disk."""
         since, waited_before, writer_before, _ = self._marks[0]
         seconds = max(time.monotonic() - since, 1e-9)
         waited = (sum(self._waited_seconds) - waited_before) / (seconds * len(self._waited_seconds))
