@@ -57,7 +57,7 @@ def test_all_ways_to_capture_yield_the_same_rows_and_are_in_the_table(teacher: P
     assert (tmp_path / "bench" / "comparison.png").stat().st_size > 10_000
 
 
-def test_bare_code_for_the_leader_puts_the_same_bytes_to_the_same_places_as_the_writer(tmp_path: Path):
+def test_bare_code_writes_the_same_bytes_as_the_writer(tmp_path: Path):
     job = make_job(300_000, top_k=9, vocab_size=1000, batch_tokens=600, row_tokens=60)
     sizes, done = job.payload_bytes, np.zeros(len(job.rows), bool)
     payloads = [(random_payload(2 * size)[size:] + number) % 64 for number, size in enumerate(sizes)]

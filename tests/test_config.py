@@ -118,7 +118,7 @@ def test_help_shows_the_options_in_groups(help_screen: list[str]) -> None:
     assert [line[:-1] for line in help_screen if re.match(r"\w.*:$", line)] == ["options", *groups, "example"]
 
 
-def test_help_spells_an_option_once_and_shows_a_default_only_where_there_is_one(help_screen: list[str]) -> None:
+def test_help_spells_an_option_once_and_shows_only_real_defaults(help_screen: list[str]) -> None:
     shown = " ".join(" ".join(help_screen).split())
     for option in dataclasses.fields(Config):
         assert shown.count(f" --{option.name} ") >= 1

@@ -530,7 +530,7 @@ def test_fitting_tokens_worked_by_hand(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(2, 2**45), st.integers(1, 2**45), st.sampled_from(["cpu", "cuda"]), st.integers(1, 64))
-def test_as_many_tokens_as_fit_take_between_a_third_and_two_thirds_of_what_is_free(
+def test_tokens_that_fit_take_a_third_to_two_thirds_of_memory(
     memory: Memory, free: int, taken: int, device: str, num_ranks: int
 ) -> None:
     fitting = memory.fitting(PROBE, free, taken, device, num_ranks)
@@ -566,7 +566,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 
 
 @linux_only
-def test_as_many_tokens_as_fit_on_this_machine_are_a_power_of_two_and_leave_the_teacher_as_it_was() -> None:
+def test_tokens_that_fit_on_this_machine_are_a_power_of_two() -> None:
     teacher = Teacher(make_llama(50), 50)
     rows, layout = rows_of(PROBE), layout_of(PROBE)
     batch = rows.batch(np.arange(5))

@@ -158,7 +158,7 @@ def test_a_rank_that_hangs_with_a_part_of_the_teacher_ends_the_run(
 
 
 @pytest.mark.parametrize("place", ["load_model", "Teacher"])
-def test_a_rank_that_runs_out_of_memory_as_it_loads_its_part_of_the_teacher_is_named(
+def test_a_rank_out_of_memory_while_it_loads_its_part_is_named(
     run: Callable[..., Ended], tmp_path: Path, place: str
 ) -> None:
     fail = f"""

@@ -231,7 +231,7 @@ OPTIONS: list[dict[str, Any]] = [{"top_k": 5}, {"capture": "full"}, {"packing": 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_a_run_that_goes_on_computes_only_what_is_missing_and_ends_with_the_same_file(
+def test_a_resumed_run_computes_only_the_missing_rows(
     capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, stop: Stop, options: dict[str, Any], after: int
 ) -> None:
     options |= {"teacher": teacher, "dataset": ragged, "batch_tokens": 300}
@@ -375,7 +375,7 @@ def half_captured(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragge
     return folder, options
 
 
-def test_a_partial_file_of_a_teacher_with_other_weights_is_refused_and_left_as_it_is(
+def test_a_partial_file_of_other_weights_is_refused_and_kept(
     capture: Capture, half_captured: tuple[Path, dict[str, Any]], teacher: Path, tmp_path: Path
 ) -> None:
     """The folder is the same, and what is in it is not."""
@@ -399,7 +399,7 @@ def test_a_partial_file_of_a_teacher_with_other_weights_is_refused_and_left_as_i
 
 
 @pytest.mark.usefixtures("no_teacher")
-def test_a_partial_file_of_another_split_under_the_same_name_is_refused_and_left_as_it_is(
+def test_a_partial_file_of_another_split_of_this_name_is_refused(
     capture: Capture, half_captured: tuple[Path, dict[str, Any]], ragged: Path, tmp_path: Path
 ) -> None:
     folder, options = half_captured
@@ -415,7 +415,7 @@ def test_a_partial_file_of_another_split_under_the_same_name_is_refused_and_left
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_a_partial_file_of_another_run_is_replaced_only_on_request_and_only_by_a_real_run(
+def test_another_runs_partial_file_is_replaced_only_on_request(
     capture: Capture, half_captured: tuple[Path, dict[str, Any]], tmp_path: Path, stop: Stop, dry_run: bool
 ) -> None:
     folder, options = half_captured

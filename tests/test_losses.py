@@ -264,7 +264,7 @@ def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     temperature=st.floats(0.5, 5),
     shift=st.floats(-20, 20),
 )
-def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient_and_another_has(
+def test_only_the_teacher_itself_has_no_loss_and_no_gradient(
     seed: int, kept: int, divergence: Any, tail: Any, temperature: float, shift: float
 ) -> None:
     teacher = torch.randn(1, 2, 7, generator=torch.Generator().manual_seed(seed)).double()

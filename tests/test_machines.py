@@ -179,7 +179,7 @@ def ranks_of(run: Run) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_two_machines_write_the_same_bytes_over_a_slow_wire_and_only_the_first_needs_the_folder(
+def test_two_machines_write_the_same_bytes_over_a_slow_wire(
     start: Callable[..., list[Run]], wire: Wire, expected: bytes, tmp_path: Path
 ) -> None:
     """Ten packets in a thousand are lost, and each machine has a cache of its own."""
@@ -198,7 +198,7 @@ def test_two_machines_write_the_same_bytes_over_a_slow_wire_and_only_the_first_n
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_cut_off_ends_the_run_on_both_and_the_same_command_goes_on(
+def test_a_machine_that_is_cut_off_ends_the_run_on_both(
     start: Callable[..., list[Run]], wire: Wire, expected: bytes, tmp_path: Path
 ) -> None:
     """Both machines fill the same cache at the same time."""

@@ -155,7 +155,7 @@ def test_a_file_is_created_with_all_that_is_known(path: Path, partial: Path, tmp
     assert not output.is_complete()
 
 
-def test_the_file_gets_its_first_name_only_when_all_that_is_known_is_on_the_disk(
+def test_the_file_gets_its_first_name_once_its_head_is_on_the_disk(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -458,7 +458,7 @@ def test_a_finished_file_comes_before_a_partial_one(path: Path, partial: Path) -
     assert partial.read_bytes() == content
 
 
-def test_a_file_with_the_name_of_a_complete_one_that_lacks_rows_is_refused_and_kept(path: Path, tmp_path: Path) -> None:
+def test_a_complete_files_name_with_missing_rows_is_refused(path: Path, tmp_path: Path) -> None:
     content = write_file(path, UNFINISHED).read_bytes()
     message = (
         r"out\.h5 has the name of a complete file, but lacks rows\. "
@@ -471,7 +471,7 @@ def test_a_file_with_the_name_of_a_complete_one_that_lacks_rows_is_refused_and_k
     assert path.read_bytes() == content
 
 
-def test_with_overwrite_the_partial_file_is_resumed_though_a_finished_one_is_there(path: Path, partial: Path) -> None:
+def test_overwrite_resumes_the_partial_file_beside_a_finished_one(path: Path, partial: Path) -> None:
     content = write_file(path, teacher="another").read_bytes()
     write_file(partial, UNFINISHED)
     output = claimed(path, overwrite=True)
@@ -513,9 +513,7 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
 @pytest.mark.parametrize("kind", DIFFERENCES)
-def test_a_file_of_another_run_is_refused_with_every_difference_and_left_as_it_is(
-    path: Path, tmp_path: Path, name: str, kind: str
-) -> None:
+def test_another_runs_file_is_refused_with_every_difference(path: Path, tmp_path: Path, name: str, kind: str) -> None:
     changes, differences = DIFFERENCES[kind]
     write_file(tmp_path / name, ARRAYS if name == "out.h5" else UNFINISHED)
     content = (tmp_path / name).read_bytes()
@@ -687,9 +685,7 @@ def test_space_that_cannot_be_reserved_is_a_usage_error_and_leaves_nothing(
     assert names(tmp_path) == []
 
 
-def test_a_file_larger_than_the_file_system_allows_is_a_usage_error_and_leaves_nothing(
-    path: Path, tmp_path: Path
-) -> None:
+def test_a_file_too_large_for_the_file_system_is_a_usage_error(path: Path, tmp_path: Path) -> None:
     layout = replace(LAYOUT, num_positions=2**58)
     with pytest.raises(UsageError, match=r"--output .*out\.h5 cannot be created: File too large\. Choose another"):
         claimed(path).create(layout, ABOUT, write_done([0, 0, 0]))

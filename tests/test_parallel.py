@@ -226,7 +226,7 @@ def assert_killed_rank_ends_the_run(folder: Path, **options: Any) -> None:
     assert 0 < np.count_nonzero(done) < len(done)
 
 
-def test_a_sharded_teacher_whose_rank_was_killed_is_gone_on_with_by_one_rank(
+def test_a_killed_sharded_run_is_resumed_by_one_rank(
     tmp_path: Path, teacher: Path, ragged: Path, capture: Callable[..., Path]
 ) -> None:
     options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 100}
@@ -236,9 +236,7 @@ def test_a_sharded_teacher_whose_rank_was_killed_is_gone_on_with_by_one_rank(
 
 
 @pytest.mark.slow
-def test_a_tensor_parallel_teacher_whose_rank_was_killed_is_gone_on_with_to_the_same_bytes(
-    tmp_path: Path, teacher: Path, ragged: Path
-) -> None:
+def test_a_killed_tensor_parallel_run_resumes_to_the_same_bytes(tmp_path: Path, teacher: Path, ragged: Path) -> None:
     options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 100, "tp_size": 2}
     assert_killed_rank_ends_the_run(tmp_path, **options)
     for name in ("out.h5", "undisturbed.h5"):

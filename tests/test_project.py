@@ -64,7 +64,7 @@ def test_ci_runs_the_oldest_python_that_the_package_allows_and_the_newest() -> N
     assert max(numbers) >= (3, 14)
 
 
-def test_ci_tests_on_more_than_one_python_and_installs_the_wheel_outside_the_checkout() -> None:
+def test_ci_tests_several_pythons_and_the_installed_wheel() -> None:
     assert len(jobs()["check"]["strategy"]["matrix"]["python"]) > 1
     (outside,) = (step for step in jobs()["wheel"]["steps"] if "working-directory" in step)
     assert "logitgen --help" in outside["run"]

@@ -143,7 +143,7 @@ def test_a_mask_is_cut_like_its_tokens() -> None:
     assert positions_of(make_rows(ids, masks, max_length=3, packing=True)) == [[0], [0]]
 
 
-def test_a_first_token_of_a_completion_that_opens_a_block_has_nothing_to_predict_it() -> None:
+def test_a_completion_that_opens_a_block_loses_its_first_token() -> None:
     rows = make_rows([[1, 2, 3, 4]], [[0, 0, 1, 1]], max_length=2, overflow="split")
     assert positions_of(rows) == [[], [0]]
     assert rows.forward_lengths.tolist() == [0, 1]

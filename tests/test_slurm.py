@@ -67,7 +67,7 @@ def job(tmp_path: Path, teacher: Path) -> Job:
 
 
 @pytest.mark.slow
-def test_a_job_told_to_stop_goes_back_into_the_queue_and_is_finished_by_the_next(job: Job, tmp_path: Path) -> None:
+def test_a_stopped_job_is_requeued_and_finished_by_the_next(job: Job, tmp_path: Path) -> None:
     """On two nodes at first, then on one."""
     first = job(num_nodes=2)
     log = tmp_path / "logs" / "rank_0.log"

@@ -464,7 +464,7 @@ def wait_for(path: Path, wanted: Callable[[Status], bool], log: Path) -> None:
         time.sleep(0.05)
 
 
-def test_the_numbers_of_a_run_are_those_of_its_flags_and_its_plan_and_a_killed_one_is_resumed(
+def test_status_shows_the_numbers_of_the_flags_and_the_plan(
     gated: subprocess.Popen[bytes], capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
 ) -> None:
     path, partial = tmp_path / "out.h5", tmp_path / "out.h5.partial"
@@ -517,7 +517,7 @@ def test_the_numbers_of_a_run_are_those_of_its_flags_and_its_plan_and_a_killed_o
     assert (complete["state"], complete["rows_done"], complete["ranks"]) == ("complete", 53, [])
 
 
-def test_a_run_that_is_watched_from_before_its_start_to_its_end_has_the_same_bytes(
+def test_a_run_that_is_watched_has_the_same_bytes(
     gated: subprocess.Popen[bytes],
     capture: Capture,
     teacher: Path,

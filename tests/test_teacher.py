@@ -269,7 +269,7 @@ def test_a_changed_weight_changes_the_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_teacher_says_what_it_says_by_itself_and_the_file_records_it(
+def test_a_quantised_teacher_agrees_with_itself_and_is_recorded(
     tmp_path: Path, capture: Callable[..., Path], bits: int
 ) -> None:
     """Quantised by transformers, saved, and loaded as any other teacher."""

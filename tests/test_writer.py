@@ -515,7 +515,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-def test_rows_are_written_while_others_are_synced_and_none_is_called_done_before_its_own_sync(
+def test_no_row_is_called_done_before_its_own_sync(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
 ) -> None:
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 1e9)
@@ -591,9 +591,7 @@ def test_a_disk_that_fills_up_surfaces_through_every_future_with_its_cause(
     assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
 
 
-def test_a_batch_that_was_written_before_the_disk_failed_is_not_called_done_after_it(
-    job: Job, tmp_path: Path, disk: Disk
-) -> None:
+def test_a_batch_before_a_failing_disk_is_not_called_done(job: Job, tmp_path: Path, disk: Disk) -> None:
     made = job.writer(tmp_path / "out.h5")
     made.submit(0, job.payloads[0]).result()
     disk.write_error = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -672,7 +670,7 @@ def test_a_block_that_is_interrupted_keeps_what_was_written(job: Job, tmp_path: 
     assert flags(tmp_path / "out.h5") == [1, 1, 0, 0, 1]
 
 
-def test_a_block_that_fails_with_the_disk_raises_the_first_error_and_counts_only_what_is_safe(
+def test_a_failing_disk_raises_its_first_error_and_counts_only_safe_rows(
     job: Job, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = job.writer(tmp_path / "out.h5")
