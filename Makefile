@@ -7,7 +7,7 @@ DEMO := .demo
 OUTPUT := $(DEMO)/teacher.h5
 BENCH := .bench
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
-QUICK := $(foreach name,config console data docs export head header identity losses noise output packing plan \
+QUICK := $(foreach name,config console data docs errors export head header identity losses noise output packing plan \
 	project reader report rooms rows schema tokens writer,tests/test_$(name).py)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
