@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import batch_of, captured, layout_of
 from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen import CaptureError, LogitsFile
-from logitgen.file.layout import Layout
-from logitgen.split.rows import Batch
 from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
@@ -300,35 +299,6 @@ def test_packed_records_hold_what_is_kept_unpacked() -> None:
         ids, logprobs = layout.packing.unpack(packed["kept"].reshape(7, -1))
         assert [set(row) for row in ids.tolist()] == [set(row) for row in plain["kept_ids"].reshape(7, 7).tolist()]
         np.testing.assert_allclose(np.exp(logprobs), np.exp(plain["kept_logprobs"].reshape(7, 7)), atol=0.02)
-
-
-def batch_of(tokens: list[list[int]], first_row: int = 0) -> Batch:
-    arrays = [np.array(ids, dtype=np.int32) for ids in tokens]
-    longest = max(len(ids) - 1 for ids in tokens)
-    return Batch(
-        rows=np.arange(first_row, first_row + len(tokens)),
-        source_rows=np.arange(first_row, first_row + len(tokens)) + 100,
-        tokens=arrays,
-        input_ids=np.array([ids[:-1] + [0] * (longest - len(ids) + 1) for ids in tokens]),
-        num_positions=np.array([len(ids) - 1 for ids in tokens]),
-        row_of_position=np.repeat(np.arange(len(tokens)), [len(ids) - 1 for ids in tokens]),
-        positions=np.concatenate([np.arange(len(ids) - 1) for ids in tokens]),
-        targets=np.concatenate([ids[1:] for ids in arrays]).astype(np.int64),
-        seed=5,
-    )
-
-
-def layout_of(batch: Batch, **changes: Any) -> Layout:
-    sizes = {"num_rows": 10, "num_tokens": 99, "num_positions": len(batch.positions), "vocab_size": 50}
-    return Layout(**{"capture": "topk", "top_k": 3, **sizes, **changes})
-
-
-def captured(batch: Batch, layout: Layout, model: Any = None) -> dict[str, np.ndarray]:
-    payload = capture_batch(Teacher(model or make_llama(50), 50), batch, layout).numpy()
-    seal(payload, batch, layout, torch.float32)
-    slices = layout.payload_slices(len(batch.rows), len(batch.positions))
-    arrays = {name: payload[slices[name]].view(dtype) for name, (_, dtype) in layout.captured.items()}
-    return arrays | {"crc32": payload[slices["crc32"]].view("<u4")}
 
 
 def test_a_masked_token_is_stored_as_a_finite_number() -> None:

@@ -1,9 +1,6 @@
 """The file as a torch dataset: items, batches, worker processes."""
 
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_reader import ARRAYS, ATTRIBUTES, FULL, write_file
+from files import ARRAYS, ATTRIBUTES, FULL, write_file
+from launches import imported_by
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -223,14 +220,6 @@ def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Pat
 def test_no_file_at_all_is_refused() -> None:
     with pytest.raises(FormatError, match="at least one file, got none"):
         LogitsDataset([])
-
-
-def imported_by(code: str, *arguments: object) -> set[str]:
-    """Run code in a fresh interpreter; return the top-level modules it has imported."""
-    report = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
-    command = [sys.executable, "-c", code + report, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
 
 
 def test_training_from_a_file_needs_no_transformers(path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from files import ARRAYS, FULL, write_file
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reader import ARRAYS, FULL, write_file
 from transformers import AutoModelForCausalLM
 
 from logitgen import LogitsFile, UsageError

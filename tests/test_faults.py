@@ -10,20 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, launch_command
-from test_ranks import Ended, error_lines, exit_statuses, launch_changed
+from launches import SLOW, Ended, error_lines, exit_statuses, launch_changed
 
 Capture = Callable[..., Path]
 
-SLOW = (
-    "import os, time\nfrom logitgen import generate\ncompute = generate.capture_batch\nnumber = 0\n"
-    "def changed(*arguments):\n"
-    "    global number\n"
-    "    number += 1\n"
-    "    {}\n"
-    "    return compute(*arguments)\n"
-    "generate.capture_batch = changed"
-)
-"""Python that does something before every forward pass."""
 
 RANK_1 = "os.environ['RANK'] == '1' and number == 5"
 

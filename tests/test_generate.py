@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
+from families import FLOAT16_STEP, assert_row_is_right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitgen import LogitsFile, UsageError, generate
@@ -21,8 +22,6 @@ from logitgen.errors import CaptureError
 from logitgen.ranks.agree import Ranks
 
 Capture = Callable[..., Path]
-FLOAT16_STEP = 2**-11
-"""Largest relative error of rounding to float16."""
 
 
 def direct_logprobs(teacher: Path, input_ids: np.ndarray) -> torch.Tensor:
@@ -30,20 +29,6 @@ def direct_logprobs(teacher: Path, input_ids: np.ndarray) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.from_numpy(input_ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
-
-
-def assert_row_is_right(row: dict[str, Any], logprobs_TV: torch.Tensor) -> None:
-    positions = row["positions"].astype(np.int64)
-    expected_PV = logprobs_TV[positions]
-    targets = torch.from_numpy(row["input_ids"].astype(np.int64)[positions + 1])
-    np.testing.assert_allclose(row["target_logprob"], expected_PV.gather(1, targets[:, None])[:, 0], atol=1e-3)
-    k = row["kept_ids"].shape[1]
-    expected_PK, expected_ids_PK = expected_PV.topk(k)
-    np.testing.assert_allclose(row["kept_logprobs"], expected_PK, atol=1e-3, rtol=FLOAT16_STEP)
-    kept = expected_PV.gather(1, torch.from_numpy(row["kept_ids"].astype(np.int64)))
-    np.testing.assert_allclose(kept, expected_PK, atol=1e-4)
-    gap = (expected_PK[:, :-1] - expected_PK[:, 1:]).min(1).values > 1e-4
-    assert (row["kept_ids"].astype(np.int64) == expected_ids_PK.numpy())[gap.numpy()].all()
 
 
 def test_every_row_of_ragged_text_equals_a_direct_forward_pass(capture: Capture, teacher: Path, ragged: Path) -> None:

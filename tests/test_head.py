@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
-from test_teacher import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, make
+from families import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, make
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -175,7 +175,7 @@ def test_opening_a_file_does_not_read_its_head(tmp_path: Path) -> None:
     form = HeadForm(hidden_size=64, dtype=np.dtype("<f4"), has_bias=False)
     sizes = {"num_rows": 1, "num_tokens": 2, "num_positions": 1, "vocab_size": 2**16, "top_k": 0}
     layout = Layout(capture="hidden", head=form, **sizes)
-    from test_reader import plain_attributes
+    from files import plain_attributes
 
     about = {"capture": "hidden", "top_k": 0, "vocab_size": 2**16, "teacher_dtype": "float32"}
     head = {"head_scale": 0.1, "head_soft_cap": 30.0, "head_crc32": 0}
@@ -208,7 +208,7 @@ def test_opening_a_file_does_not_read_its_head(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_file_says_of_its_head_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    from test_reader import plain_attributes
+    from files import plain_attributes
 
     form = HeadForm(hidden_size=4, dtype=np.dtype("<f4"), has_bias=False)
     layout = Layout(capture="hidden", num_rows=1, num_tokens=2, num_positions=1, vocab_size=10, top_k=0, head=form)

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from files import ARRAYS, ATTRIBUTES, FULL, changing, plain_attributes, seal, write_file
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_reader import ARRAYS, ATTRIBUTES, FULL, changing, plain_attributes, seal, write_file
 
 from logitgen import FormatError
 from logitgen.file import header

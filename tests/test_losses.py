@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from files import FULL, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reader import FULL, write_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -21,8 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT
-from test_faults import SLOW
-from test_ranks import Ended, error_lines, ranks_that_ran
+from launches import SLOW, Ended, error_lines, ranks_that_ran
 
 from logitgen import LogitsFile
 

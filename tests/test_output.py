@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 import pytest
-from test_reader import ARRAYS, ATTRIBUTES, plain_attributes, stored_attributes, write_file
+from files import ARRAYS, ATTRIBUTES, plain_attributes, stored_attributes, write_file
 
 from logitgen import CaptureError, UsageError
 from logitgen.file.header import Places

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, launch, launch_command, save_teacher, write_jsonl
-from test_ranks import error_lines, exit_statuses, launch_changed, ranks_that_ran
-from test_teacher import ROWS, make
+from families import ROWS, make
+from launches import error_lines, exit_statuses, launch_changed, ranks_that_ran
 from transformers import PreTrainedModel
 
 from logitgen import LogitsFile, UsageError

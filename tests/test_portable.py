@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import batch_of, captured, layout_of
 from conftest import ROOT, launch_command, make_llama
-from test_capture import batch_of, captured, layout_of
 from torch.overrides import TorchFunctionMode
 
 from logitgen import CaptureError, LogitsFile, generate

@@ -15,29 +15,9 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_teacher, write_jsonl
+from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_that_ran
 
 from logitgen import LogitsFile
-
-Ended = subprocess.CompletedProcess[str]
-
-
-def error_lines(ended: Ended) -> list[str]:
-    """What the program itself says went wrong; the launcher adds a report of its own."""
-    return [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-
-
-def exit_statuses(ended: Ended) -> list[int]:
-    """Exit status of every rank, as the launcher reports it."""
-    return [int(status) for status in re.findall(r"exitcode  : (-?\d+)", ended.stderr)]
-
-
-def ranks_that_ran(log_dir: Path) -> list[str]:
-    """The ranks whose logs say that they captured something."""
-    return sorted(
-        log.stem
-        for log in log_dir.glob("*.log")
-        if re.search(r"Capturing .* CPU threads per rank: \d+", log.read_text())
-    )
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +89,6 @@ def test_help_is_printed_once(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0
     assert ended.stdout.count("usage: generate.py") == 1
-
-
-def launch_changed(folder: Path, change: str, num_ranks: int = 2, **options: Any) -> Ended:
-    """Launch the main program on several ranks after some Python that changes it."""
-    script = folder / "changed.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{change}\nfrom logitgen import generate\ngenerate.main()\n"
-    )
-    places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
-    command = launch_command(num_ranks, **(places | options))
-    command[command.index("generate.py")] = str(script)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow

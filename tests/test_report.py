@@ -1,6 +1,5 @@
 """What `python -m logitgen inspect` and the end of a run say about a file."""
 
-import io
 import json
 import math
 import os
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_jsonl
-from rich.console import Console, RenderableType
-from test_reader import ARRAYS, ATTRIBUTES, FULL, write_file
+from files import ARRAYS, ATTRIBUTES, FULL, write_file
+from launches import drawn
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitgen import FormatError, LogitsFile, UsageError, console
@@ -77,12 +77,6 @@ def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have room for every line."""
     monkeypatch.setenv("COLUMNS", "1000")
-
-
-def drawn(result: RenderableType) -> list[str]:
-    screen = io.StringIO()
-    Console(file=screen, width=1000).print(result)
-    return [line.rstrip() for line in screen.getvalue().splitlines()]
 
 
 def definitions(lines: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, SENTENCES, write_jsonl
-from test_ranks import ranks_that_ran
+from launches import ranks_that_ran
 
 from logitgen import LogitsFile
 

@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, launch_command
+from files import ARRAYS, ATTRIBUTES, write_file
+from launches import imported_by
 from rich.console import Console
-from test_dataset import imported_by
-from test_reader import ARRAYS, ATTRIBUTES, write_file
 
 import logitgen.__main__
 import logitgen.leader.writer

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pytest
 from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer, write_jsonl
+from files import DAMAGES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -654,26 +654,6 @@ def test_changed_rows_are_not_served_from_the_cache(tokenizer: Tokenizer, tmp_pa
     run(loaded(path), tokenizer)
     write_jsonl(path, [{"text": "after it"}])
     assert run(loaded(path), tokenizer)["input_ids"][:] == [ids_of(tokenizer, "after it")]
-
-
-def of_record_batches(tokens: Path) -> bytes:
-    """The same Arrow stream, cut after its first record batch."""
-    with pa.memory_map(str(tokens)) as source:
-        stream = pa.ipc.open_stream(source)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, stream.schema) as short:
-            short.write_batch(stream.read_next_batch())
-    return sink.getvalue().to_pybytes()
-
-
-DAMAGES: dict[str, Callable[[Path], bytes]] = {
-    "cut at a record batch": of_record_batches,
-    "cut inside a batch": lambda path: path.read_bytes()[: path.stat().st_size // 2],
-    "a tail of zeros": lambda path: path.read_bytes()[:-4096] + bytes(4096),
-    "one flipped bit": lambda path: (content := path.read_bytes())[:9000] + bytes([content[9000] ^ 4]) + content[9001:],
-    "all zeros": lambda path: bytes(path.stat().st_size),
-    "empty": lambda path: b"",
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

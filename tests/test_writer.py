@@ -19,9 +19,9 @@ import datasets
 import h5py
 import numpy as np
 import pytest
+from files import plain_attributes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reader import plain_attributes
 
 from logitgen import CaptureError
 from logitgen.config import Config

@@ -290,7 +290,7 @@ def test_a_broken_file_is_refused_in_one_line_with_the_reason(
 def test_a_damaged_copy_in_the_cache_is_refused_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    from test_tokens import DAMAGES
+    from files import DAMAGES
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {number}"} for number in range(3000)])
