@@ -22,7 +22,7 @@ class LogitsFile:
         path: Where it is.
         layout: Its sizes.
         attributes: What it says about itself, `settings` and `packages` as dictionaries.
-        arrays: Every dataset by name, read-only; see `schema` for shapes and dtypes.
+        arrays: Every dataset by name, read-only; see `layout` for shapes and dtypes.
     """
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
