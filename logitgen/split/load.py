@@ -57,7 +57,7 @@ def load_split(config: Config) -> datasets.Dataset:
 
 
 def _stamp(path: Path) -> str:
-    """Hash facts that change with a file or a folder's files, even if a copy or `touch` keeps their times."""
+    """Hash facts that change with the content of a file or folder, even if a program sets their times back."""
     files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
     stats = [(found.relative_to(path).as_posix(), found.stat()) for found in files]
     return str(Hasher.hash([(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]))

@@ -24,19 +24,19 @@ _BLOCK_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one forward pass, right-padded, and where in them something is captured.
+    """The rows of one forward pass, right-padded, and their captured positions.
 
     Right padding needs neither attention mask nor position ids: a causal model never looks to the right.
 
     Attributes:
         rows: Row numbers, int64[B].
-        source_rows: Row of the split each comes from, int64[B].
+        source_rows: Row of the split that each row comes from, int64[B].
         tokens: All tokens of each row, B arrays int32[T].
         input_ids: int64[B, T], without the tokens after a row's last captured position, padded with 0.
         num_positions: Captured positions per row, int64[B].
         row_of_position: Index into the batch of each captured position, int64[P], row by row.
         positions: Position within its row, int64[P].
-        targets: The token that really comes next, int64[P].
+        targets: The actual next token, int64[P].
         seed: The run's seed.
     """
 
@@ -172,7 +172,7 @@ class Rows:
         return np.asarray(found[np.repeat(starts - starts[0], lengths) + _within(lengths)])
 
     def _captured(self, first: int, end: int) -> tuple[Array, Array]:
-        """Find the captured positions of the rows from one to before another: their rows, counted from it, and them."""
+        """Find the captured positions of rows `first` to before `end`: their rows, counted from `first`, and them."""
         lengths = self.lengths[first:end]
         if self._mask is None:
             lengths = np.maximum(lengths - 1, 0)
