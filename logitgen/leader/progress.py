@@ -28,15 +28,15 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far a run is, in tokens that go through the teacher.
+    """The progress of a run, in tokens that go through the teacher.
 
     Attributes:
         seconds: Since this run's first forward pass.
-        rate_of_late: Tokens per second in the last ten to twenty seconds.
+        rate_of_late: Recent tokens per second, over the last ten to twenty seconds.
         tokens_before: Tokens that were in the file when this run began.
-        source_tokens: Tokens of each source that are in the file since.
+        source_tokens: Tokens of each source that this run has added to the file.
         source_totals: Tokens of each source in all, of this run.
-        ranks_of_source: How many ranks compute together what one source yields.
+        ranks_of_source: Number of ranks that compute one source together.
     """
 
     seconds: float
@@ -82,7 +82,7 @@ class Snapshot:
 
     @property
     def slowest(self) -> str:
-        """The end of a sentence: which source has done least of its share. Empty if there is only one."""
+        """The end of a sentence that names the source with the least of its share done. Empty if there is only one."""
         slowest = min(range(len(self.source_totals)), key=self.share)
         return f", slowest {self.name(slowest)} at {self.share(slowest):.0%}" if len(self.source_totals) > 1 else ""
 
@@ -126,7 +126,7 @@ class Progress:
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
             shares: Numbers of the batches of each source; the others are in the file already.
-            ranks_of_source: How many ranks compute together what one source yields.
+            ranks_of_source: Number of ranks that compute one source together.
         """
         self._batches = rows, tokens, written_bytes
         self._ranks_of_source = ranks_of_source
@@ -186,7 +186,7 @@ class Progress:
 
     @property
     def waited_share(self) -> float:
-        """Share of their time for which the sources have waited so far, 0 to 1."""
+        """Share of their time that the sources have spent waiting so far, 0 to 1."""
         return sum(self._waited_seconds) / (self.seconds * len(self._waited_seconds))
 
     @property
@@ -228,5 +228,5 @@ class Progress:
 
     def _render(self) -> RenderableType:
         known = self.snapshot()
-        lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may take several lines
+        lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may wrap
         return Group(Text(f"{self._numbers(known)}, {self._last_words()}"), bars(known, known.eta, lines))

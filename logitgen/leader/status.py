@@ -37,16 +37,16 @@ _FIRST_BATCH_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How a run is doing.
+    """The status of a run.
 
     Attributes:
-        path: Where its complete file will be, or is.
-        state: Stalled means that nothing has been written for long, as after a kill. A run that is stopped has said so,
-            or its first forward pass is still to come.
-        num_rows: Rows of the file; None where there is none yet.
+        path: Name of its complete file.
+        state: Stalled means that nothing has been written for long, as after a kill. A stopped run has said so, or its
+            first forward pass is still to come.
+        num_rows: Rows of the file; None if there is no file yet.
         num_done: Rows that are in it.
-        idle_seconds: How long ago it was last written to; None where nothing will write to it.
-        snapshot: How far each rank is; None unless the run is under way.
+        idle_seconds: Seconds since the last write; None if nothing will write to it.
+        snapshot: The progress of each rank; None unless the run is under way.
     """
 
     path: Path
