@@ -36,8 +36,8 @@ bits. Smaller chunks read the head's weights too often, larger chunks gain nothi
 """
 
 GPU_CHUNK_LOGITS = 2**29
-"""The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty kernel launches, and a GPU that is done with
-the chunk before waits for them.
+"""The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty kernel launches, and a GPU that is
+done with the chunk before waits for them.
 """
 
 _ALIGNMENT = 64
