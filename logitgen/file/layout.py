@@ -125,7 +125,7 @@ class Layout:
         top_k: K for `topk` and `sample`, 0 otherwise.
         encoding: Encoding of kept ids and log-probs.
         tokenizer_size: Ids of the tokenizer; no others can be drawn. 0 if unknown.
-        head: The output head, for `hidden`; None for the others, and until the teacher is loaded.
+        head: The output head, for `hidden`, or None for the others, and until the teacher is loaded.
     """
 
     capture: CaptureKind
@@ -157,7 +157,7 @@ class Layout:
 
     @property
     def packing(self) -> Packing | None:
-        """Packing of kept ids and log-probs; None where they are not packed."""
+        """Packing of kept ids and log-probs, or None where they are not packed."""
         if self.encoding == "plain":
             return None
         value_bits = 8 if self.encoding == "packed" else 16

@@ -22,7 +22,7 @@ class LogitsFile:
         path: Path of the file.
         layout: Its sizes.
         attributes: Its attributes, `settings` and `packages` as dictionaries.
-        arrays: Every dataset by name, read-only; see `layout` for shapes and dtypes.
+        arrays: Every dataset by name, read-only. See `layout` for shapes and dtypes.
     """
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
@@ -58,7 +58,7 @@ class LogitsFile:
         """Read one row, unpacked if it is stored packed, bfloat16 as float32.
 
         Args:
-            row: Row number; negative counts from the end.
+            row: Row number. A negative number counts from the end.
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]

@@ -47,7 +47,7 @@ class Output:
         path: Name of the complete file.
         partial: Name of the file until it is complete.
         new: Name of the file during its creation.
-        found: The head of the complete file, or of the partial file to resume; None if there is neither.
+        found: The head of the complete file, or of the partial file to resume, or None if there is neither.
     """
 
     def __init__(self, path: Path, overwrite: bool, dry_run: bool = False) -> None:
@@ -119,7 +119,7 @@ class Output:
         self.found = None
 
     def batch_tokens(self, settings: Mapping[str, Any]) -> int | None:
-        """Return the token budget of the file to resume; None if there is none.
+        """Return the token budget of the file to resume, or None if there is none.
 
         Args:
             settings: This run's settings; only their token budget is still open.

@@ -68,7 +68,7 @@ class Snapshot:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Time left; None before the first tokens are in the file."""
+        """Time left, or None before the first tokens are in the file."""
         return (self.total - self.tokens) / self.rate if self.rate else None
 
     @property

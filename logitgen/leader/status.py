@@ -43,10 +43,10 @@ class Status:
         path: Name of its complete file.
         state: Stalled means that nothing has been written for long, as after a kill. A stopped run has said so, or its
             first forward pass is still to come.
-        num_rows: Rows of the file; None if there is no file yet.
+        num_rows: Rows of the file, or None if there is no file yet.
         num_done: Rows that are in it.
-        idle_seconds: Seconds since the last write; None if nothing will write to it.
-        snapshot: The progress of each rank; None unless the run is under way.
+        idle_seconds: Seconds since the last write, or None if nothing will write to it.
+        snapshot: The progress of each rank, or None unless the run is under way.
     """
 
     path: Path
@@ -65,7 +65,7 @@ def encode(snapshot: Snapshot) -> bytes:
 
 
 def decode(data: bytes) -> Snapshot | None:
-    """Turn the line behind the data back into a snapshot; None if the line is absent or torn."""
+    """Turn the line behind the data back into a snapshot, or None if the line is absent or torn."""
     line = _LINE.match(data)
     if line is None or zlib.crc32(line[2]) != int(line[1], 16):
         return None

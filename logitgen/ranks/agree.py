@@ -194,7 +194,7 @@ class Ranks:
             ended.set()
 
     def gathered(self, value: T, patience_seconds: float | None = None) -> list[T]:
-        """Hand every rank the values of all, in rank order; see `_wait` for the timeout."""
+        """Hand every rank the values of all, in rank order. See `_wait` for the timeout."""
         values: list[T] = [value] * self.num_ranks
         self._meet(lambda: dist.all_gather_object(values, value, group=self._group), patience_seconds)
         return values
@@ -268,7 +268,7 @@ class Ranks:
         Args:
             shares: Numbers of the batches of each stream, in the order of computation.
             payload_bytes: Size of the payload of every batch of the plan, [num_batches].
-            submit: Has the writer write a batch's payload, on the leader; None elsewhere.
+            submit: Has the writer write a batch's payload, on the leader, or None elsewhere.
             on_waited: Called on the leader with a stream and the seconds it has waited for a free buffer so far.
 
         Yields:

@@ -94,7 +94,7 @@ class Rows:
         Args:
             tokens: One `input_ids` list per row of the split, and a `completion_mask` if only completions count.
             config: Overflow, packing and completion options.
-            max_length: Longest row in tokens; None for no limit.
+            max_length: Longest row in tokens, or None for no limit.
             length_switch: The teacher must read longer rows whole, to see that they are longer.
 
         Raises:

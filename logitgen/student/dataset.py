@@ -71,13 +71,13 @@ class LogitsDataset(Dataset[Row]):
         """Read one row.
 
         Returns:
-            `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after: `logsumexp`
+            `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
                 and
-            `target_logprob` float32[P], and one of three. Either `kept_ids` int64[P, K] with `kept_logprobs` float32[P,
-                K]
-            (nats, descending; drawn tokens also have `threshold` float32[P], from which their weights follow). Or
-                `hidden`
-            float32[P, D], which `head` turns into logits. Or `logits` float32[P, V].
+            `target_logprob` float32[P], and the values of the capture:
+            `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats, descending; drawn tokens also have
+                `threshold`
+            float32[P], from which their weights follow), or `hidden` float32[P, D], which `head` turns into logits, or
+            `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.

@@ -23,9 +23,9 @@ class TeacherInfo:
 
     Attributes:
         vocab_size: Rows of the output head, V.
-        max_length: Longest row the run allows, in tokens; None where neither options nor teacher set a limit.
+        max_length: Longest row the run allows, in tokens, or None where neither options nor teacher set a limit.
         length_switch: Row length in tokens above which the whole row is computed differently (the long factors of
-            LongRoPE, chosen by the longest row of a batch); None for most.
+            LongRoPE, chosen by the longest row of a batch), or None for most.
         commit: The hub's commit hash; empty for a folder.
         quantization: Quantisation of its checkpoint, as JSON; empty if there is none.
         config: The part of its configuration that can change its logits, see `identity.describe_config`.

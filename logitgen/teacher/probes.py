@@ -37,7 +37,7 @@ class Anatomy:
     Attributes:
         device: Device the logits come out on.
         shard: The ids whose logits this rank gets.
-        decoder: The body; None where it cannot be run without the head.
+        decoder: The body, or None where it cannot be run without the head.
         head: The output head, if it is to be stored.
     """
 

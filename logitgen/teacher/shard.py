@@ -17,7 +17,7 @@ class VocabShard:
     """The ids whose logits this rank has, cut as `torch.chunk` cuts: only the last shards may be narrower.
 
     Attributes:
-        group: The ranks that have a shard each; None if this rank has all ids.
+        group: The ranks that have a shard each, or None if this rank has all ids.
         vocab_size: Number of ids in all, V.
     """
 
