@@ -37,7 +37,7 @@ _EXAMPLE = r"""example:
 
 
 class TokenBudget(int):
-    """A number of tokens; the word `auto` is stored as the largest number, for as many as fit."""
+    """A number of tokens. The word `auto` is stored as the largest number, for as many as fit."""
 
     def __new__(cls, text: str) -> "TokenBudget":
         """Read the value of the option.
@@ -209,7 +209,7 @@ class _Parser(HfArgumentParser):
         super().__init__(*types, **options, allow_abbrev=False, formatter_class=_Help)
 
     def add_argument(self, *names: str, group: str | None = None, **options: Any) -> argparse.Action:
-        """Add an option, with a `group` under that heading; a field's metadata arrive here as they are."""
+        """Add an option, with a `group` under that heading. A field's metadata arrive here unchanged."""
         if group is None:
             return super().add_argument(*names, **options)
         if group not in self._groups:
@@ -225,7 +225,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
     Args:
         arguments: Command-line words without the program's name. `--config FILE` names a YAML or JSON file with any
-            of the options; the command line wins over it.
+            of the options. The command line wins over it.
 
     Raises:
         UsageError: An option is unknown, missing, of the wrong type or out of range.

@@ -61,7 +61,7 @@ _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Replace characters that move the cursor or change the colours of a terminal; lines and tabs stay."""
+    """Replace characters that move the cursor or change the colours of a terminal. Lines and tabs stay."""
     return _CONTROL_CODES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Return the system's words for an error; h5py puts a page of its own there."""
+    """Return the system's words for an error, because h5py puts a page of its own there."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 

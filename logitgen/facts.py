@@ -24,7 +24,7 @@ class Decoder(Protocol):
 
 
 def facts(file: LogitsFile) -> dict[str, Any]:
-    """Collect the facts of a whole file; sizes in bytes, perplexity of the teacher on the captured positions."""
+    """Collect the facts of a whole file: sizes in bytes, perplexity of the teacher on the captured positions."""
     layout = file.layout
     size_bytes = file.path.stat().st_size
     lengths = np.diff(file.arrays["offsets"])
@@ -116,7 +116,7 @@ def _text(decoder: Decoder | None, token: int) -> str:
 
 
 def status_facts(status: Status) -> dict[str, Any]:
-    """Collect the facts of a run's status; times in seconds, None for unknown values."""
+    """Collect the facts of a run's status. Times are in seconds, unknown values None."""
     known = status.snapshot
     ranks = zip(known.source_tokens, known.source_totals, strict=True) if known else ()
     return {

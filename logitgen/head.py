@@ -37,7 +37,7 @@ class Head:
         return Head(weight_VD=weight_VD, bias_V=bias_V, scale=self.scale, soft_cap=self.soft_cap)
 
     def __call__(self, hidden_PD: Tensor) -> Tensor:
-        """Turn hidden states into logits, float32[P, V]; the product is computed in the weights' dtype."""
+        """Turn hidden states into logits, float32[P, V]. The product is computed in the weights' dtype."""
         hidden_PD = hidden_PD.to(self.weight_VD.dtype)
         return self.after_product(torch.nn.functional.linear(hidden_PD, self.weight_VD, self.bias_V).float())
 

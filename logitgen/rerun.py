@@ -160,7 +160,7 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
 
     Returns:
         The distances of stored log-probs from the new ones beyond rounding, and flags bool[C]: true if the likeliest
-        token now is the likeliest as stored. For drawn tokens only these compete. Of tokens stored as equal any counts.
+        token now is the likeliest as stored. Only drawn tokens compete, if any were drawn. Any of equal tokens counts.
     """
     if "logits" in data:
         ids_CK = torch.arange(now_CV.shape[1]).expand_as(now_CV)

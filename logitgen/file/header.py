@@ -76,7 +76,7 @@ class Header:
 
 
 def create(path: Path, layout: Layout, attributes: Attributes) -> Places:
-    """Create a file with its head and all its datasets, their values unset; return the byte at which each starts.
+    """Create a file with its head and all its datasets, their values unset. Return the byte at which each starts.
 
     Raises:
         OSError: The system refuses it.
@@ -122,7 +122,7 @@ def file_bytes(layout: Layout, attributes: Attributes) -> int:
 
 
 def begins_as_ours(path: Path, *, unfinished: bool = False) -> bool:
-    """Tell whether a file begins as one of logitgen, damaged or not; an unfinished one may still lack its text."""
+    """Tell whether a file begins as logitgen's, damaged or not. An unfinished file may still lack its text."""
     with path.open("rb") as file:
         text = file.read(_TEXT_BYTES)
     return text.startswith(_TEXT.partition("{")[0].encode()) or (unfinished and not text.strip(b"\0"))

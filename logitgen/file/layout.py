@@ -33,7 +33,7 @@ FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 STATUS_BYTES = 2**16
-"""Room behind the data of an unfinished file for a line about the run; the complete file has none."""
+"""Room behind the data of an unfinished file for a line about the run. The complete file has none."""
 
 CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]
@@ -168,14 +168,14 @@ class Layout:
     def captured(self) -> dict[str, Field]:
         """Captured values of one position: shape of one entry and dtype, widest dtype first.
 
-        The order is the order inside a transported payload; widest first keeps every array in it aligned.
+        The order is the order inside a transported payload. Widest first keeps every array in it aligned.
         """
         scalars = ("logsumexp", "target_logprob", *(["threshold"] if self.capture == "sample" else []))
         return {name: ((), np.dtype("<f4")) for name in scalars} | self._kept_fields
 
     @property
     def _kept_fields(self) -> dict[str, Field]:
-        """Kept values of one position besides its scalars; none for hidden states until the teacher is loaded."""
+        """Kept values of one position besides its scalars. Hidden states have none until the teacher is loaded."""
         if self.capture == "full":
             return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
         if self.capture == "hidden":

@@ -117,9 +117,8 @@ class Packing:
             records_PR: uint8.
 
         Returns:
-            Ids uint32[P, K] and log-probs in nats, descending, float32[P, K], or float16 if they are stored as such.
-                Among
-            equal log-probs the smaller id comes first.
+            Ids uint32[P, K] and log-probs in nats, descending, float32[P, K], or float16 if they are stored as such. If
+            log-probs are equal, the smaller id comes first.
 
         Raises:
             ValueError: `pack` makes no such record.
@@ -149,7 +148,7 @@ class Packing:
         return np.asarray((high_PK << self._low_bits) | low_PK)
 
     def rounding(self, logprobs_PK: Array) -> Array:
-        """Return the largest error in nats of log-probs stored with 8 bits; infinity at the scale's end."""
+        """Return the largest error in nats of log-probs stored with 8 bits, or infinity at the scale's end."""
         off_PK = _half_step(logprobs_PK)
         if self.has_tail:  # its rounding, and that of all others, is in the factor of the kept
             probs_PK = np.exp(logprobs_PK, dtype=np.float64)

@@ -19,7 +19,7 @@ Row = dict[str, Array]
 
 
 def problems(file: LogitsFile) -> Iterator[str]:
-    """Find the faults of a file, one line each; no line is the proof.
+    """Find the faults of a file, one line each. No line is the proof.
 
     The checks cover the offsets, the output head's checksum, the `done` flags, and every row's checksum (over its
     number, source row, tokens, positions and all captured values). They also cover the values: ids below the

@@ -24,7 +24,7 @@ _UNLOCKED = "%s cannot be locked here: start only one run at a time that writes 
 def locked(path: Path, flags: int) -> BinaryIO:
     """Open a file for this process alone, until the returned file is closed.
 
-    Systems without such a lock return a closed file: Windows neither renames nor removes an open file.
+    On Windows, which has no such lock, the returned file is closed: Windows neither renames nor removes an open file.
 
     Raises:
         UsageError: Another process has it.

@@ -51,7 +51,7 @@ class Output:
     """
 
     def __init__(self, path: Path, overwrite: bool, dry_run: bool = False) -> None:
-        """Name an output; nothing is read yet.
+        """Name an output. Nothing is read yet.
 
         Args:
             path: Name of the complete file.
@@ -122,7 +122,7 @@ class Output:
         """Return the token budget of the file to resume, or None if there is none.
 
         Args:
-            settings: This run's settings; only their token budget is still open.
+            settings: This run's settings. Only their token budget is still open.
         """
         there = self.found.attributes["settings"] if self.found else {}
         of_another_run = there | {"batch_tokens": None} != {**settings, "batch_tokens": None}
@@ -158,7 +158,7 @@ class Output:
         return shutil.disk_usage(self.path.parent).free
 
     def check_space(self, size_bytes: int) -> None:
-        """Refuse a new file that does not fit on the disk; a resumed file has its space already.
+        """Refuse a new file that does not fit on the disk. A resumed file has its space already.
 
         Raises:
             UsageError: The free space is less than the size of the file.

@@ -59,7 +59,7 @@ def write_at(file: BinaryIO, place: int, data: memoryview) -> None:
 
 
 def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head: Head | None = None) -> None:
-    """Write all data known before the first forward pass; it completes rows without a captured position.
+    """Write all data known before the first forward pass. It completes rows without a captured position.
 
     Args:
         file: The new file.

@@ -125,7 +125,7 @@ class Progress:
             rows: Rows of every batch of the plan, [num_batches].
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
-            shares: Numbers of the batches of each source; the others are in the file already.
+            shares: Numbers of the batches of each source. The others are in the file already.
             ranks_of_source: Number of ranks that compute one source together.
         """
         self._batches = rows, tokens, written_bytes

@@ -46,7 +46,7 @@ class Status:
         num_rows: Rows of the file, or None if there is no file yet.
         num_done: Rows that are in it.
         idle_seconds: Seconds since the last write, or None if nothing will write to it.
-        snapshot: The progress of each rank, or None unless the run is under way.
+        snapshot: The progress of each rank, or None if the run is not under way.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Status:
 
 
 def encode(snapshot: Snapshot) -> bytes:
-    """Turn a snapshot into the line behind the data; empty if it has too many ranks to fit."""
+    """Turn a snapshot into the line behind the data, or into no bytes if it has too many ranks to fit."""
     text = json.dumps(asdict(snapshot), separators=(",", ":")).encode()
     line = b"logitgen status %08x %b\n" % (zlib.crc32(text), text)
     return line if len(line) <= STATUS_BYTES else b""
@@ -83,12 +83,12 @@ def decode(data: bytes) -> Snapshot | None:
 class Watch:
     """Looks at an output whenever it is asked to.
 
-    The clock of the file's machine may differ from the local clock. Only the first look believes both; later looks
+    The clock of the file's machine may differ from the local clock. Only the first look believes both. Later looks
     count from the moment they see a change.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name an output, by its own name or that of its `.partial`; nothing is read yet."""
+        """Name an output, by its own name or that of its `.partial`. Nothing is read yet."""
         self._output = Output(path.parent / path.name.removesuffix(PARTIAL_SUFFIX), overwrite=False)
         self._looked = -math.inf
         self._written = 0.0

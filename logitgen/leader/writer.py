@@ -34,7 +34,7 @@ from logitgen.split.job import Job
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 5.0
-"""Longest time until written rows are committed; a kill or a power cut costs at most twice that."""
+"""Longest time until written rows are committed. A kill or a power cut costs at most twice that."""
 
 COMMIT_BYTES = 32 * 2**20
 """Unsynced bytes that start an earlier commit, if the sync before has ended."""
@@ -116,7 +116,7 @@ class Writer:
         return int(np.count_nonzero(self._times_written > 1))
 
     def submit(self, batch: int, payload: Array) -> Future[None]:
-        """Have a batch's payload written; it must not change until the returned future is done."""
+        """Have a batch's payload written. It must not change until the returned future is done."""
         return self._submit(lambda: self._write_batch(batch, payload))
 
     def finish(self) -> None:
@@ -156,7 +156,7 @@ class Writer:
             raise CaptureError(f"{self._partial} cannot be written: {reason(error)}.") from error
 
     def _next(self) -> tuple[Work, Future[None]] | None:
-        """Wait for work; a due commit comes first, even if there is nothing else to do."""
+        """Wait for work. A due commit comes first, even if there is nothing else to do."""
         while self._unsynced and not self._error:
             left = self._last_sync + COMMIT_SECONDS - time.monotonic()
             if left <= 0 or (self._unsynced_bytes >= COMMIT_BYTES and not self._sync):
@@ -186,7 +186,7 @@ class Writer:
         self._on_written(batch, self._busy_seconds)
 
     def _begin_commit(self) -> None:
-        """Start to sync all written rows, while more are written; the commit before ends first."""
+        """Start to sync all written rows, while more are written. The commit before ends first."""
         self._end_commit(self._sync)
         self._syncing, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
         self._last_sync = time.monotonic()
@@ -212,7 +212,7 @@ class Writer:
             self._put_line(encode(self._snapshot()))
 
     def _put_line(self, line: bytes) -> None:
-        """Overwrite the line behind the data; no row depends on it, so the disk may refuse it."""
+        """Overwrite the line behind the data. No row depends on it, so the disk may refuse it."""
         with suppress(OSError):
             write_at(self._file, self._header.size_bytes, memoryview(line))
 

@@ -273,8 +273,7 @@ class Ranks:
 
         Yields:
             The outbox of this rank. When the block ends, its payloads have been written on the leader, or handed over
-                on
-            any other rank.
+            on any other rank.
 
         Raises:
             CaptureError: The writer failed, or a rank was lost.

@@ -176,7 +176,7 @@ class Inbox:
 
         Args:
             shares: Numbers of each stream's batches, in the order of arrival.
-            ranks_of_stream: Number of ranks that compute a stream; the first of them sends.
+            ranks_of_stream: Number of ranks that compute a stream. The first of them sends.
         """
         for stream, share in shares.items():
             peer = stream * ranks_of_stream

@@ -89,7 +89,7 @@ def leave(error: BaseException) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
+        # Threads may be waiting inside gloo for ranks that are gone. They cannot be joined.
         os._exit(first.exit_status)
 
 

@@ -56,7 +56,7 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
 
 
 def remedy(error: BaseException, copies: Iterable[str]) -> str:
-    """Return a hint for an error of the cache; empty if the dataset is the cause.
+    """Return a hint for an error of the cache, or no text if the dataset is the cause.
 
     Args:
         error: The error of the read or the write.
@@ -81,7 +81,7 @@ def _seal_of(path: Path) -> Path:
 
 
 def _fault(path: Path, num_rows: int) -> str:
-    """Return the fault of a file; empty if it has none."""
+    """Return the fault of a file, or no text if it has none."""
     try:
         said = json.loads(_seal_of(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

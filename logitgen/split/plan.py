@@ -29,7 +29,7 @@ class Plan:
         """Plan one forward pass over every row that needs it.
 
         Args:
-            lengths: Tokens the teacher must read of each row, [N]; rows of length 0 get no batch.
+            lengths: Tokens the teacher must read of each row, [N]. Rows of length 0 get no batch.
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
             length_switch: Rows longer than this never share a batch with shorter or equal rows.
         """
@@ -83,8 +83,7 @@ class Plan:
 
         Returns:
             The batches of every rank that computes some of its own, replica by replica. The first rank of a replica
-                never
-            has fewer than the others, and at most one more.
+            never has fewer than the others, and at most one more.
         """
         loads = [(0, replica) for replica in range(num_replicas)]
         owners = np.empty(len(batches), dtype=np.int32)

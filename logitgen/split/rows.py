@@ -51,7 +51,7 @@ class Batch:
     seed: int
 
     def halves(self) -> tuple["Batch", "Batch"]:
-        """Cut the batch into its first and its last rows; it must have at least two."""
+        """Cut the batch into its first and its last rows. It must have at least two."""
         middle = len(self.rows) // 2
         return self._part(0, middle), self._part(middle, len(self.rows))
 

@@ -72,7 +72,7 @@ def _texts(rows: Any, indices: list[int], column: str, tokenizer: PreTrainedToke
 
 
 def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    """Tokenise prompt and completion together; a token with any character of the completion belongs to it."""
+    """Tokenise prompt and completion together. A token with any character of the completion belongs to it."""
     prompts, completions = (_strings(rows, indices, column) for column in ("prompt", "completion"))
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if not config.completion_only:
@@ -169,7 +169,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:
-    """End every text with the end-of-text token, with packing and if the tokenizer has this token."""
+    """With packing, end every text with the end-of-text token, if the tokenizer has it."""
     end = tokenizer.eos_token_id
     if not config.packing or end is None:
         return rows

@@ -45,7 +45,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Hash all that decides how text becomes tokens, SHA-256; empty without a tokenizer."""
+    """Hash all that decides the tokens of a text, SHA-256; empty without a tokenizer."""
     if tokenizer is None:
         return ""
     parts: list[Any] = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]

@@ -72,12 +72,9 @@ class LogitsDataset(Dataset[Row]):
 
         Returns:
             `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
-                and
-            `target_logprob` float32[P], and the values of the capture:
-            `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats, descending; drawn tokens also have
-                `threshold`
-            float32[P], from which their weights follow), or `hidden` float32[P, D], which `head` turns into logits, or
-            `logits` float32[P, V].
+            and `target_logprob` float32[P], and the captured values: `kept_ids` int64[P, K] with `kept_logprobs`
+            float32[P, K] (nats, descending; for drawn tokens with `threshold` float32[P], from which their weights
+            follow), or `hidden` float32[P, D], which `head` turns into logits, or `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.
@@ -91,7 +88,7 @@ class LogitsDataset(Dataset[Row]):
 
     @property
     def head(self) -> Head | None:
-        """The teacher's output head in its own dtype, read anew each time; None unless hidden states were captured."""
+        """The teacher's output head in its own dtype, read anew each time. None unless hidden states were captured."""
         return head_of(self._files[0])
 
     def __getstate__(self) -> dict[str, Any]:

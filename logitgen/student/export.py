@@ -47,7 +47,7 @@ Example = dict[str, Array]
 def export(file: LogitsFile, output: Path) -> None:
     """Write a file's rows as Parquet where the output's name ends in `.parquet`, else as a `save_to_disk` folder.
 
-    Rows are streamed; a folder takes twice its size on the disk during the write. The output appears in full or not at
+    Rows are streamed. A folder takes twice its size on the disk during the write. The output appears in full or not at
     all.
 
     Raises:

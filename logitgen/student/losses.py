@@ -51,7 +51,7 @@ class TeacherHead(Protocol):
 
 
 class CapturedDataset(Protocol):
-    """The part of a `LogitsDataset` that the loss needs; the head only if hidden states were captured."""
+    """The part of a `LogitsDataset` that the loss needs, the head only for captured hidden states."""
 
     @property
     def attributes(self) -> Mapping[str, Any]: ...  # noqa: D102
@@ -64,8 +64,8 @@ class CapturedDataset(Protocol):
 class DistillationLoss:
     """The mean divergence of a student from the teacher over a batch's captured positions, in nats.
 
-    Everything is computed in float32 (float64 if the student's logits are), a chunk of positions at a time, and again
-    for the gradient, so that no such tensor of a whole batch exists.
+    It computes in float32 (float64 if the student's logits are), a chunk of positions at a time, and again for the
+    gradient. No such tensor of a whole batch ever exists.
 
     From `hidden` and `full` the distributions are exact, over the columns that teacher and student share. From `topk`
     they are those of the kept tokens and the tail. From `sample` the loss is the importance-weighted forward KL. Its
@@ -130,7 +130,7 @@ class DistillationLoss:
 
         Args:
             logits_BTV: The student's, in any floating dtype. At position t they predict token t+1, as the file's do.
-            batch: A batch of `collate`; it may be on another device than the logits.
+            batch: A batch of `collate`. It may be on another device than the logits.
 
         Returns:
             A scalar, float32 or float64; 0 with gradients of 0 if the batch has no captured position.
@@ -192,7 +192,7 @@ class DistillationLoss:
         return self.beta * kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * kl_sum(student_CE, mixture_CE)
 
     def _teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
-        """Return the teacher's logits [C, W]; through its head in its own dtype, as the teacher computed them."""
+        """Return the teacher's logits [C, W]. Hidden states go through the head in the teacher's own dtype."""
         if self._capture == "full":
             return known["logits"]
         hidden_CD = known["hidden"]

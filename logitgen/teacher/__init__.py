@@ -1,4 +1,4 @@
 """The teacher: described, loaded, probed, run over batches, and the values captured from its logits.
 
-Imports `file` and `split`. Of ranks it knows only the process groups inside a shared teacher's own layers.
+Imports `file` and `split`. It knows no ranks but the process groups in a shared teacher's own layers.
 """

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _CACHED_KEPT = 2**13
 _GPU_PASS_KEPT = 2**19
-"""Kept ids that are packed at a time; each takes some 200 bytes in between."""
+"""Kept ids packed at a time. Each takes some 200 bytes of temporary memory."""
 
 _TORCH_DTYPES = {
     np.dtype("u1"): torch.uint8,
@@ -39,7 +39,7 @@ _TORCH_DTYPES = {
 
 @torch.no_grad()
 def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
-    """Run the teacher over a batch and pack the captured values; a batch too large for the memory is halved.
+    """Run the teacher over a batch and pack the captured values. Halve a batch too large for the memory.
 
     Returns:
         uint8 payload on the teacher's device, laid out as `Layout.payload_slices`. `seal` adds the checksums.

@@ -26,11 +26,11 @@ _WITHOUT_EFFECT |= {"output_attentions", "output_hidden_states", "quantization_c
 """Configuration entries without effect on the logits. Precision and quantisation are attributes of their own."""
 
 _LONGEST_VALUE = 1000
-"""Characters; longer values of a configuration are stored as their SHA-256, because HDF5 limits their size."""
+"""Characters. Longer values of a configuration are stored as their SHA-256, because HDF5 limits their size."""
 
 _AT_ONCE = 2**16
 _AT_ONCE_GPU = 2**26
-"""Words that are hashed at a time; each takes some 40 bytes in between."""
+"""Words hashed at a time. Each takes some 40 bytes of temporary memory."""
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as torch's int64 reads it
@@ -39,7 +39,7 @@ _ODD = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as torch's int6
 def describe_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the configuration entries that can change the logits: all but names, versions and entries without effect.
 
-    Values are those of JSON; long values are replaced by their hash.
+    Values are those of JSON. Their hash replaces long values.
     """
     plain = json.loads(json.dumps(_essential(config.to_dict()), sort_keys=True, default=str))
     return {name: _shortened(value) for name, value in plain.items()}

@@ -72,7 +72,7 @@ def sample(
 
     Returns:
         The values of `top_k` for the drawn tokens, and `threshold` float32[C], the (k+1)-th largest log-prob plus
-            noise.
+        noise.
 
     *Source*: T. Vieira, Gumbel-max trick and weighted reservoir sampling, 2014, and Estimating means in a finite
     universe, 2017; W. Kool, H. van Hoof, M. Welling, Stochastic beams and where to find them, ICML 2019, section 4.2.
@@ -178,7 +178,7 @@ def _largest_in_groups(logits_CS: Tensor, k: int, group_largest_CG: Tensor) -> t
 
 
 def _logsumexp_in_passes(logits_CS: Tensor, largest_C: Tensor) -> Tensor:
-    """Compute the log-sum-exp of each position from its largest logit; a CPU takes a few positions at a time, in cache.
+    """Compute the log-sum-exp of each position from its largest logit. A CPU takes a few positions at a time, in cache.
 
     A shard whose tokens are all masked has -inf, not the difference of two infinities.
 

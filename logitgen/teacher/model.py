@@ -99,8 +99,7 @@ class Teacher:
 
         Yields:
             The slice of the P positions, their logits [C, S] and their last hidden states [C, D], in the dtype the
-                teacher
-            computes in. The hidden states are empty where the teacher is run whole.
+            teacher computes in. The hidden states are empty where the teacher is run whole.
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
         output = self._body(input_ids_BT)

@@ -1,7 +1,7 @@
 """Random numbers that depend only on their purpose: the run's seed, the row, the position and the token.
 
 A position's draws are therefore the same on any rank, in any batch, on any device, before or after a kill. A generator
-with a state could not give that; here every number is a hash of its place.
+with a state could not give that. Here every number is a hash of its place.
 
 The row is the row of the file: rows that were cut from one row of the split must not share their draws.
 

@@ -61,7 +61,7 @@ def probe(model: PreTrainedModel, vocab_size: int, with_head: bool) -> Anatomy:
 
 
 def _device_of_logits(model: PreTrainedModel) -> torch.device:
-    """Return the device a model's logits come out on; its weights may be elsewhere until they are needed."""
+    """Return the device a model's logits come out on. Its weights may be elsewhere until they are needed."""
     hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
     return torch.device(hook.execution_device) if hook else model.device
 
@@ -159,7 +159,7 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
 
 
 def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
-    """Compare logits relative to the largest; masked tokens must be masked in both, and do not count as large."""
+    """Compare logits relative to the largest. Masked tokens must be masked in both, and do not count as large."""
     usual = expected.isfinite() & (expected.abs() < torch.finfo(expected.dtype).max / 2)
     if not torch.equal(logits.isfinite(), expected.isfinite()):
         return False

@@ -1,6 +1,7 @@
 """The vocabulary, cut among the ranks of a tensor-parallel teacher: each has the logits of some ids.
 
-The kept ids of a position are chosen among the candidates of every shard, so no rank holds the logits of all ids.
+The kept ids of a position come from the candidates of every shard. No rank holds the logits of all ids, unless `full`
+keeps them.
 
 Shape letters: C positions of a chunk, V vocabulary, S ids of a shard, K candidates.
 """
