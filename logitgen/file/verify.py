@@ -24,7 +24,7 @@ def problems(file: LogitsFile) -> Iterator[str]:
     The checks cover the offsets, the output head's checksum, the `done` flags, and every row's checksum (over its
     number, source row, tokens, positions and all captured values). They also cover the values: ids below the
     vocabulary, positions that have a next token, log-probs finite, at most 0 and descending, no more probability than
-    1. Hidden states are only checked to be finite; `rerun` shows that they give the log-probs.
+    1. Hidden states are only checked to be finite. `rerun` shows that they give the log-probs.
     """
     descending = [name for name in ("offsets", "position_offsets") if (np.diff(file.arrays[name]) < 0).any()]
     yield from (f"{name} runs backwards" for name in descending)

@@ -65,7 +65,7 @@ def use_interface_to(host: str) -> None:
 
 
 def give_up_silent_machines(seconds: float) -> None:
-    """Have the system break connections to a machine that stays silent for this time. gloo and torch do not.
+    """Have the system break connections to a machine that stays silent for this time. gloo and torch do not ask it to.
 
     A machine whose ranks hang still answers. Only on Linux.
     """

@@ -31,7 +31,7 @@ class Plan:
         Args:
             lengths: Tokens the teacher must read of each row, [N]. Rows of length 0 get no batch.
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
-            length_switch: Rows longer than this never share a batch with shorter or equal rows.
+            length_switch: Rows longer than this never share a batch with the others.
         """
         needed = np.flatnonzero(lengths).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits
         self._rows = needed[_longest_first(lengths[needed])]

@@ -1,4 +1,4 @@
-"""The step from rows to tokens, kept in a cache."""
+"""The step from rows to tokens. A cache keeps the result."""
 
 import hashlib
 import logging

@@ -142,9 +142,9 @@ def _gpu_scan(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Ten
 def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest logits of each position, descending, and their ids: `torch.topk` in one pass over them.
 
-    The k largest lie in the k groups with the largest maxima, and a recursive call finds these groups. Of equal logits
-    any may be kept, as with `torch.topk`. Measured, 1 thread, V = 49,152, k=64: 41 to 54 us a position, `torch.topk` 89
-    to 109.
+    The k largest lie in the k groups with the largest maxima, and a recursive call finds these groups. Any of
+    several equal logits may be kept, as with `torch.topk`. Measured, 1 thread, V = 49,152, k=64: 41 to 54 us a
+    position, `torch.topk` 89 to 109.
     """
     num_ids = logits_CS.shape[-1]
     if k == 0 or num_ids < _GROUP_SIZE * _LEAST_GROUPS * k:
