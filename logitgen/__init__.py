@@ -23,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for: looking into a file does not."""
+    """Import modules that need torch only on request: a look into a file does not."""
     if name in ("LogitsDataset", "collate"):
         from logitgen.student import dataset
 

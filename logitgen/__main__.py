@@ -1,4 +1,4 @@
-"""`python -m logitgen`: watch a run, look into a file, prove it right, hand it over to other trainers."""
+"""`python -m logitgen`: watch a run, look into a file, prove it right, export it to other trainers."""
 
 import argparse
 import json
@@ -123,7 +123,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _watch(watch: Watch, as_json: bool) -> None:
-    """Show how a run is doing until its file is complete."""
+    """Show the status of a run until its file is complete."""
     with redrawn(plain=as_json) as draw:
         while True:
             status = watch.look()
@@ -155,7 +155,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
     """Load the tokenizer, or return None where the teacher has none or is elsewhere."""
-    from transformers import AutoTokenizer  # takes seconds: only where text is shown
+    from transformers import AutoTokenizer  # takes seconds: only to show text
 
     settings = file.attributes["settings"]
     try:

@@ -16,7 +16,7 @@ from logitgen.errors import UsageError
 from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding
 
 _NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "device_map", "fsdp_size")
-"""Options that say how to run and where to leave things, not what is computed: they do not go into the file.
+"""Options for the run and its places, without effect on the computed values: they do not go into the file.
 
 `tp_size` is not among them: the ranks of a tensor-parallel teacher add up parts of sums, which rounds otherwise.
 """
@@ -37,10 +37,10 @@ _EXAMPLE = r"""example:
 
 
 class TokenBudget(int):
-    """A number of tokens; the word `auto` is the largest there is, which stands for as many as fit."""
+    """A number of tokens. The word `auto` is stored as the largest number, for as many as fit."""
 
     def __new__(cls, text: str) -> "TokenBudget":
-        """Read what was typed.
+        """Read the value of the option.
 
         Raises:
             ArgumentTypeError: It is neither a whole number nor `auto`.
@@ -52,7 +52,7 @@ class TokenBudget(int):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the number is still to be found."""
+        """True if the number is still to be found."""
         return self == sys.maxsize
 
 
@@ -62,7 +62,7 @@ def _option(group: str, help: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to capture, from which teacher, over which rows, into which file."""
+    """The options of a run: the teacher, its rows, the values to keep and the file."""
 
     teacher: str = _option("required", "Hub id or folder of a causal language model.")
     dataset: str = _option(
@@ -172,12 +172,12 @@ class Config:
 
     @property
     def kept(self) -> int:
-        """Entries kept per position by choice of `top_k`; 0 where `capture` does not choose."""
+        """Entries kept per position by choice of `top_k`, or 0 where `capture` does not choose."""
         return self.top_k if self.capture in WITH_KEPT_IDS else 0
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that decide what is in the file, by name."""
+        """The options that decide the content of the file, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_SETTINGS}
 
     def with_batch_tokens(self, batch_tokens: int) -> "Config":
@@ -185,7 +185,7 @@ class Config:
         return dataclasses.replace(self, batch_tokens=TokenBudget(str(batch_tokens)))
 
     def settings_json(self) -> str:
-        """The settings as text that is equal for equal settings."""
+        """Return the settings as text that is equal for equal settings."""
         return json.dumps(self.settings, sort_keys=True)
 
 
@@ -209,7 +209,7 @@ class _Parser(HfArgumentParser):
         super().__init__(*types, **options, allow_abbrev=False, formatter_class=_Help)
 
     def add_argument(self, *names: str, group: str | None = None, **options: Any) -> argparse.Action:
-        """Add an option, with a `group` under that heading; a field's metadata arrive here as they are."""
+        """Add an option, with a `group` under that heading. A field's metadata arrive here unchanged."""
         if group is None:
             return super().add_argument(*names, **options)
         if group not in self._groups:
@@ -225,7 +225,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
     Args:
         arguments: Command-line words without the program's name. `--config FILE` names a YAML or JSON file with any
-            of the options; the command line wins over it.
+            of the options. The command line wins over it.
 
     Raises:
         UsageError: An option is unknown, missing, of the wrong type or out of range.
@@ -255,7 +255,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 
 def _config_path(words: list[str]) -> str | None:
-    """Find the value of --config before the options are parsed: the file may hold the required ones."""
+    """Find the value of --config before the options are parsed: the file may hold required options."""
     finder = _Parser(add_help=False)
     finder.add_argument("--config", action="append", default=[])
     found, _ = finder.parse_known_args(words)
@@ -273,7 +273,7 @@ def _file_words(path: Path) -> list[str]:
             raise ValueError("it is too large for a file of options")
         if path.suffix == ".json":
             text = json.dumps(json.loads(text))
-        # Only composed, not constructed: a value stays what was typed.
+        # Only composed, not constructed: a value stays as typed.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""What a person sees: log records, the progress display, errors. Library code never prints."""
+"""The console: log records, the progress display, errors. Library code never prints."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ PLAIN_SECONDS = 10.0
 
 
 class _Stream:
-    """A standard stream for as long as somebody listens: what only shows something cannot end a run."""
+    """A standard stream while somebody listens: a failed display cannot end a run."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -47,7 +47,7 @@ class _Stream:
             self._give_up("")
 
     def _give_up(self, text: str) -> int:
-        """Let the rest go nowhere: what a buffer still holds would fail again as Python ends, and change its status."""
+        """Discard the rest: data left in a buffer would fail again as Python ends, and change its exit status."""
         with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), getattr(sys, self._name).fileno())
         logger.debug("Nobody listens to %s any more.", self._name)
@@ -61,12 +61,12 @@ _CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Replace what would move the cursor or change the colours of a terminal; lines and tabs stay."""
+    """Replace characters that move the cursor or change the colours of a terminal. Lines and tabs stay."""
     return _CONTROL_CODES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def print_error(message: str) -> None:
-    """Print why the run ends, in one line."""
+    """Print the reason why the run ends, in one line."""
     line = " ".join(printable(message).splitlines())
     _say(Text.assemble(("error: ", "bold red"), line))
 
@@ -77,13 +77,13 @@ def _say(text: Text) -> None:
 
 
 def print_result(result: RenderableType) -> None:
-    """Print what a command was asked for, to standard output."""
+    """Print the result of a command to standard output."""
     Console(file=_stdout).print(result, soft_wrap=isinstance(result, Text))
 
 
 @contextmanager
 def only_shows(what: str) -> Iterator[None]:
-    """Have a block that only shows something end no run: its error becomes a line in the log."""
+    """Keep errors of a block that only shows something from ending the run: they become a line in the log."""
     try:
         yield
     except Exception as error:
@@ -92,23 +92,23 @@ def only_shows(what: str) -> Iterator[None]:
 
 @contextmanager
 def redrawn(plain: bool = False) -> Iterator[Callable[[RenderableType, str], None]]:
-    """Yield what draws a view over the one before; without a terminal, or if told to, it prints a line instead."""
+    """Yield a function that draws a view over the last one. Without a terminal, or if `plain`, it prints a line."""
     console = Console(file=_stdout)
     if plain or not console.is_terminal:
         yield lambda _, line: console.print(Text(line), soft_wrap=True)
         return
-    console.width -= len("^C")  # which the terminal writes at the end of the last line, and must not wrap
+    console.width -= len("^C")  # the terminal writes it behind the last line, which must not wrap
     with Live(console=console, auto_refresh=False) as live:
         yield lambda view, _: live.update(view, refresh=True)
 
 
 def silence_stdout() -> None:
-    """Let nothing this process prints reach the console: the ranks other than the leader have nothing to say there."""
+    """Discard all that this process prints to standard output: only the leader has something to say there."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
-    """Give a rank its log file, and the console what belongs there.
+    """Start a rank's log file and its messages on the console.
 
     The file gets every record, other libraries' too. The console gets logitgen's records from the leader, and its
     warnings and errors from every rank.
@@ -129,13 +129,13 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Send what other libraries say to the log file, and have them draw no progress bars of their own."""
-    import datasets  # they take seconds, and looking into a file needs none of them
+    """Send messages of other libraries to the log file, and turn off their progress bars."""
+    import datasets  # they take seconds, and a look into a file needs none of them
     import tqdm
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Some of their bars have no switch, the GGUF loader's for one.
+    # Some of their bars have no switch, for example the GGUF loader's.
     if not isinstance(vars(tqdm.tqdm)["__init__"], partialmethod):
         tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The errors a person meets, each one line: what was expected, what came, what to do."""
+"""The errors shown to the user, each in one line: the expected value, the actual value, the remedy."""
 
 import os
 
@@ -10,7 +10,7 @@ class LogitgenError(Exception):
 
 
 class UsageError(LogitgenError):
-    """Something the user gave is wrong: an option, a teacher, a dataset, a path or the launch."""
+    """An input of the user is wrong: an option, a teacher, a dataset, a path or the launch."""
 
     exit_status = 2
 
@@ -22,17 +22,17 @@ class FormatError(LogitgenError):
 
 
 class CaptureError(LogitgenError):
-    """A run that had started cannot go on: a rank, the teacher or the disk failed."""
+    """A run cannot go on after its start: a rank, the teacher or the disk failed."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def reason(error: OSError) -> str:
-    """Say what the system says; h5py puts a page of its own where that should be."""
+    """Return the system's words for an error, because h5py puts a page of its own there."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 

@@ -1,4 +1,4 @@
-"""What a run would take, from its plan and a short pilot, without writing anything."""
+"""The cost of a run, from its plan and a short pilot, without writing anything."""
 
 import json
 import sys
@@ -28,11 +28,11 @@ except ImportError:  # Windows
 
 PROBE_TOKENS = 2048
 MOST_BATCH_TOKENS = 4096
-"""On a CPU a larger batch only takes more memory."""
+"""A larger batch only takes more memory on a CPU."""
 MOST_BATCH_TOKENS_GPU = 32768
 
 SAFE_SHARE = 0.7
-"""Of the free memory that a batch may take: what it takes is measured on one batch, and memory gets fragmented."""
+"""Share of the free memory for a batch: the need is measured on one batch, and memory gets fragmented."""
 
 PILOT_SECONDS = 20.0
 NUM_PILOTS = 8
@@ -44,12 +44,12 @@ NUM_RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a rank measured on a few batches.
+    """The measurements of a rank on a few batches.
 
     Attributes:
         seconds_per_token: Time of a token, padding or not, from its row to a checksummed payload in host memory.
-        host_bytes: Largest resident memory of the process; 0 where the system does not tell.
-        device_bytes: Largest memory reserved on the GPU; 0 on CPU.
+        host_bytes: Largest resident memory of the process, or 0 where the system does not tell.
+        device_bytes: Largest memory reserved on the GPU, or 0 on CPU.
     """
 
     seconds_per_token: float
@@ -60,23 +60,23 @@ class Pilot:
 def fitting_batch_tokens(
     teacher: Teacher, rows: Rows, layout: Layout, length_switch: int | None, ranks_of_machine: int
 ) -> int:
-    """Find how many tokens a batch may have, from the memory that is free and what a small batch takes of it.
+    """Find the largest token budget of a batch that fits, from the free memory and the need of a small batch.
 
     The result is a power of two, so that a little more or less free memory does not change it.
 
     Args:
         teacher: The loaded teacher.
         rows: The tokenised split; the probe takes its longest rows.
-        layout: What is kept.
+        layout: The values to keep.
         length_switch: See `Plan`.
-        ranks_of_machine: How many ranks share the machine's memory, unless each has a GPU with its own.
+        ranks_of_machine: Number of ranks that share the machine's memory, unless each has a GPU with its own.
     """
     plan = Plan(rows.forward_lengths, PROBE_TOKENS, length_switch)
     batch = rows.batch(plan.rows(0))
-    on_gpu = teacher.device.type == "cuda"  # Apple's shares the machine's memory, and does not say what is free
+    on_gpu = teacher.device.type == "cuda"  # Apple's shares the machine's memory, and does not say how much is free
     most = MOST_BATCH_TOKENS_GPU if on_gpu else MOST_BATCH_TOKENS
     free_bytes = _free_bytes(teacher.device) / (1 if on_gpu else ranks_of_machine)
-    capture_batch(teacher, batch, layout)  # the first one also sets up what stays
+    capture_batch(teacher, batch, layout)  # the first run also allocates memory that stays
     taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))
     if free_bytes <= 0 or taken_bytes <= 0:
         return most
@@ -92,7 +92,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _taken_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """Return by how much memory grows at most during some work; 0 where the system does not tell."""
+    """Return the largest growth of memory during some work, or 0 where the system does not tell."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -105,18 +105,18 @@ def _taken_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def forget_peak() -> None:
-    """Have this process's peak of memory start anew, where Linux can."""
+    """Reset this process's peak of memory, where Linux can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most resident memory this process has had since its peak was forgotten; 0 where the system does not tell."""
+    """Return the largest resident memory of this process since the last reset, or 0 where the system does not tell."""
     return _proc_bytes("/proc/self/status", "VmHWM")
 
 
 def _proc_bytes(path: str, name: str) -> int:
-    """Read a size that Linux tells; 0 elsewhere."""
+    """Read a size from a file of Linux, or 0 elsewhere."""
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except OSError:
@@ -127,14 +127,14 @@ def _proc_bytes(path: str, name: str) -> int:
 def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot:
     """Compute a few of the batches as a run would, and throw the result away.
 
-    The first, which is the largest, warms up, and shows how much memory is needed and how many more there is time for;
-    these are drawn evenly from the plan.
+    The first and largest batch warms up. It shows the memory a run needs and the number of batches there is time for.
+    The others are drawn evenly from the plan.
 
     Args:
         teacher: The loaded teacher.
-        job: What a run would compute.
-        agreed: Turns a number of batches into one that is the same on all ranks: those that share a teacher must run
-            it equally often.
+        job: The job of the run.
+        agreed: Turns a number of batches into a number that is the same on all ranks: ranks that share a teacher must
+            run it equally often.
     """
     plan = job.plan
     outbox = Outbox(int(job.payload_bytes.max()), lambda number, payload: lambda: None, teacher.device)
@@ -156,7 +156,7 @@ def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot
 
 
 def _peak_memory(device: torch.device) -> tuple[int, int]:
-    """Largest memory of this process so far, in bytes, on the host and on its GPU."""
+    """Return the largest memory of this process so far, in bytes, on the host and on its GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
     return host, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
@@ -164,7 +164,7 @@ def _peak_memory(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take.
+    """The cost of a run.
 
     Attributes:
         num_rows: Rows of the file.
@@ -173,12 +173,12 @@ class Estimate:
         num_cut: Rows of the split that were too long, and were truncated or split.
         num_dropped_tokens: Tokens of the split that are in no row.
         num_batches: Forward passes.
-        padding_share: Share of the tokens that go through the teacher only to fill up a batch.
+        padding_share: Share of the tokens that go through the teacher only as padding.
         tokens_per_second: Tokens a rank computes in a second, without padding, as measured in the pilot.
         seconds: Expected time of the forward passes by number of ranks, each with a device of its own.
-        pilots: What every rank measured.
+        pilots: The measurements of every rank.
         size_bytes: Size of the file, exact.
-        other_sizes: The same with other things kept, by their names; exact.
+        other_sizes: Sizes with other values kept, by their names; exact.
         buffer_bytes: Memory of the leader's buffers.
     """
 
@@ -198,14 +198,14 @@ class Estimate:
 
 
 def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int = 1, fsdp_size: int = 1) -> Estimate:
-    """Work out what a run would take.
+    """Estimate the cost of a run.
 
     Args:
-        job: What a run would compute.
-        attributes: What the file would say about itself.
-        pilots: What every rank measured.
+        job: The job of the run.
+        attributes: The attributes of the file.
+        pilots: The measurements of every rank.
         tp_size: Ranks that compute a batch together.
-        fsdp_size: How many such groups share a teacher.
+        fsdp_size: Number of such groups that share a teacher.
     """
     rows, plan, layout = job.rows, job.plan, job.layout
     seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
@@ -248,13 +248,13 @@ def _other_layouts(layout: Layout) -> list[Layout]:
 
 
 def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
-    """Tokens, padding included, of the rank that has most of them."""
+    """Return the tokens, padding included, of the rank that has most of them."""
     shares = plan.shares(np.arange(plan.num_batches), num_replicas, fsdp_size)
     return max(int(plan.padded_tokens[share].sum()) for share in shares)
 
 
 def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
-    """Return the attributes of a file that keeps something else."""
+    """Return the attributes of a file that keeps other values."""
     changes = {"capture": layout.capture, "encoding": layout.encoding}
     settings = json.loads(str(attributes["settings"])) | changes
     if layout.capture in WITH_KEPT_IDS:

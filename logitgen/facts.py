@@ -17,14 +17,14 @@ NUM_GUESSES = 5
 
 
 class Decoder(Protocol):
-    """What of a tokenizer is needed to show text."""
+    """The part of a tokenizer needed to show text."""
 
     def decode(self, token_ids: list[int]) -> str:
         """Turn tokens into text."""
 
 
 def facts(file: LogitsFile) -> dict[str, Any]:
-    """Everything about a file as a whole; sizes in bytes, perplexity of the teacher on the captured positions."""
+    """Collect the facts of a whole file: sizes in bytes, perplexity of the teacher on the captured positions."""
     layout = file.layout
     size_bytes = file.path.stat().st_size
     lengths = np.diff(file.arrays["offsets"])
@@ -45,12 +45,12 @@ def facts(file: LogitsFile) -> dict[str, Any]:
 
 
 def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, Any]:
-    """One row, position by position: the token that came, its probability, the teacher's best guesses.
+    """Collect the facts of a row by position: the actual next token, its probability, the teacher's best guesses.
 
     Args:
         file: The file.
-        row: Row number; negative counts from the end.
-        decoder: The teacher's tokenizer; without one tokens are shown as ids.
+        row: Row number. A negative number counts from the end.
+        decoder: The teacher's tokenizer; without it tokens are shown as ids.
 
     Raises:
         UsageError: There is no such row.
@@ -97,7 +97,7 @@ def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
 
 
 def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:
-    """The likeliest ids and their log-probs, [P, up to NUM_GUESSES] each."""
+    """Return the likeliest ids and their log-probs, [P, up to NUM_GUESSES] each."""
     if "kept_ids" in data:
         return data["kept_ids"][:, :NUM_GUESSES], data["kept_logprobs"][:, :NUM_GUESSES]
     logprobs_PV = data["logits"].astype(np.float32) - data["logsumexp"][:, None]
@@ -116,7 +116,7 @@ def _text(decoder: Decoder | None, token: int) -> str:
 
 
 def status_facts(status: Status) -> dict[str, Any]:
-    """How a run is doing; times in seconds, None for what is not known."""
+    """Collect the facts of a run's status. Times are in seconds, unknown values None."""
     known = status.snapshot
     ranks = zip(known.source_tokens, known.source_totals, strict=True) if known else ()
     return {

@@ -3,8 +3,8 @@ r"""Capture a teacher's logits over a dataset into one HDF5 file.
     accelerate launch --config_file accelerate_configs/cpu.yaml generate.py \
         --teacher M --dataset D --split S --output out.h5
 
-Every rank runs this module from top to bottom; the leader (rank 0) also writes. The same command resumes a run that
-was stopped.
+Every rank runs this module from top to bottom. The leader (rank 0) also writes. The same command resumes a stopped
+run.
 """
 
 import logging
@@ -59,7 +59,10 @@ def main() -> None:
 
 
 def capture(ranks: Ranks, arguments: list[str]) -> None:
-    """Run the main job: options, rows, teacher, capture. Each step refuses bad input before the next one costs more."""
+    """Run the main job: options, rows, teacher, capture.
+
+    Each step refuses bad input before the next step costs more.
+    """
     config, output = read_options(ranks, arguments)
     with ranks.together():
         info = describe_teacher(config)
@@ -104,7 +107,7 @@ def read_options(ranks: Ranks, arguments: list[str]) -> tuple[Config, Output]:
 
 @dataclass(frozen=True)
 class Split:
-    """The split as rows of tokens, the file's sizes, and the attributes that are known so far."""
+    """The split as rows of tokens, the file's sizes, and the attributes known so far."""
 
     rows: Rows
     layout: Layout
@@ -112,7 +115,7 @@ class Split:
 
 
 def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
-    """Turn the split into tokens and these into rows, and lay out the file: the layout fixes every byte's place."""
+    """Tokenise the split, cut it into rows, and lay out the file: the layout fixes every byte's place."""
     logger.info(f"Reading {config.dataset}, split {config.split}.")
     with ranks.together():
         tokenizer = load_tokenizer(config)
@@ -139,7 +142,7 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
 
 
 def is_complete(ranks: Ranks, config: Config, output: Output, split: Split) -> bool:
-    """Whether the file is there with all its rows, and nothing is left to do; refuse what does not fit to it."""
+    """Tell whether the file is complete with all its rows, and refuse a file that does not match this run."""
     with ranks.together():
         if ranks.is_leader:
             output.check(split.about)
@@ -191,7 +194,7 @@ def show_costs(ranks: Ranks, config: Config, output: Output, job: Job, teacher: 
 
 
 def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: Teacher, about: Attributes) -> None:
-    """Have every rank compute its share of the missing batches, and the leader write what they yield."""
+    """Have every rank compute its share of the missing batches, and the leader write the captured values."""
     known = partial(write_known, layout=job.layout, rows=job.rows, head=teacher.head)
     header: Header | None = None
     with ranks.together(patience_seconds=UNLIMITED):
@@ -229,7 +232,7 @@ def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: T
 
 
 def compute(teacher: Teacher, job: Job, share: np.ndarray, num_steps: int, outbox: Outbox) -> None:
-    """Run the teacher over a share of the batches; ranks that share its weights all take as many steps."""
+    """Run the teacher over a share of the batches. Ranks that share its weights all take the same number of steps."""
     for number in share:
         batch = job.rows.batch(job.plan.rows(number))
         payload = capture_batch(teacher, batch, job.layout)

@@ -16,13 +16,13 @@ _BLOCK_ROWS = 2**14
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a causal language model makes of its last hidden states.
+    """The step of a causal language model from its last hidden states to logits.
 
     Attributes:
         weight_VD: The output embeddings.
-        bias_V: What is added to the logits, if anything.
-        scale: What the logits are then multiplied by.
-        soft_cap: What the logits are then kept below: c * tanh(logits / c); 0 for nothing.
+        bias_V: Added to the logits, if there is any.
+        scale: Factor of the logits after that.
+        soft_cap: Bound c of the logits after that: c * tanh(logits / c), or 0 for none.
     """
 
     weight_VD: Tensor
@@ -37,23 +37,23 @@ class Head:
         return Head(weight_VD=weight_VD, bias_V=bias_V, scale=self.scale, soft_cap=self.soft_cap)
 
     def __call__(self, hidden_PD: Tensor) -> Tensor:
-        """Turn hidden states into logits, float32[P, V]; the product is computed in the weights' dtype."""
+        """Turn hidden states into logits, float32[P, V]. The product is computed in the weights' dtype."""
         hidden_PD = hidden_PD.to(self.weight_VD.dtype)
         return self.after_product(torch.nn.functional.linear(hidden_PD, self.weight_VD, self.bias_V).float())
 
     def after_product(self, logits: Tensor) -> Tensor:
-        """Scale and cap."""
+        """Scale and cap the logits."""
         logits = logits if self.scale == 1 else logits * self.scale
         return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
     @property
     def form(self) -> HeadForm:
-        """Its sizes, and how it is stored."""
+        """Sizes of the head, and its storage dtype."""
         dtype = STORED_DTYPES[dtype_name(self.weight_VD.dtype)]
         return HeadForm(hidden_size=self.weight_VD.shape[1], dtype=dtype, has_bias=self.bias_V is not None)
 
     def blocks(self) -> Iterator[tuple[str, int, Array]]:
-        """Yield its weights as they are stored, a part at a time: the dataset, the part's first row and the part."""
+        """Yield the stored weights, a part at a time: the dataset, the part's first row and the part."""
         for start in range(0, len(self.weight_VD), _BLOCK_ROWS):
             yield "head_weight", start, _on_host(self.weight_VD[start : start + _BLOCK_ROWS])
         if self.bias_V is not None:
@@ -61,7 +61,7 @@ class Head:
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of its weights as they are stored."""
+        """CRC-32 of the weights as they are stored."""
         return crc32(block for _, _, block in self.blocks())
 
 
@@ -71,13 +71,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def stored(values: Tensor) -> Tensor:
-    """Return the same bits in a dtype numpy and HDF5 have too: bfloat16 as uint16."""
+    """Return the same bits in a dtype that numpy and HDF5 have too: bfloat16 as uint16."""
     return values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
 
 
 def restored(values: Array, dtype: str) -> Tensor:
-    """Copy what was stored as `stored` makes it, given the name of the dtype it had."""
-    tensor = torch.tensor(values)  # not numpy's memory, by whose address a product may be rounded
+    """Copy values that `stored` made, given the name of their original dtype."""
+    tensor = torch.tensor(values)  # not numpy's memory, whose address could change the rounding of a product
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 

@@ -1,4 +1,4 @@
-"""What a file says about where it comes from. Nothing in it differs between two equal runs."""
+"""The attributes that name a file's origin. None of them differs between two equal runs."""
 
 import json
 from importlib.metadata import version
@@ -19,26 +19,26 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that have a say in a file's bytes."""
+    """Return the versions of the packages that can change a file's bytes."""
     return {name: version(name) for name in _PACKAGES}
 
 
 def facts_of_launch(config: Config) -> dict[str, str]:
-    """What must be equal on all ranks for the file to be what its attributes say; paths may differ between machines."""
+    """Collect the facts that must be equal on all ranks for the file to fit its attributes. Paths may differ."""
     options = {f"--{name}": str(value) for name, value in config.settings.items() if name not in ("teacher", "dataset")}
     threads = {"number of CPU threads": str(get_num_threads())}
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
 
 def facts_of_teacher(info: TeacherInfo) -> dict[str, str]:
-    """What must be equal on all ranks before the weights are loaded."""
+    """Collect the facts that must be equal on all ranks before the weights are loaded."""
     return {f"{name} of the teacher's configuration": json.dumps(value) for name, value in info.config.items()} | {
         "quantization of the teacher": info.quantization
     }
 
 
 def settings_attributes(config: Config) -> Attributes:
-    """Collect the attributes that are known before anything is loaded."""
+    """Collect the attributes known before anything is loaded."""
     return {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -68,14 +68,14 @@ def attributes(
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Attributes:
-    """Collect the attributes that are known before the teacher is loaded.
+    """Collect the attributes known before the teacher is loaded.
 
     Args:
         config: The run's options.
         info: The teacher's configuration.
         rows: The tokenised split.
         layout: The file's sizes.
-        tokenizer: The teacher's tokenizer, if the rows needed one.
+        tokenizer: The teacher's tokenizer, or None if it has none.
     """
     return settings_attributes(config) | {
         "top_k": layout.top_k,

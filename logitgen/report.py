@@ -1,4 +1,4 @@
-"""What a person wants to know about a file, as a dictionary for scripts and as tables for the eye."""
+"""Views of a file and a run for the terminal: tables and lines, drawn from facts."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,11 @@ from logitgen.leader.progress import bars
 from logitgen.leader.status import Status
 
 if TYPE_CHECKING:
-    from logitgen.estimate import Estimate  # imports what takes seconds
+    from logitgen.estimate import Estimate  # its imports take seconds
     from logitgen.rerun import Rerun
 
 NUM_DRAWN = 3
-"""Guesses a line of 80 columns has room for."""
+"""Guesses that fit into a line of 80 columns."""
 
 
 def overview(known: dict[str, Any]) -> RenderableType:
@@ -89,11 +89,11 @@ def summary(
 
 
 def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
-    """Draw what a run would take.
+    """Draw the cost of a run.
 
     Args:
-        known: What was worked out.
-        free_bytes: Free space where the file would be.
+        known: The estimate.
+        free_bytes: Free space on the output's disk.
     """
     host, device = (max(values) for values in zip(*((p.host_bytes, p.device_bytes) for p in known.pilots), strict=True))
     lines = {
@@ -118,13 +118,13 @@ def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
 
 
 def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Rerun | None") -> RenderableType:
-    """Draw what `verify` found out.
+    """Draw the findings of `verify`.
 
     Args:
         file: The file.
-        found: What is wrong with it.
-        more: Whether the search ended before all of it was seen.
-        compared: How far the teacher is from it, if it was run again.
+        found: Its faults.
+        more: True if the search ended before all faults were found.
+        compared: The comparison with its teacher, if that was run again.
     """
     present = int(np.count_nonzero(file.arrays["done"] == 1))
     lines = {
@@ -144,19 +144,19 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
 
 
 def status_line(status: Status) -> str:
-    """Say in one line how a run is doing."""
+    """Return the status of a run in one line."""
     known = status.snapshot
     line = ", ".join([f"{status.path}: {_state_words(status)}", *_numbers(status)])
     return printable(f"{line}, {_eta(status)}{known.slowest}" if known else line)
 
 
 def status_view(status: Status, width: int = 80, height: int | None = None) -> RenderableType:
-    """Draw how a run is doing.
+    """Draw the status of a run.
 
     Args:
-        status: What was found.
-        width: Columns there are.
-        height: Lines there are, if not all ranks fit; None if there is no limit.
+        status: The status to draw.
+        width: Columns of the terminal.
+        height: Lines of the terminal, if not all ranks fit, or None if there is no limit.
     """
     lines = [f"{status.path}: {_state_words(status)}", ", ".join(_numbers(status))]
     texts = [Text(printable(line)) for line in lines if line]
@@ -211,8 +211,8 @@ def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:
     """Draw `row_facts`.
 
     Args:
-        known: What `row_facts` found.
-        most: Show only so many positions; None for all.
+        known: The result of `row_facts`.
+        most: Number of positions to show, or None for all.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading, justify in (("pos", "right"), ("token", "left"), ("next", "left"), ("p", "right")):

@@ -1,4 +1,4 @@
-"""The teacher run once more over some rows of a file, to compare what it says now with what was stored.
+"""A second run of the teacher over some rows of a file, to compare its log-probs with the stored values.
 
 Shape letters: P captured positions of a row, C positions of a chunk, K kept per position, V vocabulary.
 """
@@ -24,21 +24,21 @@ from logitgen.teacher.model import Teacher, load_model
 logger = logging.getLogger(__name__)
 
 TOLERANCES = {"float64": (0.002, 0.99), "float32": (0.002, 0.99), "float16": (0.02, 0.98), "bfloat16": (0.1, 0.95)}
-"""By the teacher's dtype: largest mean difference in nats beyond rounding, least top-1 agreement.
+"""Largest mean difference in nats beyond rounding, and least top-1 agreement, by the teacher's dtype.
 
-They are what other batch shapes and other hardware are granted.
+They allow for other batch shapes and other hardware.
 """
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """How far a teacher is from a file.
+    """The distance of a teacher from a file.
 
     Attributes:
         num_positions: Positions compared.
-        largest: Largest difference of a stored log-prob, in nats, beyond its rounding to float16.
+        largest: Largest difference of a stored log-prob, in nats, beyond its rounding.
         mean: Mean of these differences, in nats.
-        top1_agreement: Share of the positions whose likeliest token is the same.
+        top1_agreement: Share of the positions with the same likeliest token.
         most_mean: Largest mean difference the teacher's dtype explains.
         least_agreement: Least agreement it explains.
     """
@@ -52,28 +52,28 @@ class Rerun:
 
     @property
     def problems(self) -> list[str]:
-        """What is beyond the teacher's dtype."""
+        """Differences that the teacher's dtype does not explain."""
         if self.mean <= self.most_mean and self.top1_agreement >= self.least_agreement:
             return []
         return ["the teacher says something else than what is stored"]
 
 
 def sample_rows(file: LogitsFile, num_rows: int, seed: int = 0) -> Array:
-    """Draw rows that have captured positions, at most so many, ascending."""
+    """Draw at most `num_rows` rows that have captured positions, ascending."""
     filled = np.flatnonzero(np.diff(file.arrays["position_offsets"]))
     return np.sort(np.random.default_rng(seed).choice(filled, min(num_rows, len(filled)), replace=False))
 
 
 def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool) -> tuple[Teacher, list[str]]:
-    """Load a teacher as the file's was loaded, and compare what it is with what the file says.
+    """Load a teacher as the file's was loaded, and compare it with the file's attributes.
 
     Args:
         file: The file.
-        name: Hub id or folder; the one the file names if None.
+        name: Hub id or folder; the file's own teacher if None.
         trust_remote_code: Run code that comes with the teacher, if the file was made with it.
 
     Returns:
-        The teacher, and what differs.
+        The teacher, and its differences.
 
     Raises:
         UsageError: It cannot be loaded, or its vocabulary is not the file's.
@@ -102,7 +102,7 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
 
 
 def _config_of(file: LogitsFile, name: str | None) -> Config:
-    """Return the options that load the file's teacher as it was loaded, or another one by its name."""
+    """Return the options that load the file's teacher as it was loaded, or another teacher by its name."""
     said, settings = file.attributes, file.attributes["settings"]
     same_name = name in (None, settings["teacher"])
     return Config(
@@ -120,7 +120,7 @@ def _config_of(file: LogitsFile, name: str | None) -> Config:
 
 
 def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:
-    """Name what a teacher's configuration has otherwise than a file's."""
+    """Name the differences between a teacher's configuration and a file's."""
     for name in sorted(there.keys() | info.config):
         if there.get(name) != info.config.get(name):
             yield f"the teacher's {name} is {info.config.get(name)}, that of the file {there.get(name)}"
@@ -156,11 +156,11 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
 
 
 def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Compare what is stored of some positions with the log-probs of now.
+    """Compare the stored values of some positions with new log-probs.
 
     Returns:
-        How far stored log-probs are from those of now beyond rounding, and whether the token that is the likeliest now
-        (if tokens were drawn, of those) is so as stored, bool[C]; of several that are stored as equal any is.
+        The distances of stored log-probs from the new ones beyond rounding, and flags bool[C]: true if the likeliest
+        token now is the likeliest as stored. Only drawn tokens compete, if any were drawn. Any of equal tokens counts.
     """
     if "logits" in data:
         ids_CK = torch.arange(now_CV.shape[1]).expand_as(now_CV)
@@ -171,7 +171,7 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
     stored_CK = torch.from_numpy(values.astype(np.float32))
     now_CK = now_CV.gather(-1, ids_CK).clamp(min=-FLOAT16_MAX)
     off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
-    usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond what float16 holds
+    usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond float16
     likeliest_CK = stored_CK == stored_CK.amax(-1, keepdim=True)
     drawn_C1 = ids_CK.gather(-1, now_CK.argmax(-1, keepdim=True))
     now_C1 = drawn_C1 if layout.capture == "sample" else now_CV.argmax(-1, keepdim=True)

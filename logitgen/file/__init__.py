@@ -1,4 +1,4 @@
-"""The file: its layout, its head, its records, how to read it and how to prove it right.
+"""The file: its layout, its head, its records, its reader and its verification.
 
-numpy and h5py alone, no torch: a file can be looked into anywhere. Imports nothing but `errors`.
+It needs numpy and h5py alone, no torch: a file can be inspected anywhere. Imports nothing but `errors`.
 """

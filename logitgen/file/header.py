@@ -1,8 +1,8 @@
 """The head of a file: HDF5's own structures and the attributes, written once and never changed again.
 
-A file begins with 512 bytes of plain text, which HDF5 programs skip: they say how long the head is and give its
-SHA-256. HDF5 lays its structures down in one block after it, then the datasets back to back. So a head that was damaged
-is found before HDF5 reads it: of 150 files with random bytes changed in the head, 3 had HDF5 in an endless loop.
+A file begins with 512 bytes of plain text, which HDF5 programs skip. They give the size of the head and its SHA-256.
+HDF5 puts its structures in one block after it, then the datasets back to back. A damaged head is therefore found before
+HDF5 reads it: of 150 files with random bytes changed in the head, 3 had HDF5 in an endless loop.
 """
 
 import errno
@@ -52,15 +52,15 @@ _METADATA_BYTES = 2**13
 _DTYPE_KINDS = {str: "S", int: "i", float: "f"}
 _MOST_HEAD_BYTES = 2**20
 _GARBLED = (OSError, RuntimeError, KeyError, TypeError, ValueError)
-"""What h5py raises over garbled structures."""
+"""Errors of h5py over garbled structures."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of a file says.
+    """The contents of a file's head.
 
     Attributes:
-        attributes: What the file says about itself, `settings` and `packages` as dictionaries.
+        attributes: The file's attributes, `settings` and `packages` as dictionaries.
         layout: The file's sizes.
         places: The byte at which each dataset starts.
     """
@@ -76,14 +76,14 @@ class Header:
 
 
 def create(path: Path, layout: Layout, attributes: Attributes) -> Places:
-    """Create a file with its head and all its datasets, their values unset; return the byte at which each starts.
+    """Create a file with its head and all its datasets, their values unset. Return the byte at which each starts.
 
     Raises:
         OSError: The system refuses it.
     """
     try:
         places = _create(path, layout, attributes)
-    except RuntimeError as error:  # how h5py says that the file cannot be made as large
+    except RuntimeError as error:  # h5py raises it for a file that cannot be made as large
         number = re.search(r"errno = (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     with path.open("r+b") as plain:
@@ -104,7 +104,7 @@ def _create(path: Path, layout: Layout, attributes: Attributes) -> Places:
     sizes = {"userblock_size": _TEXT_BYTES, "meta_block_size": units * _METADATA_BYTES}
     places = {}
     with h5py.File(path, "w", locking=False, **sizes) as file:
-        for name, value in attributes.items():  # text of a fixed length: HDF5 crashes over a forged heap of others
+        for name, value in attributes.items():  # text of a fixed length: HDF5 crashes over a forged heap of other text
             file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         for name, (shape, dtype) in layout.datasets.items():
             space = h5py.h5s.create_simple(shape)
@@ -114,7 +114,7 @@ def _create(path: Path, layout: Layout, attributes: Attributes) -> Places:
 
 
 def file_bytes(layout: Layout, attributes: Attributes) -> int:
-    """Return the exact size of a file with these sizes and attributes, by making the head of it."""
+    """Return the exact size of a file with these sizes and attributes, by creating its head."""
     smallest = replace(layout, num_rows=1, num_tokens=1, num_positions=1)  # HDF5's structures do not grow with them
     with tempfile.TemporaryDirectory() as folder:
         head_bytes = min(create(Path(folder) / "head", smallest, attributes).values())
@@ -122,14 +122,14 @@ def file_bytes(layout: Layout, attributes: Attributes) -> int:
 
 
 def begins_as_ours(path: Path, *, unfinished: bool = False) -> bool:
-    """Whether a file begins as one of logitgen does, damaged or not; an unfinished one may still lack its text."""
+    """Tell whether a file begins as logitgen's, damaged or not. An unfinished file may still lack its text."""
     with path.open("rb") as file:
         text = file.read(_TEXT_BYTES)
     return text.startswith(_TEXT.partition("{")[0].encode()) or (unfinished and not text.strip(b"\0"))
 
 
 def read(path: Path) -> Header:
-    """Read the head of a file, complete or not, believing no size before it is checked.
+    """Read the head of a file, complete or not, and trust no size before it is checked.
 
     Raises:
         FormatError: It does not exist, is no logitgen file, is of a newer version, or is damaged.
@@ -218,7 +218,7 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
 
 
 def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> dict[str, Any]:
-    """Read attributes after looking at their types: HDF5 does not survive every one that was forged."""
+    """Read attributes after a check of their types: HDF5 does not survive every forged attribute."""
     plain: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name in LATER_ATTRIBUTES and name not in file.attrs:
@@ -233,7 +233,7 @@ def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> 
 
 
 def _check_capture(plain: dict[str, Any], path: Path) -> None:
-    """Check what is said of how logits were captured."""
+    """Check the attributes on the capture of the logits."""
     capture, vocab_size = plain["capture"], plain["vocab_size"]
     least, most = {"topk": (1, vocab_size), "sample": (1, vocab_size - 1)}.get(capture, (0, 0))
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
@@ -248,7 +248,7 @@ def _check_capture(plain: dict[str, Any], path: Path) -> None:
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
-    # A link could lead out of the file, to any other one.
+    # A link could lead out of the file, to any other file.
     found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(found, h5py.Dataset):
         raise FormatError(f"{path} is damaged: dataset {name} is missing.")
@@ -288,7 +288,7 @@ def _head_form(file: h5py.File, attributes: dict[str, Any], path: Path) -> HeadF
 
 
 def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:
-    """Return the byte at which a dataset starts, after checking that it is what the format says."""
+    """Return the byte at which a dataset starts, after a check that it fits the format."""
     dataset = _dataset(file, name, path)
     if (dataset.shape, dataset.dtype) != field:
         raise FormatError(

@@ -1,6 +1,6 @@
-"""The file format: what the datasets are called, their dtypes and shapes, and how a row is checksummed.
+"""The file format: the datasets' names, dtypes and shapes, and the checksum of a row.
 
-Writer and reader share this module and `header`, so what one writes is what the other reads.
+Writer and reader share this module and `header`, so both use the same format.
 
 Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, R bytes of a packed record, V
 vocabulary (rows of the output head), D hidden size.
@@ -33,7 +33,7 @@ FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 STATUS_BYTES = 2**16
-"""Room behind the data of an unfinished file for a line about the run; the complete file has none."""
+"""Room behind the data of an unfinished file for a line about the run. The complete file has none."""
 
 CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]
@@ -60,29 +60,31 @@ ATTRIBUTES: dict[str, type] = {
     "settings": str,
     "packages": str,
 }
-"""What a file says about itself: settings, packages, teacher_config, computation and quantization as JSON,
-fingerprints as SHA-256."""
+"""Attributes of a file.
+
+Settings, packages, teacher_config, computation and quantization are JSON, fingerprints SHA-256.
+"""
 JSON_ATTRIBUTES = ("settings", "packages", "teacher_config", "computation")
-"""Those that are always a JSON object."""
+"""Attributes that are always a JSON object."""
 LATER_ATTRIBUTES = {"teacher_config": "{}", "computation": "{}"}
-"""What a file of before these attributes counts as saying."""
+"""Values of these attributes for an older file, which lacks them."""
 HEAD_ATTRIBUTES: dict[str, type] = {"head_scale": float, "head_soft_cap": float, "head_crc32": int}
-"""What a file of hidden states also says: what `head.Head` needs, and the CRC-32 of its weights."""
+"""More attributes of a file of hidden states: the values for `head.Head`, and the CRC-32 of its weights."""
 TEACHER_DTYPES = ("float64", "float32", "float16", "bfloat16")
 STORED_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
-"""How hidden states and the head are stored, by the teacher's dtype: numpy and HDF5 have no bfloat16."""
+"""Storage of hidden states and the head, by the teacher's dtype: numpy and HDF5 have no bfloat16."""
 SETTINGS_READ = ("teacher", "teacher_gguf", "revision", "attn_implementation", "dataset", "dataset_config", "split")
-"""Settings that are needed to show a file or to run its teacher again."""
+"""Settings needed to show a file or to run its teacher again."""
 Array = npt.NDArray[Any]
 Field = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of a dataset."""
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
-"""What a logit or log-prob beyond float16's range, such as a masked token's, is stored as; or its negative."""
+"""Stored value, or its negative, of a logit or log-prob beyond float16's range, such as a masked token's."""
 
 FLOAT16_ERROR = 2.0**-11
 """Largest relative error of rounding to float16."""
@@ -101,8 +103,8 @@ class HeadForm:
 
     Attributes:
         hidden_size: D.
-        dtype: How it is stored, as are the hidden states.
-        has_bias: Whether there is a bias.
+        dtype: Storage dtype of the head and the hidden states.
+        has_bias: True if there is a bias.
     """
 
     hidden_size: int
@@ -115,15 +117,15 @@ class Layout:
     """The sizes that fix every dataset of a file.
 
     Attributes:
-        capture: What is kept per position.
+        capture: Kind of the values kept per position.
         num_rows: N.
         num_tokens: T, over all rows.
         num_positions: P, over all rows.
         vocab_size: V, the rows of the teacher's output head; padded rows count.
         top_k: K for `topk` and `sample`, 0 otherwise.
-        encoding: How kept ids and log-probs are stored.
-        tokenizer_size: Ids of the tokenizer, which are all that can be drawn; 0 if unknown.
-        head: The output head, for `hidden`; None for the others, and as long as the teacher is not loaded.
+        encoding: Encoding of kept ids and log-probs.
+        tokenizer_size: Ids of the tokenizer; no others can be drawn. 0 if unknown.
+        head: The output head, for `hidden`, or None for the others, and until the teacher is loaded.
     """
 
     capture: CaptureKind
@@ -138,11 +140,11 @@ class Layout:
 
     @property
     def num_drawable(self) -> int:
-        """Ids that can be drawn, from 0 on: the head may be padded with rows that no token has."""
+        """Number of ids that can be drawn, from 0 on: the head may be padded with rows that no token has."""
         return min(self.tokenizer_size or self.vocab_size, self.vocab_size)
 
     def check(self) -> None:
-        """Refuse to draw so many tokens that none is left to tell how likely it was to draw them.
+        """Refuse to draw every id: the draw needs one more id as its threshold.
 
         Raises:
             UsageError: K is not below the number of ids that can be drawn.
@@ -155,7 +157,7 @@ class Layout:
 
     @property
     def packing(self) -> Packing | None:
-        """How kept ids and log-probs are packed; None where they are not."""
+        """Packing of kept ids and log-probs, or None where they are not packed."""
         if self.encoding == "plain":
             return None
         value_bits = 8 if self.encoding == "packed" else 16
@@ -164,16 +166,16 @@ class Layout:
 
     @property
     def captured(self) -> dict[str, Field]:
-        """What the teacher yields for one position: shape of one entry and dtype, widest dtype first.
+        """Captured values of one position: shape of one entry and dtype, widest dtype first.
 
-        The order is the order inside a transported payload; widest first keeps every array in it aligned.
+        The order is the order inside a transported payload. Widest first keeps every array in it aligned.
         """
         scalars = ("logsumexp", "target_logprob", *(["threshold"] if self.capture == "sample" else []))
         return {name: ((), np.dtype("<f4")) for name in scalars} | self._kept_fields
 
     @property
     def _kept_fields(self) -> dict[str, Field]:
-        """What is kept of one position besides its scalars; nothing yet of a teacher that is not loaded."""
+        """Kept values of one position besides its scalars. Hidden states have none until the teacher is loaded."""
         if self.capture == "full":
             return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
         if self.capture == "hidden":
@@ -195,7 +197,7 @@ class Layout:
 
     @property
     def datasets(self) -> dict[str, Field]:
-        """Full shape and dtype of every dataset, in the order in which they lie in the file."""
+        """Full shape and dtype of every dataset, in file order."""
         rows, positions = self.num_rows, self.num_positions
         known: dict[str, Field] = {
             "done": ((rows,), np.dtype("u1")),
@@ -211,7 +213,7 @@ class Layout:
 
     @property
     def kept(self) -> str:
-        """What is kept per position, in words."""
+        """Kept values per position, in words."""
         words = {
             "topk": f"top {self.top_k}",
             "sample": f"{self.top_k} drawn",
@@ -221,7 +223,7 @@ class Layout:
         return words if self.encoding == "plain" else f"{words}, {self.encoding}"
 
     def rounding(self, values: Array) -> Array:
-        """Return how far logits or log-probs [P, ...] may be off from rounding to what is stored."""
+        """Return the largest rounding error of stored logits or log-probs [P, ...]."""
         if self.capture == "hidden":
             return np.zeros_like(values)
         if self.packing and self.packing.value_bits == 8:
@@ -239,11 +241,11 @@ class Layout:
         return sum(nbytes(field) for field in self.datasets.values())
 
     def payload_bytes(self, num_rows: Array, num_positions: Array) -> Array:
-        """Bytes of the payloads of batches of so many rows and captured positions, [num_batches] each."""
+        """Return the payload sizes of batches with these numbers of rows and captured positions, [num_batches] each."""
         return np.asarray(num_rows * _ROW_ITEM_BYTES + num_positions * self.bytes_per_position)
 
     def payload_slices(self, num_rows: int, num_positions: int) -> dict[str, slice]:
-        """Where each array lies in a batch's payload, in bytes: `crc32` per row, then the captured fields."""
+        """Return the place of each array in a batch's payload, in bytes: `crc32` per row, then the captured fields."""
         sizes = {"crc32": num_rows * _ROW_ITEM_BYTES} | {
             name: num_positions * nbytes(field) for name, field in self.captured.items()
         }
@@ -255,13 +257,13 @@ class Layout:
 
 
 def nbytes(field: Field) -> int:
-    """Bytes of an array of this shape and dtype."""
+    """Return the size in bytes of an array of this shape and dtype."""
     shape, dtype = field
     return math.prod(shape) * dtype.itemsize
 
 
 def row_crc32(row: int, source_row: int, arrays: Iterable[Array]) -> int:
-    """Checksum one row: its number, where it comes from, its tokens, positions and all that was captured for it.
+    """Checksum one row: its number, its source row, its tokens, positions and all captured values.
 
     The row number goes in first, so two rows that changed places are found too.
 

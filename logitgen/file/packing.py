@@ -6,13 +6,13 @@ A record of K ids below V, ascending, and of their log-probs in that order:
              the (i + (id >> L))-th is set for the i-th id; lowest bit first, filled up to whole bytes
     values   K times float16, or K times 8 bits and, of the largest, 8 bits for the tail
 
-So an id takes little more than log2(V / K) + 2 bits, half a bit more than the least any code for sets can do with.
+An id takes little more than log2(V / K) + 2 bits, half a bit more than the least possible for any code for sets.
 
 Code c of 8 bits is the probability (1 - c/256)^4: a scale that spends its levels where the divergence from the true
-distribution is made. What is left of it is mostly the tail's, which as 1 minus the sum of rounded probabilities would
-be far off wherever it is small. Therefore it has a code of its own, and where it is below a half the kept probabilities
-are read back scaled to what it leaves. Mean divergence in nats of what is read from what was kept, the tail as one
-token (2,523 positions of prose, SmolLM2-135M, V = 49,152):
+distribution arises. The rest of the divergence is mostly the tail's. As 1 minus the sum of rounded probabilities, a
+small tail would be far off. Therefore it has a code of its own. Where the tail is below a half, the kept probabilities
+are read back scaled to the rest it leaves. Mean divergence in nats of the values read from the values kept, the tail as
+one token (2,523 positions of prose, SmolLM2-135M, V = 49,152):
 
     8-bit scale                         K = 12     50         64         128
     cube root of nats, 0 to 24          5.4e-4     1.3e-3     1.4e-3     2.3e-3
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:  # whoever only reads a file needs no torch
+if TYPE_CHECKING:  # reading a file needs no torch
     from torch import Tensor
 
 Array = npt.NDArray[Any]
@@ -46,20 +46,20 @@ _ROOT = 4
 _LOGPROBS = (_ROOT * np.log1p(-np.arange(_LEVELS) / _LEVELS)).astype(np.float32)
 """The log-prob of each 8-bit code, in nats, from 0 down to -22.2."""
 _END = float(_LOGPROBS[-2:].mean())
-"""What is below has the last code, however far below it was."""
+"""End of the scale: log-probs below it have the last code, however far below."""
 _LARGE_TAIL = 0.5
-"""From here on the kept probabilities themselves say better what the tail is than its code does."""
+"""Tail from which the kept probabilities themselves give the tail better than its code does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How the records of a file are packed.
+    """The packing of a file's records.
 
     Attributes:
-        vocab_size: V, what all ids are below.
+        vocab_size: V, the upper bound of all ids.
         k: Ids in a record.
         value_bits: 8, or 16 for float16.
-        has_tail: Whether the ids are the likeliest, so that the mass of all others is a value too (8 bits only).
+        has_tail: True if the ids are the likeliest, so that the mass of all others is a value too (8 bits only).
     """
 
     vocab_size: int
@@ -73,7 +73,7 @@ class Packing:
         return self._id_bytes + self.k * self.value_bits // 8 + self.has_tail
 
     def pack(self, ids_CK: "Tensor", logprobs_CK: "Tensor") -> "Tensor":
-        """Pack what is kept of some positions, on whichever device it is.
+        """Pack the kept values of some positions, on their own device.
 
         Args:
             ids_CK: The kept ids, int64, distinct within a position, in any order.
@@ -87,7 +87,7 @@ class Packing:
         ids_CK, order_CK = ids_CK.sort(-1)
         values_CK = logprobs_CK.gather(-1, order_CK)
         if self.has_tail:
-            precise = torch.float32 if values_CK.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+            precise = torch.float32 if values_CK.device.type == "mps" else torch.float64  # Apple's GPUs lack float64
             tail_C = torch.log1p(-values_CK.to(precise).exp().sum(-1).clamp(max=1)).float()
             values_CK = torch.cat([values_CK, tail_C[:, None]], dim=1)
         if self.value_bits == 16:
@@ -117,16 +117,16 @@ class Packing:
             records_PR: uint8.
 
         Returns:
-            Ids uint32[P, K] and log-probs in nats, descending, float32[P, K], or float16 if they are stored as such;
-            of equal ones the smaller id comes first.
+            Ids uint32[P, K] and log-probs in nats, descending, float32[P, K], or float16 if they are stored as such. If
+            log-probs are equal, the smaller id comes first.
 
         Raises:
-            ValueError: A record is none that `pack` makes.
+            ValueError: `pack` makes no such record.
         """
         ids_PK = self._unpacked_ids(records_PR[:, : self._id_bytes])
         stored_PK = np.ascontiguousarray(records_PR[:, self._id_bytes :]).view("u1" if self.value_bits == 8 else "<u2")
         codes_PK = stored_PK[:, : self.k]
-        order_PK = np.argsort(codes_PK, axis=1, kind="stable")  # the lower, the larger the code, float16's too
+        order_PK = np.argsort(codes_PK, axis=1, kind="stable")  # a larger code is a lower log-prob, in float16 too
         codes_PK = np.take_along_axis(codes_PK, order_PK, axis=1)
         logprobs_PK = codes_PK.view("<f2") if self.value_bits == 16 else _LOGPROBS[codes_PK]
         if self.has_tail:
@@ -148,7 +148,7 @@ class Packing:
         return np.asarray((high_PK << self._low_bits) | low_PK)
 
     def rounding(self, logprobs_PK: Array) -> Array:
-        """Return how far log-probs that were stored with 8 bits may be off, in nats; infinity at the scale's end."""
+        """Return the largest error in nats of log-probs stored with 8 bits, or infinity at the scale's end."""
         off_PK = _half_step(logprobs_PK)
         if self.has_tail:  # its rounding, and that of all others, is in the factor of the kept
             probs_PK = np.exp(logprobs_PK, dtype=np.float64)
@@ -174,6 +174,6 @@ class Packing:
 
 
 def _half_step(logprobs: Array) -> Array:
-    """Half a step of the 8-bit scale around log-probs, in nats."""
+    """Return half a step of the 8-bit scale around log-probs, in nats."""
     root = np.exp(logprobs / _ROOT, dtype=np.float64).clip(min=1 / _LEVELS)
     return np.asarray(-_ROOT * np.log1p(-0.5 / _LEVELS / root))

@@ -1,7 +1,7 @@
-"""The reader: opens a file anywhere, with numpy and h5py alone, and hands out rows by number.
+"""The reader: opens a file anywhere, with numpy and h5py alone, and returns rows by number.
 
-HDF5 is asked where each dataset lies; from then on the file is mapped into memory. So a row costs one page fault or
-two, and an open file may be used in forked processes.
+HDF5 gives the place of each dataset. From then on the file is mapped into memory: a row costs one page fault or two,
+and forked processes may use an open file.
 """
 
 from pathlib import Path
@@ -19,17 +19,17 @@ class LogitsFile:
     """A file, mapped into memory.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         layout: Its sizes.
-        attributes: What it says about itself, `settings` and `packages` as dictionaries.
-        arrays: Every dataset by name, read-only; see `layout` for shapes and dtypes.
+        attributes: Its attributes, `settings` and `packages` as dictionaries.
+        arrays: Every dataset by name, read-only. See `layout` for shapes and dtypes.
     """
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         """Open a file.
 
         Args:
-            path: Where it is.
+            path: Path of the file.
             partial: Open it even if rows are missing; `arrays["done"]` tells which are there.
 
         Raises:
@@ -58,11 +58,11 @@ class LogitsFile:
         """Read one row, unpacked if it is stored packed, bfloat16 as float32.
 
         Args:
-            row: Row number; negative counts from the end.
+            row: Row number. A negative number counts from the end.
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and what was kept: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn),
+            and the kept values: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn),
             `hidden` [P, D], or `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
 
         Raises:
@@ -81,7 +81,7 @@ class LogitsFile:
         return data
 
     def stored(self, row: int) -> dict[str, Array]:
-        """Read one row as it is stored: what its checksum is of, after its number and its source row."""
+        """Read one row as it is stored: the arrays its checksum covers, after its number and its source row."""
         number = row + len(self) if row < 0 else row
         if not 0 <= number < len(self):
             raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {row}.")
@@ -91,7 +91,7 @@ class LogitsFile:
         return {"input_ids": self.arrays["input_ids"][tokens]} | {name: self.arrays[name][positions] for name in names}
 
     def perplexity(self) -> float:
-        """The teacher's perplexity over all captured positions: exp of the mean of -`target_logprob`."""
+        """Return the teacher's perplexity over all captured positions: exp of the mean of -`target_logprob`."""
         target_logprob = self.arrays["target_logprob"]
         blocks = range(0, len(target_logprob), _BLOCK_POSITIONS)
         total = sum(float(target_logprob[start : start + _BLOCK_POSITIONS].sum(dtype=np.float64)) for start in blocks)

@@ -13,18 +13,18 @@ from logitgen.file.reader import LogitsFile
 
 _CHUNK_LOGITS = 2**24
 _NATS_ERROR = 1e-3
-"""What float32 sums over a vocabulary may be off, with room to spare."""
+"""Error limit for float32 sums over a vocabulary, with room to spare."""
 
 Row = dict[str, Array]
 
 
 def problems(file: LogitsFile) -> Iterator[str]:
-    """Find what is wrong with a file, one line each; nothing found is the proof.
+    """Find the faults of a file, one line each. No line is the proof.
 
-    Looked at are the offsets, the output head's checksum, the `done` flags, every row's checksum (over its number,
-    source row, tokens, positions and all that was captured) and whether the values can be what they are called: ids
-    below the vocabulary, positions that have a next token, log-probs finite, at most 0 and descending, no more
-    probability than 1. Hidden states are only looked at; that they give the log-probs is what `rerun` shows.
+    The checks cover the offsets, the output head's checksum, the `done` flags, and every row's checksum (over its
+    number, source row, tokens, positions and all captured values). They also cover the values: ids below the
+    vocabulary, positions that have a next token, log-probs finite, at most 0 and descending, no more probability than
+    1. Hidden states are only checked to be finite. `rerun` shows that they give the log-probs.
     """
     descending = [name for name in ("offsets", "position_offsets") if (np.diff(file.arrays[name]) < 0).any()]
     yield from (f"{name} runs backwards" for name in descending)
@@ -38,7 +38,7 @@ def problems(file: LogitsFile) -> Iterator[str]:
 
 
 def row_problems(file: LogitsFile, row: int) -> Iterator[str]:
-    """Find what is wrong with one row, given by its number from 0 on."""
+    """Find the faults of one row, given by its number from 0 on."""
     done = file.arrays["done"][row]
     if done != 1:
         yield f"has a done flag of {done}" if done else "is missing"
@@ -112,7 +112,7 @@ def _logits_problems(data: Row, layout: Layout) -> Iterator[str]:
         if not np.isfinite(logits_CV).all():
             yield "has logits that are not finite"
             return
-        # Logits beyond what float16 holds were stored as its largest: nothing can be said of their positions.
+        # Logits beyond float16 were stored as its largest value: their positions cannot be checked.
         usual_C = logits_CV.max(1) < FLOAT16_MAX
         logits_CV, logsumexp_C = logits_CV[usual_C], data["logsumexp"][span][usual_C]
         largest_C = logits_CV.max(1, initial=-np.inf)

@@ -1,4 +1,4 @@
-"""The leader's side: the output it claims, the writer, the progress it shows and leaves for whoever looks.
+"""The leader's side: the claimed output, the writer, and the progress it shows and stores for other processes.
 
 Imports `file` and `split`.
 """

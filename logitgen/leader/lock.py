@@ -22,9 +22,9 @@ _UNLOCKED = "%s cannot be locked here: start only one run at a time that writes 
 
 
 def locked(path: Path, flags: int) -> BinaryIO:
-    """Open a file for this process alone, for as long as what is returned stays open.
+    """Open a file for this process alone, until the returned file is closed.
 
-    Where there is no such lock, what is returned is closed: Windows neither renames nor removes a file that is open.
+    On Windows, which has no such lock, the returned file is closed: Windows neither renames nor removes an open file.
 
     Raises:
         UsageError: Another process has it.
@@ -50,7 +50,7 @@ def locked(path: Path, flags: int) -> BinaryIO:
 
 
 def reserve(descriptor: int) -> None:
-    """Have the file system set the file's blocks aside, so that the disk cannot be full later."""
+    """Have the file system reserve the file's blocks, so that the disk cannot be full later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size + STATUS_BYTES)
 

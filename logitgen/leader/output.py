@@ -1,7 +1,7 @@
-"""The output: a name claimed by one process, under which a file comes into being, is resumed and is completed.
+"""The output: a name that one process claims, and the creation, resuming and completion of the file under it.
 
-A new file is made under a third name, and renamed to `.partial` once its head and all that is known before the first
-forward pass are on the disk. So a `.partial` is always whole in its structure; one more rename, and it is complete.
+A new file is made under a third name. It is renamed to `.partial` once its head and all data known before the first
+forward pass are on the disk, so the structure of a `.partial` is always whole. One more rename completes it.
 """
 
 import json
@@ -35,27 +35,27 @@ _CALLED = {
     "tokenizer_fingerprint": "the tokenizer",
     "dataset_fingerprint": "the tokens of the rows",
 }
-"""Attributes whose values say nothing to a person."""
+"""Readable names for attributes whose values mean nothing to a person."""
 _PREFIXES = {"settings": "--", "teacher_config": "the teacher's ", "computation": "the teacher's "}
-"""What comes before the names in an attribute that holds several."""
+"""Prefixes of the names in an attribute that holds several values."""
 
 
 class Output:
     """The leader's claim on an output.
 
     Attributes:
-        path: Where the complete file will be, or is.
-        partial: Where it is until then.
-        new: Where it is while it is created.
-        found: The head of the complete file, or of the partial one that is resumed; None where there is none yet.
+        path: Name of the complete file.
+        partial: Name of the file until it is complete.
+        new: Name of the file during its creation.
+        found: The head of the complete file, or of the partial file to resume, or None if there is neither.
     """
 
     def __init__(self, path: Path, overwrite: bool, dry_run: bool = False) -> None:
-        """Name an output; nothing is looked at yet.
+        """Name an output. Nothing is read yet.
 
         Args:
-            path: Where the complete file will be.
-            overwrite: Replace a complete file once the new one is complete, and a partial one of another run.
+            path: Name of the complete file.
+            overwrite: Replace a complete file once the new one is complete, and a partial file of another run.
             dry_run: Lock and remove nothing, and only warn of a file of another run.
         """
         self.path = path
@@ -68,7 +68,7 @@ class Output:
         self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
-        """Look at what is there, before anything expensive, and lock what can be resumed.
+        """Inspect existing files before anything expensive, and lock the file to resume.
 
         Raises:
             UsageError: The name cannot be written to, is taken by something else, or another process writes to it.
@@ -119,10 +119,10 @@ class Output:
         self.found = None
 
     def batch_tokens(self, settings: Mapping[str, Any]) -> int | None:
-        """The token budget of the file that was found; None where there is none to go on with.
+        """Return the token budget of the file to resume, or None if there is none.
 
         Args:
-            settings: This run's, of which only the token budget is still open.
+            settings: This run's settings. Only their token budget is still open.
         """
         there = self.found.attributes["settings"] if self.found else {}
         of_another_run = there | {"batch_tokens": None} != {**settings, "batch_tokens": None}
@@ -130,7 +130,7 @@ class Output:
         return value if isinstance(value, int) and value > 0 and not (self._overwrite and of_another_run) else None
 
     def check(self, attributes: Mapping[str, Any]) -> None:
-        """Compare what is there with what this run would write, as far as that is known.
+        """Compare the existing file with the attributes this run would write, as far as they are known.
 
         Args:
             attributes: Some of the file's attributes.
@@ -142,14 +142,14 @@ class Output:
             self._refuse(f"{self._place} is of another run. There and here differ: {'; '.join(differences)}.")
 
     def done(self) -> Array:
-        """Read which rows are in the file that was found, bool[N]."""
+        """Read the `done` flags of the file found, bool[N]."""
         if self.found is None:
             raise ValueError("There is no file yet.")
         values = np.fromfile(self._place, "u1", self.found.layout.num_rows, offset=self.found.places["done"])
         return np.asarray(values == 1)
 
     def is_complete(self) -> bool:
-        """Whether a file was found that has all its rows."""
+        """Tell whether the file found has all its rows."""
         return self.found is not None and bool(self.done().all())
 
     @property
@@ -158,7 +158,7 @@ class Output:
         return shutil.disk_usage(self.path.parent).free
 
     def check_space(self, size_bytes: int) -> None:
-        """Refuse a new file that does not fit on the disk; one that is resumed has its space already.
+        """Refuse a new file that does not fit on the disk. A resumed file has its space already.
 
         Raises:
             UsageError: The free space is less than the size of the file.
@@ -171,12 +171,12 @@ class Output:
             )
 
     def create(self, layout: Layout, attributes: Attributes, write_known: Callable[[BinaryIO, Places], None]) -> Header:
-        """Make the file, unless there is one to go on with.
+        """Create the file, unless there is one to resume.
 
         Args:
             layout: The file's sizes.
-            attributes: What the file says about itself.
-            write_known: Writes what is known before the first forward pass, given the file and the datasets' places.
+            attributes: The file's attributes.
+            write_known: Writes the data known before the first forward pass, given the file and the datasets' places.
 
         Returns:
             The file's head.
@@ -207,15 +207,15 @@ class Output:
         return self.found
 
     def _check_still_free(self) -> None:
-        """Look again, now that nobody else can create the file."""
+        """Check again, now that nobody else can create the file."""
         if (self.partial.exists() and self._lock is None) or (self.path.exists() and not self._overwrite):
             raise UsageError(f"Another run has begun to write {self.path}. Wait for it, or choose another name.")
 
     def _check_own(self) -> None:
-        """Make sure that the partial file's name is still that of the file this run has open.
+        """Check that the partial file's name still belongs to the file this run has open.
 
         Raises:
-            CaptureError: It is not: the file was moved or removed, or another one was put in its place.
+            CaptureError: It does not: the file was moved or removed, or another file took its place.
         """
         if self._lock is None or self._lock.closed:  # Windows, where an open file cannot be moved
             return
@@ -228,10 +228,10 @@ class Output:
         )
 
     def complete(self) -> None:
-        """Give the file its own name, unless it has it.
+        """Give the file its final name, unless it has it already.
 
         Raises:
-            CaptureError: It cannot be renamed, or another file has its name or is to have it.
+            CaptureError: The rename fails, or another file has taken its name or the final name.
         """
         if self._place == self.path:
             return
@@ -241,9 +241,9 @@ class Output:
                 f"{self.path} has come to be meanwhile, and is not replaced. All rows are in {self.partial}: rename it."
             )
         try:
-            with self.partial.open("r+b") as file:  # a run that was killed may have left flags that are in memory only
+            with self.partial.open("r+b") as file:  # a killed run may have left flags that are in memory only
                 if self.found:
-                    os.ftruncate(file.fileno(), self.found.size_bytes)  # the line about the run does not stay
+                    os.ftruncate(file.fileno(), self.found.size_bytes)  # cuts off the status line
                 os.fsync(file.fileno())
             self.partial.replace(self.path)
             sync_folder(self.path.parent)
@@ -256,7 +256,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     named = set()
     for name in sorted(here, key=lambda name: name != "settings"):  # first: other attributes repeat some of them
         if name in LATER_ATTRIBUTES and not there[name]:
-            continue  # an older file, which says nothing of it
+            continue  # an older file without this attribute
         if isinstance(there[name], dict):
             wanted = json.loads(here[name])
             for key in sorted(there[name].keys() | wanted):
@@ -268,7 +268,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def _where(file: BinaryIO) -> Path | str:
-    """Say where an open file is now, as Linux tells."""
+    """Find the present path of an open file, which only Linux tells."""
     try:
         return Path(f"/proc/self/fd/{file.fileno()}").readlink()
     except OSError:

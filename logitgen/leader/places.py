@@ -1,4 +1,4 @@
-"""Writing to the places of a file's arrays."""
+"""The places of a file's arrays, and writes to them."""
 
 import os
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class Arrays:
         self._places = places
 
     def put(self, name: str, start: int, values: Array) -> None:
-        """Overwrite entries of a dataset, from one of them on."""
+        """Overwrite entries of a dataset, beginning at entry `start`."""
         data = values.astype(self._fields[name][1], copy=False).reshape(-1).view(np.uint8)
         num_entries = len(data) // self._entry_bytes(name)
         self.put_parts(name, data, [(0, num_entries, int(start))])
@@ -35,7 +35,7 @@ class Arrays:
         Args:
             name: The dataset.
             data: The array as it is stored, uint8.
-            parts: First entry of a part in the array, the one after its last, and where in the dataset it goes.
+            parts: First entry of a part in the array, the entry after its last, and its first entry in the dataset.
         """
         place, size = self._places[name], self._entry_bytes(name)
         view = memoryview(data)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ class Arrays:
 
 
 def write_at(file: BinaryIO, place: int, data: memoryview) -> None:
-    """Overwrite bytes of a file, from one of them on."""
+    """Overwrite bytes of a file, beginning at byte `place`."""
     if _HAS_PWRITE:  # one system call instead of two, some five times for every row
         written = os.pwrite(file.fileno(), data, place)
     else:
@@ -59,7 +59,7 @@ def write_at(file: BinaryIO, place: int, data: memoryview) -> None:
 
 
 def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head: Head | None = None) -> None:
-    """Write all that is known before the first forward pass; rows without a captured position are done with it.
+    """Write all data known before the first forward pass. It completes rows without a captured position.
 
     Args:
         file: The new file.
@@ -88,5 +88,5 @@ def write_known(file: BinaryIO, places: Places, layout: Layout, rows: Rows, head
 
 
 def offsets_of(counts: Array) -> Array:
-    """Turn the sizes of rows into where each begins and the last one ends, [N+1]."""
+    """Turn the sizes of rows into the offsets of their starts and of the last end, [N+1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

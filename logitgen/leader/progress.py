@@ -20,23 +20,23 @@ from logitgen.file.layout import Array
 logger = logging.getLogger(__name__)
 
 WAITED_SHARE = 0.05
-"""Share of the ranks' time spent waiting below which the forward passes are what a run takes its time for."""
+"""Share of the ranks' time spent waiting below which the forward passes are the bottleneck."""
 
 BUSY_SHARE = 0.5
-"""Share of the writer's time above which it is the disk that the ranks wait for."""
+"""Share of the writer's time above which the disk is the bottleneck of waiting ranks."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far a run is, in tokens that go through the teacher.
+    """The progress of a run, in tokens that go through the teacher.
 
     Attributes:
         seconds: Since this run's first forward pass.
-        rate_of_late: Tokens per second in the last ten to twenty seconds.
+        rate_of_late: Recent tokens per second, over the last ten to twenty seconds.
         tokens_before: Tokens that were in the file when this run began.
-        source_tokens: Tokens of each source that are in the file since.
+        source_tokens: Tokens of each source that this run has added to the file.
         source_totals: Tokens of each source in all, of this run.
-        ranks_of_source: How many ranks compute together what one source yields.
+        ranks_of_source: Number of ranks that compute one source together.
     """
 
     seconds: float
@@ -68,7 +68,7 @@ class Snapshot:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Time left; None before the first tokens are in the file."""
+        """Time left, or None before the first tokens are in the file."""
         return (self.total - self.tokens) / self.rate if self.rate else None
 
     @property
@@ -77,22 +77,22 @@ class Snapshot:
         return "ETA -:--" if self.eta_seconds is None else f"ETA {format_seconds(self.eta_seconds)}"
 
     def share(self, source: int) -> float:
-        """How much of its tokens a source has done, 0 to 1."""
+        """Share of its tokens that a source has done, 0 to 1."""
         return self.source_tokens[source] / self.source_totals[source] if self.source_totals[source] else 1.0
 
     @property
     def slowest(self) -> str:
-        """The end of a sentence: which source has done least of its share. Empty if there is only one."""
+        """The end of a sentence that names the source with the least of its share done. Empty if there is only one."""
         slowest = min(range(len(self.source_totals)), key=self.share)
         return f", slowest {self.name(slowest)} at {self.share(slowest):.0%}" if len(self.source_totals) > 1 else ""
 
     def name(self, source: int) -> str:
-        """What a source is called: the rank that sends what it yields."""
+        """Name of a source: the rank that sends its payloads."""
         return f"rank {source * self.ranks_of_source}"
 
 
 def bars(known: Snapshot, eta: str, most_sources: int) -> RenderableType:
-    """Draw a bar for the whole and one for each source, or for the slowest where these are too many."""
+    """Draw a bar for the whole and one for each source, or only for the slowest if there are too many."""
     table = Table.grid(padding=(0, 1), expand=True)
     for ratio in (0, 1, 0, 0):
         table.add_column(ratio=ratio or None, no_wrap=True)
@@ -111,9 +111,9 @@ def bars(known: Snapshot, eta: str, most_sources: int) -> RenderableType:
 
 
 class Progress:
-    """The leader's live display: totals, and a line for each source so that a straggler is seen.
+    """The leader's live display: totals, and a line for each source that exposes a straggler.
 
-    Without a terminal it is one plain line now and then.
+    Without a terminal it logs one plain line now and then.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Progress:
             rows: Rows of every batch of the plan, [num_batches].
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
-            shares: Numbers of the batches of each source; the others are in the file already.
-            ranks_of_source: How many ranks compute together what one source yields.
+            shares: Numbers of the batches of each source. The others are in the file already.
+            ranks_of_source: Number of ranks that compute one source together.
         """
         self._batches = rows, tokens, written_bytes
         self._ranks_of_source = ranks_of_source
@@ -163,7 +163,7 @@ class Progress:
 
         Args:
             batch: Its number in the plan.
-            writer_seconds: How long the writer has been busy so far.
+            writer_seconds: Seconds the writer has been busy so far.
         """
         if not any(self._source_tokens):
             logger.debug("First rows are in the file.")
@@ -181,12 +181,12 @@ class Progress:
             logger.info("%s", self._plain())
 
     def waited(self, source: int, seconds: float) -> None:
-        """Note how long a source has waited so far for a place to put what it had computed."""
+        """Record the seconds a source has waited so far for a free buffer."""
         self._waited_seconds[source] = seconds
 
     @property
     def waited_share(self) -> float:
-        """Share of their time for which the sources have waited so far, 0 to 1."""
+        """Share of their time that the sources have spent waiting so far, 0 to 1."""
         return sum(self._waited_seconds) / (self.seconds * len(self._waited_seconds))
 
     @property
@@ -205,7 +205,7 @@ class Progress:
         return max(time.monotonic() - self._start, 1e-9)  # a coarse clock stands still at first
 
     def snapshot(self) -> Snapshot:
-        """How far the run is."""
+        """Take a snapshot of the progress."""
         since, _, _, tokens_before = self._marks[0]
         return Snapshot(
             seconds=self.seconds,
@@ -228,5 +228,5 @@ class Progress:
 
     def _render(self) -> RenderableType:
         known = self.snapshot()
-        lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may take several
+        lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may wrap
         return Group(Text(f"{self._numbers(known)}, {self._last_words()}"), bars(known, known.eta, lines))

@@ -1,8 +1,8 @@
-"""How a run is doing, seen from elsewhere: its files are read, and neither locked nor written to.
+"""The status of a run, seen from another process: it reads the run's files, and neither locks nor writes them.
 
-Behind the data of an unfinished file is room for one line of text. At every commit the writer says there how far each
-rank is; before the file gets its own name the line is cut off, so a complete file has nothing of it. A file beside it
-would outlive a run that was killed, and would not move along with it.
+An unfinished file has room for one line of text behind its data. At every commit the writer stores the progress of
+each rank there. The line is cut off before the file gets its final name, so a complete file holds none of it. A
+separate status file would outlive a killed run, and would not move along with the output.
 """
 
 import json
@@ -29,24 +29,24 @@ _LINE = re.compile(rb"logitgen status ([0-9a-f]{8}) (.*)\n")
 
 _STALLED_SECONDS = 60.0
 _STALLED_BATCHES = 3
-"""A run is stalled once it has written nothing for so long, and for as long as so many batches of each rank take."""
+"""A run is stalled after this many seconds without a write, if each rank could have computed this many batches."""
 
 _FIRST_BATCH_SECONDS = 600.0
-"""How long the first batch may take, before it is known how long one does."""
+"""Limit for the first batch, before the time per batch is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How a run is doing.
+    """The status of a run.
 
     Attributes:
-        path: Where its complete file will be, or is.
-        state: Stalled means that nothing has been written for long, as after a kill. A run that is stopped has said so,
-            or its first forward pass is still to come.
-        num_rows: Rows of the file; None where there is none yet.
+        path: Name of its complete file.
+        state: Stalled means that nothing has been written for long, as after a kill. A stopped run has said so, or its
+            first forward pass is still to come.
+        num_rows: Rows of the file, or None if there is no file yet.
         num_done: Rows that are in it.
-        idle_seconds: How long ago it was last written to; None where nothing will write to it.
-        snapshot: How far each rank is; None unless the run is under way.
+        idle_seconds: Seconds since the last write, or None if nothing will write to it.
+        snapshot: The progress of each rank, or None if the run is not under way.
     """
 
     path: Path
@@ -58,14 +58,14 @@ class Status:
 
 
 def encode(snapshot: Snapshot) -> bytes:
-    """Turn a snapshot into the line behind the data; into nothing if it is of more ranks than there is room for."""
+    """Turn a snapshot into the line behind the data, or into no bytes if it has too many ranks to fit."""
     text = json.dumps(asdict(snapshot), separators=(",", ":")).encode()
     line = b"logitgen status %08x %b\n" % (zlib.crc32(text), text)
     return line if len(line) <= STATUS_BYTES else b""
 
 
 def decode(data: bytes) -> Snapshot | None:
-    """Turn the line behind the data back into a snapshot; None if there is none, or only a torn one."""
+    """Turn the line behind the data back into a snapshot, or None if the line is absent or torn."""
     line = _LINE.match(data)
     if line is None or zlib.crc32(line[2]) != int(line[1], 16):
         return None
@@ -81,14 +81,14 @@ def decode(data: bytes) -> Snapshot | None:
 
 
 class Watch:
-    """Looks at an output as often as it is asked to.
+    """Looks at an output whenever it is asked to.
 
-    The clock of the file's machine may differ from the own one. So only the first look believes both; from then on
-    it counts when a change is seen.
+    The clock of the file's machine may differ from the local clock. Only the first look believes both. Later looks
+    count from the moment they see a change.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name an output, by its own name or that of its `.partial`; nothing is looked at yet."""
+        """Name an output, by its own name or that of its `.partial`. Nothing is read yet."""
         self._output = Output(path.parent / path.name.removesuffix(PARTIAL_SUFFIX), overwrite=False)
         self._looked = -math.inf
         self._written = 0.0
@@ -99,7 +99,7 @@ class Watch:
 
         Raises:
             UsageError: The folder does not exist, or a file in it cannot be read.
-            FormatError: What is there is no file of logitgen, is damaged, or is no unfinished one and lacks rows.
+            FormatError: The file is not of logitgen, is damaged, or has its final name but lacks rows.
         """
         output = self._output
         try:
@@ -111,7 +111,7 @@ class Watch:
             except (FormatError, OSError):
                 if found and found.exists():
                     raise
-                return self.look()  # it got its next name meanwhile
+                return self.look()  # the file got its next name meanwhile
         except OSError as error:
             raise UsageError(f"{output.path} cannot be looked at: {reason(error)}.") from error
 
@@ -143,7 +143,7 @@ class Watch:
         )
 
     def _idle_seconds(self, path: Path) -> float:
-        """How long ago a file was last written to."""
+        """Return the seconds since the last write to a file."""
         now, mtime = time.monotonic(), path.stat().st_mtime
         if mtime != self._mtime:
             self._mtime = mtime
@@ -153,7 +153,7 @@ class Watch:
 
 
 def _state(snapshot: Snapshot | None, is_full: bool, head: Header, idle_seconds: float) -> State:
-    if snapshot is None and not is_full:  # a full file has lost its line, and is about to get its own name
+    if snapshot is None and not is_full:  # a full file has lost its line, and is about to get its final name
         return "stopped"
     patience = _FIRST_BATCH_SECONDS
     batch_tokens = head.attributes["settings"].get("batch_tokens")

@@ -1,13 +1,13 @@
 """The writer: one thread that puts payloads into their places in the file.
 
-HDF5 has created the file and is closed: writing a row only overwrites bytes at fixed places, which a plain file does
-without HDF5's bookkeeping. So the metadata never changes, and a killed writer cannot damage it. Measured on 2 cores,
-rows of 100 positions with k=64 in random order: 0.9 to 2.2 million positions a second this way, 0.12 to 0.15 million
+HDF5 has created the file and is closed. Writing a row only overwrites bytes at fixed places, which a plain file does
+without HDF5's bookkeeping. The metadata never changes, so a killed writer cannot damage it. Measured on 2 cores, rows
+of 100 positions with k=64 in random order: 0.9 to 2.2 million positions a second this way, 0.12 to 0.15 million
 through h5py.
 
 The order is: rows, fsync, and only then their `done` flags. A row that is marked done is never written again. A second
-thread does the syncing and nothing else, so that rows are written meanwhile: 300 MB with k=64 come onto the disk with
-1,330 to 1,500 MB/s, with one sync at the end with 950 to 1,070.
+thread only syncs, so rows are written meanwhile: 300 MB with k=64 reach the disk at 1,330 to 1,500 MB/s, with one sync
+at the end at 950 to 1,070.
 """
 
 import logging
@@ -34,10 +34,10 @@ from logitgen.split.job import Job
 logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 5.0
-"""After so long what has been written is synced; a kill or a power cut costs at most twice that."""
+"""Longest time until written rows are committed. A kill or a power cut costs at most twice that."""
 
 COMMIT_BYTES = 32 * 2**20
-"""After so much it is synced earlier, if the sync before has ended."""
+"""Unsynced bytes that start an earlier commit, if the sync before has ended."""
 
 
 OnWritten = Callable[[int, float], None]
@@ -47,7 +47,7 @@ Work = Callable[[], None]
 class Writer:
     """Writes payloads into the file, in any order, each missing row exactly once.
 
-    To be used as a context manager: if the block fails, what has been written is kept.
+    Use it as a context manager: if the block fails, the written rows are kept.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Writer:
         Args:
             partial: The file, with all that is known of its rows.
             header: The file's head.
-            job: What the file is to hold.
-            done: Which rows are in the file already, bool[N].
-            on_written: Called with the number of every batch that has been written, and how many seconds writing and
-                syncing have taken so far, in the writer's thread.
-            snapshot: Says how far the run is, for whoever watches it: at the start, and after every commit.
+            job: The rows, the plan and the layout of the file.
+            done: Flags of the rows that are in the file already, bool[N].
+            on_written: Called in the writer's thread with the number of every written batch, and the seconds that
+                writing and syncing have taken so far.
+            snapshot: Returns the progress of the run for watchers. Called at the start, and after every commit.
         """
         self._partial = partial
         self._job = job
@@ -85,7 +85,7 @@ class Writer:
         self._last_sync = time.monotonic()
         self._syncer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")
         self._busy_seconds = 0.0
-        self._error: BaseException | None = None  # after which the file is not trusted to take anything
+        self._error: BaseException | None = None  # after an error nothing more goes into the file
         self._work: queue.SimpleQueue[tuple[Work, Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._say_how_far()
@@ -107,7 +107,7 @@ class Writer:
         self._thread.join()
         self._syncer.shutdown()
         if error and self._snapshot:
-            self._put_line(b"\0")  # the run is not under way any more
+            self._put_line(b"\0")  # the run is no longer under way
         self._file.close()
 
     @property
@@ -116,11 +116,11 @@ class Writer:
         return int(np.count_nonzero(self._times_written > 1))
 
     def submit(self, batch: int, payload: Array) -> Future[None]:
-        """Have a batch's payload written; the payload must stay as it is until the returned future is done."""
+        """Have a batch's payload written. It must not change until the returned future is done."""
         return self._submit(lambda: self._write_batch(batch, payload))
 
     def finish(self) -> None:
-        """Wait for all that was submitted, and have it on the disk.
+        """Wait until all submitted payloads are on the disk.
 
         Raises:
             CaptureError: A row is missing or was written twice, or the disk failed.
@@ -145,7 +145,7 @@ class Writer:
                     raise self._error
                 self._do(work)
                 future.set_result(None)
-            except BaseException as error:  # else whoever waits for it waits for ever
+            except BaseException as error:  # otherwise the waiting thread would wait for ever
                 self._error = error
                 future.set_exception(error)
 
@@ -156,7 +156,7 @@ class Writer:
             raise CaptureError(f"{self._partial} cannot be written: {reason(error)}.") from error
 
     def _next(self) -> tuple[Work, Future[None]] | None:
-        """Wait for work; a commit, when it is time, comes first, and even if there is nothing else to do."""
+        """Wait for work. A due commit comes first, even if there is nothing else to do."""
         while self._unsynced and not self._error:
             left = self._last_sync + COMMIT_SECONDS - time.monotonic()
             if left <= 0 or (self._unsynced_bytes >= COMMIT_BYTES and not self._sync):
@@ -186,7 +186,7 @@ class Writer:
         self._on_written(batch, self._busy_seconds)
 
     def _begin_commit(self) -> None:
-        """Have what has been written so far synced, while more is written; the commit before ends first."""
+        """Start to sync all written rows, while more are written. The commit before ends first."""
         self._end_commit(self._sync)
         self._syncing, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
         self._last_sync = time.monotonic()
@@ -194,7 +194,7 @@ class Writer:
         self._sync.add_done_callback(lambda sync: self._submit(lambda: self._end_commit(sync)))
 
     def _end_commit(self, sync: Future[None] | None) -> None:
-        """Say of rows that they are done, once their data is on the disk."""
+        """Mark rows as done, once their data is on the disk."""
         if sync is None or sync is not self._sync:  # it has been waited for before
             return
         start = time.monotonic()
@@ -207,17 +207,17 @@ class Writer:
         self._say_how_far()
 
     def _say_how_far(self) -> None:
-        """Let whoever watches the run know how far it is."""
+        """Store the progress for watchers of the run."""
         if self._snapshot:
             self._put_line(encode(self._snapshot()))
 
     def _put_line(self, line: bytes) -> None:
-        """Overwrite the line behind the data; no row depends on it, so the disk may refuse it."""
+        """Overwrite the line behind the data. No row depends on it, so the disk may refuse it."""
         with suppress(OSError):
             write_at(self._file, self._header.size_bytes, memoryview(line))
 
     def _keep(self) -> None:
-        """Commit, and have even the `done` flags on the disk."""
+        """Commit, and sync even the `done` flags."""
         self._begin_commit()
         self._end_commit(self._sync)
         os.fsync(self._file.fileno())

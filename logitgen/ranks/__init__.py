@@ -1,4 +1,4 @@
 """The ranks: how they find each other, agree, deliver payloads to the leader, and end together.
 
-Imports `file` for arrays alone: what travels is bytes.
+Imports `file` for arrays alone: payloads travel as bytes.
 """

@@ -1,4 +1,4 @@
-"""The agreement of ranks: what all do together, what one tells the others, and how long they wait for each other."""
+"""The agreement of ranks: the steps all take together, the values they exchange, and their timeouts."""
 
 import math
 import threading
@@ -30,13 +30,13 @@ from logitgen.ranks.environment import (
 T = TypeVar("T")
 
 _NO_TIMEOUT = timedelta(days=365)
-"""A rank that dies closes its connections, which ends every wait at once; that one hangs is seen from outside gloo."""
+"""A dead rank closes its connections, which ends every wait at once. A hanging rank is detected outside gloo."""
 
 UNLIMITED = math.inf
-"""Patience for what may take hours on one rank while the others wait."""
+"""Timeout for steps that may take hours on one rank while the others wait."""
 
 _GRACE_SECONDS = 3.0
-"""By how much longer the other ranks wait than the leader, which knows best who hangs."""
+"""Extra time the other ranks wait after the leader, which knows best who hangs."""
 
 
 class Ranks:
@@ -44,21 +44,21 @@ class Ranks:
 
     Attributes:
         rank: Number of this process, 0 to `num_ranks` - 1.
-        num_ranks: How many there are.
-        is_leader: Whether this is rank 0, the one that writes the file.
-        device: Where this rank computes.
-        num_replicas: How many copies of the teacher the ranks hold together.
-        replica: Which of them this rank holds, or a part of.
-        stream: Which of the streams of batches this rank computes; several ranks compute one together if the teacher is
-            tensor parallel, and the first of them sends what is kept.
-        ranks_of_machine: How many ranks share this rank's machine.
+        num_ranks: Number of processes.
+        is_leader: True for rank 0, which writes the file.
+        device: Device this rank computes on.
+        num_replicas: Copies of the teacher that the ranks hold together.
+        replica: Number of the copy that this rank holds, or holds a part of.
+        stream: Number of the stream of batches that this rank computes. The ranks of a tensor-parallel teacher compute
+            one stream together, and the first of them sends the captured values.
+        ranks_of_machine: Number of ranks on this rank's machine.
     """
 
     def __init__(self, thread_failures: list[BaseException]) -> None:
         """Join the other ranks.
 
         Args:
-            thread_failures: Where other threads leave why they failed, before they interrupt the main one.
+            thread_failures: List to which other threads append their errors before they interrupt the main thread.
         """
         accelerator = join()
         self.rank = accelerator.process_index
@@ -78,7 +78,7 @@ class Ranks:
 
     @property
     def patience_seconds(self) -> float:
-        """How long this rank waits for others of which none moves."""
+        """Seconds this rank waits for others while no rank moves."""
         return self._patience_seconds
 
     @patience_seconds.setter
@@ -88,15 +88,15 @@ class Ranks:
             give_up_silent_machines(min(seconds, SILENT_SECONDS))
 
     def form_replicas(self, tp_size: int, fsdp_size: int, device_map: str | None = None) -> None:
-        """Have ranks next to one another hold one teacher together.
+        """Group neighbouring ranks so that each group holds one teacher.
 
         Args:
             tp_size: Ranks that compute a batch together.
-            fsdp_size: How many such groups share the weights.
-            device_map: How the teacher of a single rank is spread over all devices of the machine, if it is.
+            fsdp_size: Number of such groups that share the weights.
+            device_map: How a single rank spreads its teacher over all devices of the machine, if it does.
 
         Raises:
-            UsageError: They do not fit the number of ranks.
+            UsageError: The sizes do not fit the number of ranks.
         """
         check_replicas(self.num_ranks, tp_size, fsdp_size, device_map)
         size = tp_size * fsdp_size
@@ -105,10 +105,10 @@ class Ranks:
 
     @contextmanager
     def together(self, patience_seconds: float | None = None) -> Iterator[None]:
-        """Have every rank run a block; at its end, raise the error of any of them on all.
+        """Have every rank run a block. At its end, raise the error of any rank on all of them.
 
         Args:
-            patience_seconds: How long the others may be waited for; `self.patience_seconds` if not given.
+            patience_seconds: Timeout of the wait for the others; `self.patience_seconds` if not given.
 
         Raises:
             LogitgenError: The lowest failing rank's error.
@@ -122,7 +122,7 @@ class Ranks:
 
     @contextmanager
     def machine_by_machine(self, patience_seconds: float | None = None) -> Iterator[None]:
-        """Do the same, but the first rank of every machine ends before its others start, which find a filled cache."""
+        """Run a block as `together` does, first on one rank of every machine: the others find a filled cache."""
         if not self._first_of_machine:
             self._agree(None, patience_seconds)
         with self.together(patience_seconds):
@@ -139,7 +139,7 @@ class Ranks:
         """Check that all ranks see the same.
 
         Args:
-            facts: What each fact is called and this rank's value of it.
+            facts: Name of each fact and this rank's value of it.
 
         Raises:
             UsageError: A rank's value differs from the leader's.
@@ -155,23 +155,23 @@ class Ranks:
                     )
 
     def from_leader(self, value: T) -> T:
-        """Hand the leader's value to every rank; the others' are not looked at."""
+        """Hand the leader's value to every rank, and ignore the values of the others."""
         values = [value]
         self._meet(lambda: dist.broadcast_object_list(values, src=0, group=self._group))
         return values[0]
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Have every rank run a block in which those that share a teacher wait for one another.
+        """Have every rank run a block in which the ranks of a shared teacher wait for one another.
 
-        If it fails on one of them, the others cannot be asked any more: that rank ends, and so does the run.
+        If the block fails on one of them, the others cannot be asked any more. That rank ends, and so does the run.
         """
         with self.together() if self._ranks_of_replica == 1 else self.watched():
             yield
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """End this rank if those that share its teacher stop moving in the block, where nothing can interrupt them."""
+        """End this rank if the ranks that share its teacher hang in the block, where nothing can interrupt them."""
         if self._ranks_of_replica == 1:
             yield
             return
@@ -194,7 +194,7 @@ class Ranks:
             ended.set()
 
     def gathered(self, value: T, patience_seconds: float | None = None) -> list[T]:
-        """Hand every rank the values of all, by rank; see `_wait` for the patience."""
+        """Hand every rank the values of all, in rank order. See `_wait` for the timeout."""
         values: list[T] = [value] * self.num_ranks
         self._meet(lambda: dist.all_gather_object(values, value, group=self._group), patience_seconds)
         return values
@@ -220,13 +220,13 @@ class Ranks:
         late: Callable[[], str],
         patience_seconds: float | None = None,
     ) -> None:
-        """Do what needs another rank, in a thread: so a signal ends the wait, or ranks that have stopped moving.
+        """Run work that needs another rank, in a thread: a signal or a timeout can then end the wait.
 
         Args:
-            work: What to do.
-            who: Who it was if a connection breaks.
-            late: Who it was if nothing moves any more.
-            patience_seconds: How long nothing may move; `self.patience_seconds` if not given.
+            work: The work to run.
+            who: Culprit to name if a connection breaks.
+            late: Returns the culprit to name if nothing moves any more.
+            patience_seconds: Seconds without a move before the timeout; `self.patience_seconds` if not given.
         """
 
         def run() -> None:
@@ -234,7 +234,7 @@ class Ranks:
                 with lost_connection_means(who):
                     work()
             except LostRankError as error:
-                self._failures.append(error)  # even if the launcher's signal reaches the main thread first
+                self._failures.append(error)  # kept even if the launcher's signal reaches the main thread first
                 raise
 
         future = self._waiting.submit(run)
@@ -245,9 +245,9 @@ class Ranks:
         """Wait until something has ended, as long as any rank moves.
 
         Args:
-            ended: Waits so many seconds at most; whether it has ended by then.
-            late: Who it was if nothing moves any more.
-            patience_seconds: How long nothing may move.
+            ended: Waits at most the given number of seconds, and returns true if it has ended by then.
+            late: Returns the culprit to name if nothing moves any more.
+            patience_seconds: Seconds without a move before the timeout.
         """
         # Looks are counted, not seconds: a run that is suspended as a whole does not look.
         most_looks = (patience_seconds + (0 if self.is_leader else _GRACE_SECONDS)) / LOOK_SECONDS
@@ -263,17 +263,17 @@ class Ranks:
     def deliver(
         self, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: OnWaited
     ) -> Iterator["Outbox"]:
-        """Open the way of payloads into the file, for as long as the block runs.
+        """Open the way of payloads into the file for the duration of the block.
 
         Args:
-            shares: Numbers of the batches of each stream, in the order in which they are computed.
+            shares: Numbers of the batches of each stream, in the order of computation.
             payload_bytes: Size of the payload of every batch of the plan, [num_batches].
-            submit: Has the writer write a batch's payload, on the leader; None elsewhere.
-            on_waited: Called on the leader with a stream and how many seconds it has waited for a free buffer so far.
+            submit: Has the writer write a batch's payload, on the leader, or None elsewhere.
+            on_waited: Called on the leader with a stream and the seconds it has waited for a free buffer so far.
 
         Yields:
-            Where this rank puts its payloads. When the block ends, all of them have been written or, on a rank other
-            than the leader, handed over.
+            The outbox of this rank. When the block ends, its payloads have been written on the leader, or handed over
+            on any other rank.
 
         Raises:
             CaptureError: The writer failed, or a rank was lost.

@@ -1,7 +1,7 @@
 """The way of payloads to the leader.
 
-The plan is the protocol. The leader knows from it who sends which batch and how large it is, so payloads travel as
-plain bytes, without headers, padding or barriers, over a gloo group of their own: the same code for CPU and GPU.
+The plan is the protocol. It tells the leader the sender and the size of every batch, so payloads travel as plain
+bytes, without headers, padding or barriers. They use a gloo group of their own: the same code for CPU and GPU.
 Measured on 2 CPU cores with 8 MB blocks: send/recv 950-2,480 MB/s, `dist.gather` 500-760, `accelerator.gather`
 (an all-gather) 130-320.
 """
@@ -42,22 +42,22 @@ Submit = Callable[[int, Array], Future[None]]
 OnWaited = Callable[[int, float], None]
 
 NUM_BUFFERS = 2
-"""Payloads a rank may have on their way, and the leader per rank: one travels while the next one is filled."""
+"""Payloads in flight per rank, on the rank and on the leader: one travels while the next is filled."""
 
 _WAITED_BYTES = 8
-"""After every payload travels, as a float64, how many seconds its rank has waited for a free buffer so far."""
+"""Size of the float64 after every payload: the seconds its rank has waited for a free buffer so far."""
 
 
 class Outbox:
-    """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next ones.
+    """A ring of buffers in host memory, from which a rank's payloads leave while it computes the next batches.
 
-    To be used as a context manager: at its end, all that was put has been handed over.
+    Use it as a context manager: at its end, every payload has been handed over.
 
-    A thread of its own finishes them and hands them over, for the one that feeds a GPU would keep it waiting meanwhile
-    (H200, hidden states of 1.5 billion parameters: 24 % of the time).
+    A thread of its own finishes payloads and hands them over. On the thread that feeds a GPU, this work would keep the
+    GPU waiting (H200, hidden states of 1.5 billion parameters: 24 % of the time).
 
     Attributes:
-        waited_seconds: How long `put` has waited for a free buffer so far.
+        waited_seconds: Seconds `put` has waited for a free buffer so far.
     """
 
     def __init__(self, size_bytes: int, hand_over: Callable[[int, Tensor], Wait] | None, device: torch.device) -> None:
@@ -65,9 +65,9 @@ class Outbox:
 
         Args:
             size_bytes: Largest payload.
-            hand_over: Starts to move a batch's message on, the payload and what follows it; returns how to wait until
-                its buffer is free again. None drops them all: another rank has the same ones.
-            device: Where payloads come from.
+            hand_over: Starts to move a batch's message on: the payload and the waited seconds behind it. Returns a
+                function that waits until its buffer is free again. None drops all payloads: another rank has the same.
+            device: Device the payloads come from.
         """
         self._hand_over = hand_over
         self._on_gpu = device.type == "cuda"
@@ -87,7 +87,7 @@ class Outbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leaving.shutdown()  # what was put is handed over, also if the block fails
+        self._leaving.shutdown()  # payloads already put are handed over even if the block fails
         if error is None:
             self.flush()
 
@@ -132,9 +132,9 @@ class Outbox:
 
 
 class Inbox:
-    """The leader's receivers: a thread for each other stream, so that a slow rank holds nobody up.
+    """The leader's receivers: a thread for each other stream, so that a slow rank delays nobody.
 
-    One more thread looks whether one of them waits for too long, and tells the other ranks that the run goes on.
+    One more thread checks their timeouts, and tells the other ranks that the run goes on.
     """
 
     def __init__(
@@ -155,13 +155,13 @@ class Inbox:
         self._late = late
         self._failures = failures
         self._threads: list[threading.Thread] = []
-        self._waiting_since: dict[int, int | None] = {}  # in looks; a receiver writes its own entry only
+        self._waiting_since: dict[int, int | None] = {}  # in looks; a receiver writes only its own entry
         self._num_looks = 0
         self._num_written = 0
         self._received = threading.Event()
 
     def take(self, stream: int, batch: int, message: Tensor) -> Wait:
-        """Have a stream's payload written, and count it once it is; return how to wait for that."""
+        """Have a stream's payload written, and count it once written. Return a function that waits for that."""
         payload, waited = message.numpy()[:-_WAITED_BYTES], message.numpy()[-_WAITED_BYTES:]
         self._on_waited(stream, float(waited.copy().view("<f8")[0]))
         future = self._submit(batch, payload)
@@ -175,8 +175,8 @@ class Inbox:
         """Receive the payloads of other streams, each in a thread of its own.
 
         Args:
-            shares: Numbers of each stream's batches, in the order in which they come.
-            ranks_of_stream: How many ranks compute a stream; the first of them sends.
+            shares: Numbers of each stream's batches, in the order of arrival.
+            ranks_of_stream: Number of ranks that compute a stream. The first of them sends.
         """
         for stream, share in shares.items():
             peer = stream * ranks_of_stream
@@ -187,10 +187,10 @@ class Inbox:
             threading.Thread(target=self._watch, name="receive watch", daemon=True).start()
 
     def join(self) -> None:
-        """Wait until every stream's payloads have been written; raise what a thread failed with."""
+        """Wait until every stream's payloads have been written. Raise the first error of a thread."""
         for thread in self._threads:
             while thread.is_alive():
-                thread.join(LOOK_SECONDS)  # where no signal ends a wait, it is seen between two
+                thread.join(LOOK_SECONDS)  # where a signal cannot end a wait, Python sees it between two waits
         self._received.set()
         if self._failures:
             raise self._failures[0]
@@ -211,7 +211,7 @@ class Inbox:
         while not self._received.wait(LOOK_SECONDS):
             if self._num_written != told:
                 told = self._num_written
-                with suppress(LostRankError):  # the main thread finds out itself
+                with suppress(LostRankError):  # the main thread notices the loss itself
                     counter(MOVES, 1)
             self._num_looks += 1
             for peer, since in list(self._waiting_since.items()):

@@ -1,4 +1,4 @@
-"""The end of a run that fails: one line from one rank, one exit status on all."""
+"""The end of a failed run: one line from one rank, one exit status on all."""
 
 import _thread
 import json
@@ -41,11 +41,14 @@ _RUN_ME_AGAIN = 75
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 _NOTICE_SECONDS = 0.5
-"""When a rank dies the launcher stops the others by signal; in this time the leader notices who died, and says so."""
+"""When a rank dies, the launcher stops the others by signal.
+
+In this time the leader notices and names the dead rank.
+"""
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop from outside: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP)."""
+    """A request from outside to stop the run: Ctrl-C, SIGTERM, or a closed terminal (SIGHUP)."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -53,11 +56,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def end_run(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:
-    """End this process for an error, or for what was the cause of it in a thread or in another rank.
+    """End this process for an error, or for its cause in a thread or in another rank.
 
     Args:
-        error: What the main thread raised.
-        thread_failures: Where other threads leave why they failed, before they interrupt the main one.
+        error: The error the main thread raised.
+        thread_failures: List to which other threads append their errors before they interrupt the main thread.
     """
     ignore_signals()
     if isinstance(error, Stopped):
@@ -72,7 +75,7 @@ def end_run(error: BaseException, thread_failures: list[BaseException]) -> NoRet
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End this process, with one line if it is the first of the launch to fail."""
+    """End this process. Print one line if it is the first of the launch to fail."""
     logger.debug("This rank ends.", exc_info=error)
     if not logging.root.handlers and not isinstance(error, LogitgenError | Stopped):
         traceback.print_exception(error)
@@ -86,14 +89,14 @@ def leave(error: BaseException) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        # Threads may be waiting inside gloo for ranks that are gone; they cannot be joined.
+        # Threads may be waiting inside gloo for ranks that are gone. They cannot be joined.
         os._exit(first.exit_status)
 
 
 def _dead_neighbours() -> list[int]:
-    """Ranks of this machine that had ended when the launcher's signal came: then that is why it came.
+    """List the ranks of this machine that ended before the launcher's signal: they are its cause.
 
-    A rank that ends because of the signal itself may be among them; but it has said so to the launch's store by then.
+    The list may hold a rank that ended because of the signal itself. That rank has told the launch's store by then.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
@@ -110,7 +113,7 @@ def _dead_neighbours() -> list[int]:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ends."""
+    """The reason why a rank ends."""
 
     rank: int
     exit_status: int
@@ -135,21 +138,21 @@ class Failure:
         return cls(rank, 1, f"{where}{type(error).__name__}: {first_line(error)}{more}")
 
     def tell_launcher(self) -> None:
-        """Put the message where torch's launcher looks for it, so that its own report names the cause."""
+        """Write the message to the place torch's launcher reads, so that its own report names the cause."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             report = {"message": self.message, "timestamp": int(time.time())}
             Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def first_failure(mine: Failure) -> Failure:
-    """Ask the launch's store which rank failed first: only that one speaks."""
+    """Ask the launch's store which rank failed first: only that rank prints its error."""
     claims: list[bytes] = []
 
     def claim() -> None:
         with suppress(Exception):  # out of reach: this rank speaks for itself
             claims.append(launch_store().compare_set("failure", "", json.dumps(astuple(mine))))
 
-    # In a thread, because the store's own time-out does not end a call to a machine that is gone (torch 2.13).
+    # In a thread, because the store's own timeout does not end a call to a machine that is gone (torch 2.13).
     thread = threading.Thread(target=claim, daemon=True)
     thread.start()
     thread.join(_STORE_TIMEOUT.total_seconds())
@@ -158,7 +161,7 @@ def first_failure(mine: Failure) -> Failure:
 
 @contextmanager
 def lost_connection_means(who: str) -> Iterator[None]:
-    """Turn gloo's error over a closed connection into one that says whose it was."""
+    """Turn gloo's error over a closed connection into an error that names the other end."""
     try:
         yield
     except RuntimeError as error:
@@ -172,7 +175,7 @@ def raise_stopped(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore_signals() -> None:
-    """From here on a signal does nothing. Not SIG_IGN: Python complains about one that came just before."""
+    """Make signals do nothing from here on. Not SIG_IGN: Python complains about a signal that came just before."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: None)
 

@@ -1,4 +1,4 @@
-"""The launch as its environment describes it: who this rank is, how the ranks find each other, their store."""
+"""The launch as its environment describes it: this rank's number, the way to the other ranks, their store."""
 
 import functools
 import os
@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from logitgen.errors import LostRankError, UsageError, first_line
 
 SILENT_SECONDS = 120.0
-"""A machine that dies closes nothing. When its kernel has not answered for so long, its connections are given up."""
+"""A dead machine closes nothing. After this time without an answer from its kernel, its connections are given up."""
 
 LOOK_SECONDS = 1.0
-"""How often a rank that waits looks whether the others still move."""
+"""Seconds between two looks of a waiting rank at whether the others still move."""
 
 MOVES = "moves"
 
@@ -31,33 +31,33 @@ _TRAINING_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def launched_rank() -> int:
-    """Return the number of this rank, as the launcher says."""
+    """Return the number that the launcher gave this rank."""
     return int(os.environ.get("RANK", "0"))
 
 
 def ranks_of_machine() -> int:
-    """Return how many ranks the launcher started on this machine."""
+    """Return the number of ranks that the launcher started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def launched_ranks() -> int:
-    """Return how many ranks the launcher started."""
+    """Return the number of ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_several_machines() -> bool:
-    """Whether the launch has ranks on other machines."""
+    """Tell whether the launch has ranks on other machines."""
     return launched_ranks() > ranks_of_machine()
 
 
 def use_interface_to(host: str) -> None:
     """Have gloo use the network interface that leads to a host.
 
-    By itself it takes the one with the address of this machine's own name, often a loopback no other machine reaches.
+    By default gloo takes the address of this machine's own name, often a loopback that no other machine reaches.
     """
     family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)  # which sends nothing
+        probe.connect(address)  # on a datagram socket this sends nothing
         own = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == own for found in addresses):
@@ -65,7 +65,7 @@ def use_interface_to(host: str) -> None:
 
 
 def give_up_silent_machines(seconds: float) -> None:
-    """Have the system break connections to a machine that answers nothing for so long; gloo and torch do not ask it to.
+    """Have the system break connections to a machine that stays silent for this time. gloo and torch do not ask it to.
 
     A machine whose ranks hang still answers. Only on Linux.
     """
@@ -78,14 +78,15 @@ def give_up_silent_machines(seconds: float) -> None:
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, step)
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, step)
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-            # Ranks that wait ask the store. On payloads this would also count a leader that is slow to take them.
+            # Waiting ranks ask the store. On payload connections this timeout would also hit a leader that is slow to
+            # read.
             if connection.raddr and connection.raddr.port == int(os.environ["MASTER_PORT"]):
                 ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
 @functools.cache
 def launch_store(timeout: timedelta = _STORE_TIMEOUT) -> Any:
-    """Return the launch's store, kept by the launcher or else by rank 0; restarted ranks find an empty one."""
+    """Return the launch's store, which the launcher or else rank 0 keeps. Restarted ranks find it empty."""
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
@@ -101,7 +102,7 @@ def launch_store(timeout: timedelta = _STORE_TIMEOUT) -> Any:
 
 
 def counter(key: str, more: int = 0) -> int:
-    """Add to one of the launch's counters, and return where it stands."""
+    """Add to one of the launch's counters, and return its value."""
     try:
         return int(launch_store().add(key, more))
     except RuntimeError as error:
@@ -116,30 +117,30 @@ def join() -> Accelerator:
     Raises:
         UsageError: The launch profile asks for something this machine does not have.
     """
-    # The launcher does not hand a profile's use_cpu on to several ranks (accelerate 1.15): without a GPU in sight
-    # they would not even find each other. The CPU profile hides the GPUs, and what is in sight decides; Apple's
-    # serves a single rank only.
+    # The launcher does not pass a profile's use_cpu on to several ranks (accelerate 1.15): without a visible GPU they
+    # would not even find each other. The CPU profile hides the GPUs, and visibility decides. Apple's GPU serves a
+    # single rank only.
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     cpu = found is None or (found.type == "mps" and launched_ranks() > 1)
     if on_several_machines() and _INTERFACE not in os.environ:
         use_interface_to(os.environ["MASTER_ADDR"])
     if launched_ranks() > 1 and not dist.is_initialized():
-        # Not left to Accelerate: with its static rendezvous ranks that were restarted find the addresses of the
-        # dead ones in the launcher's store (torch 2.13).
+        # Not left to Accelerate: with its static rendezvous, restarted ranks find the addresses of the dead ranks in
+        # the launcher's store (torch 2.13).
         dist.init_process_group(store=launch_store(JOIN_TIMEOUT), rank=launched_rank(), world_size=launched_ranks())
     try:
         return Accelerator(cpu=cpu)
-    except (ValueError, ImportError) as error:  # what a profile or ACCELERATE_... asks for is not to be had here
+    except (ValueError, ImportError) as error:  # the profile or ACCELERATE_... asks for something this machine lacks
         raise UsageError(
             f"The launch profile does not fit this machine: {first_line(error)} Use one from accelerate_configs/."
         ) from error
 
 
 def check_launch(num_ranks: int) -> None:
-    """Refuse a launch whose processes do not see each other: each would believe to be the leader.
+    """Refuse a launch whose processes do not see each other: each would take itself for the leader.
 
     Args:
-        num_ranks: How many ranks this one sees.
+        num_ranks: Number of ranks that this rank sees.
 
     Raises:
         UsageError: The launcher started another number, or has Accelerate shard models, which it only does for
@@ -159,7 +160,7 @@ def check_launch(num_ranks: int) -> None:
 
 
 def check_replicas(num_ranks: int, tp_size: int, fsdp_size: int, device_map: str | None) -> None:
-    """Refuse a number of ranks that do not make whole replicas, see `Ranks.form_replicas`."""
+    """Refuse a number of ranks that does not make whole replicas, see `Ranks.form_replicas`."""
     if device_map and num_ranks > 1:
         raise UsageError(
             f"--device_map has one rank use all GPUs of the machine, the launcher started {num_ranks} ranks. "

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """Yield the ranks of this launch; as soon as one fails in the block, end all with one message and status."""
+    """Yield the ranks of this launch. When a rank fails in the block, end all with one message and status."""
     for number in STOP_SIGNALS:
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it for SIGHUP
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP this way
             signal.signal(number, raise_stopped)
     if _started_by_launcher():
         threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher watch", daemon=True).start()
@@ -45,19 +45,19 @@ def launched() -> Iterator[Ranks]:
     except BaseException as error:
         try:
             end_run(error, thread_failures)
-        except Stopped:  # at the very last moment; there is no second one
+        except Stopped:  # at the very last moment; there is no second signal
             end_run(error, thread_failures)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _started_by_launcher() -> bool:
-    """Whether this process is a child of `accelerate launch`, with one rank or several."""
+    """Tell whether this process is a child of `accelerate launch`, with one rank or several."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _end_with(launcher: int) -> None:
-    """Stop this rank when its launcher is gone: one that is killed cannot stop its ranks itself."""
+    """Stop this rank when its launcher is gone: a killed launcher cannot stop its ranks itself."""
     while os.getppid() == launcher:
         time.sleep(LOOK_SECONDS)
     logger.warning("The launcher is gone; its ranks stop too.")

@@ -1,4 +1,4 @@
 """The split: loaded, turned into tokens, cut into rows, planned in batches.
 
-Imports `file` for the layout those rows are to have, and what stands beside the packages.
+Imports `file` for the layout of those rows, and the modules beside the packages.
 """

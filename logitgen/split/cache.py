@@ -1,7 +1,7 @@
-"""Tokens that are kept between runs: believed only if they are all there and as they were written.
+"""The cache of tokens between runs: trusted only if complete and unchanged.
 
-A power cut leaves files that were renamed but never synced: short, empty, or full of zeros. So a file counts once a
-seal lies beside it, with its size and checksum, which is written after the file is on the disk.
+A power cut leaves files that were renamed but never synced: short, empty, or full of zeros. A file therefore counts
+only with a seal beside it that holds its size and checksum. The seal is written after the file is on the disk.
 """
 
 import errno
@@ -25,19 +25,19 @@ _BLOCK_BYTES = 2**24
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _CUT_OFF = "Expected to be able to read"
-"""How Arrow says that a file ends too early, in an OSError without a number."""
+"""Arrow's words for a file that ends too early, in an OSError without a number."""
 
 
 def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
-    """Return what a file of the cache holds, or make it anew.
+    """Return the rows of a cache file, or make them anew.
 
     Args:
         path: The file, of the `datasets` library.
-        num_rows: How many rows it must have.
-        make: Returns the rows, from the file if it is there; else it writes the file, if it keeps one at all.
+        num_rows: Number of rows it must have.
+        make: Returns the rows, from the file if it exists. Otherwise it writes the file, if it keeps one.
 
     Raises:
-        CaptureError: There are not as many rows, though they were made anew.
+        CaptureError: The number of rows is wrong even after the rows were made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (fault := _fault(path, num_rows)):
@@ -56,11 +56,11 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
 
 
 def remedy(error: BaseException, copies: Iterable[str]) -> str:
-    """Say what helps if an error is the cache's rather than the dataset's; empty if it is not.
+    """Return a hint for an error of the cache, or no text if the dataset is the cause.
 
     Args:
-        error: What reading or writing raised.
-        copies: Files or folders that were read, those of the cache among them.
+        error: The error of the read or the write.
+        copies: Files or folders that were read, including those of the cache.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     copies = [copy for copy in copies if Path(copy).is_relative_to(folder) and Path(copy).exists()]
@@ -72,7 +72,7 @@ def remedy(error: BaseException, copies: Iterable[str]) -> str:
 
 
 def _lies_along(name: str | None, folder: Path) -> bool:
-    """Whether a path is a folder, above it or below it."""
+    """Tell whether a path is a folder, above it or below it."""
     return name is not None and (folder.is_relative_to(name) or Path(name).is_relative_to(folder))
 
 
@@ -81,7 +81,7 @@ def _seal_of(path: Path) -> Path:
 
 
 def _fault(path: Path, num_rows: int) -> str:
-    """Say what is wrong with a file; empty if nothing is."""
+    """Return the fault of a file, or no text if it has none."""
     try:
         said = json.loads(_seal_of(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

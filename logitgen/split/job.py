@@ -10,7 +10,7 @@ from logitgen.split.rows import Rows
 
 @dataclass(frozen=True)
 class Job:
-    """The values that say which numbers are computed, and where they go.
+    """The values that define the numbers to compute and their places in the file.
 
     Attributes:
         rows: The tokenised split.

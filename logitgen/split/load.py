@@ -1,4 +1,4 @@
-"""The split: loaded by `datasets` from wherever it is."""
+"""The split: loaded by `datasets` from the hub or from local files."""
 
 import glob
 import re
@@ -22,11 +22,11 @@ _FILE_FORMATS = {
 }
 
 _NO_DATA = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
-"""How `datasets` and the Parquet reader say that a file has no rows."""
+"""Words of `datasets` and the Parquet reader for a file without rows."""
 
 
 def load_split(config: Config) -> datasets.Dataset:
-    """Load the rows the options name: from the hub, a file, a folder of files or a `save_to_disk` folder.
+    """Load the rows that the options name: from the hub, a file, a folder of files or a `save_to_disk` folder.
 
     Raises:
         UsageError: The dataset, its configuration or the split does not exist, cannot be read or has no rows.
@@ -34,11 +34,11 @@ def load_split(config: Config) -> datasets.Dataset:
     try:
         splits = _load(config)
         lengths = {name: len(rows) for name, rows in splits.items()}
-        # load_dataset would cut the split too, but reads some slices that end before they start up to the end.
+        # load_dataset could cut the split too, but reads some slices that end before they start up to the end.
         spans = datasets.ReadInstruction.from_spec(config.split).to_absolute(lengths)
     except UsageError:
         raise
-    except Exception as error:  # `datasets` and the readers below it raise whatever they like
+    except Exception as error:  # `datasets` and the readers below it raise errors of any type
         cause = error.__cause__ or error
         if any(words in first_line(cause) for words in _NO_DATA):
             raise _no_rows(config) from error
@@ -51,13 +51,13 @@ def load_split(config: Config) -> datasets.Dataset:
         raise _no_rows(config)
     rows = datasets.concatenate_datasets(parts)
     rows = rows.select(range(min(config.limit or len(rows), len(rows))))
-    if Path(config.dataset).exists():  # what is made of the rows is looked up by this
+    if Path(config.dataset).exists():  # the cache looks up the tokens by this fingerprint
         rows._fingerprint = Hasher.hash((rows._fingerprint, _stamp(Path(config.dataset))))
     return rows
 
 
 def _stamp(path: Path) -> str:
-    """Hash what changes with the content of a file, or of a folder's files, whoever copies them or sets their times."""
+    """Hash facts that change with the content of a file or folder, even if a program sets their times back."""
     files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
     stats = [(found.relative_to(path).as_posix(), found.stat()) for found in files]
     return str(Hasher.hash([(name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino) for name, st in stats]))
@@ -80,7 +80,7 @@ def _load(config: Config) -> datasets.DatasetDict:
 
 
 def _prepared(path: str, config: Config, **options: Any) -> datasets.DatasetDict:
-    """Have `datasets` prepare a dataset in its cache, and count what is there."""
+    """Have `datasets` prepare a dataset in its cache, and count the rows there."""
     cache_dir = _cache_dir(Path(config.dataset))
     splits = cast(datasets.DatasetDict, datasets.load_dataset(path, cache_dir=cache_dir, **options))
     for name, rows in splits.items():
@@ -112,14 +112,14 @@ def _load_file(path: Path, config: Config) -> datasets.DatasetDict:
 
 
 def _cache_dir(path: Path) -> str | None:
-    """Give local files of another stamp a cache of their own: `datasets` knows them by name and time alone."""
+    """Give local files with a new stamp their own cache: `datasets` knows them only by name and time."""
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / _stamp(path)) if path.exists() else None
 
 
 def _load_saved(path: Path, config: Config) -> datasets.DatasetDict:
     try:
         saved = datasets.load_from_disk(str(path))
-    except IndexError as error:  # how `datasets` says that a saved dataset has no files
+    except IndexError as error:  # `datasets` raises it for a saved dataset without files
         raise _no_rows(config) from error
     if isinstance(saved, datasets.DatasetDict):
         return saved

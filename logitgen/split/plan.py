@@ -1,8 +1,7 @@
-"""The plan: which rows form a batch. A pure function of the row lengths and the token budget.
+"""The plan: the rows of every batch, a pure function of the row lengths and the token budget.
 
-The number of ranks plays no part in it, so a batch is always computed in the same shape, whoever computes it, and the
-file comes out the same. The plan is also the transport's protocol: it tells the leader who sends which batch and how
-large it is.
+The number of ranks plays no part. A batch always has the same shape, whichever rank computes it, so the file comes out
+the same. The plan is also the transport's protocol: it tells the leader the sender and the size of every batch.
 """
 
 import heapq
@@ -13,25 +12,26 @@ import numpy.typing as npt
 
 MOST_PADDING = 0.02
 """Largest share of padding. Splits of few rows pay for it with smaller batches: 156 rows of prose make 35 instead of 2
-with 8,192 tokens each and 47 % of padding. That is cheap: a batch of 128 tokens computes as fast per token as one of
-2,048, one of 64 tokens some 17 % slower (SmolLM2-135M, one CPU thread)."""
+with 8,192 tokens each and 47 % of padding. That is cheap: a batch of 128 tokens computes as fast per token as a batch
+of 2,048, and a batch of 64 some 17 % slower (SmolLM2-135M, one CPU thread).
+"""
 
 
 class Plan:
-    """Rows sorted by length, longest first, cut into batches that stay within a budget of tokens, padding included.
+    """Rows sorted by length, longest first, cut into batches within a budget of tokens, padding included.
 
-    Longest first, because a batch that does not fit into memory then fails in the first seconds; sorted, because
-    neighbours of nearly equal length need almost no padding. Where they are not nearly equal, batches end before the
-    budget is used up, so that padding never exceeds `MOST_PADDING` of the tokens.
+    Longest first: a batch that does not fit into memory then fails in the first seconds. Sorted: neighbours of nearly
+    equal length need almost no padding. Where lengths differ more, batches end before the budget is used up, so padding
+    never exceeds `MOST_PADDING` of the tokens.
     """
 
     def __init__(self, lengths: npt.NDArray[np.integer], batch_tokens: int, length_switch: int | None = None) -> None:
-        """Plan one forward pass over every row that needs one.
+        """Plan one forward pass over every row that needs it.
 
         Args:
-            lengths: Tokens the teacher must read of each row, [N]; rows of length 0 get no batch.
+            lengths: Tokens the teacher must read of each row, [N]. Rows of length 0 get no batch.
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
-            length_switch: Rows longer than this never share a batch with rows that are not.
+            length_switch: Rows longer than this never share a batch with the others.
         """
         needed = np.flatnonzero(lengths).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits
         self._rows = needed[_longest_first(lengths[needed])]
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def padding_share(self) -> float:
-        """Share of the tokens that go through the teacher only to fill up a batch, 0 to 1."""
+        """Share of the tokens that go through the teacher only as padding, 0 to 1."""
         return 1 - self.num_tokens / int(self.padded_tokens.sum()) if self.num_batches else 0.0
 
     def rows(self, batch: int) -> npt.NDArray[np.int64]:
@@ -64,26 +64,26 @@ class Plan:
         return np.diff(self._starts)
 
     def pending(self, done: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """Return the batches with a row that is not done, [N] flags, in the order in which they are computed."""
+        """Return the batches with a row that is not done, [N] flags, in the order of computation."""
         return np.flatnonzero(self.sums(~done))
 
     def shares(
         self, batches: npt.NDArray[np.int64], num_replicas: int, fsdp_size: int = 1
     ) -> list[npt.NDArray[np.int64]]:
-        """Deal batches to the replicas of the teacher: each goes to the one that has the fewest tokens so far.
+        """Deal batches to the replicas of the teacher: each goes to the replica with the fewest tokens so far.
 
-        In turns, eight ranks would have waited up to a third of the time for the one with the largest batches (260
-        rows of prose); so it is at most 8 %.
+        Dealt in turns, eight ranks would have waited up to a third of the time for the rank with the largest batches
+        (260 rows of prose). Dealt by tokens, they wait at most 8 %.
 
         Args:
             batches: The batches to compute.
-            num_replicas: How many there are.
-            fsdp_size: Ranks of a replica that each compute batches of their own, but in step with one another: they
-                take turns, so that what is computed at the same time is of about the same size.
+            num_replicas: Number of replicas.
+            fsdp_size: Ranks of a replica that each compute batches of their own, but in step with one another. They
+                take turns, so batches computed at the same time have about the same size.
 
         Returns:
-            The batches of every rank that computes some of its own, replica by replica; the first of a replica never
-            has fewer than the others, and at most one more.
+            The batches of every rank that computes some of its own, replica by replica. The first rank of a replica
+            never has fewer than the others, and at most one more.
         """
         loads = [(0, replica) for replica in range(num_replicas)]
         owners = np.empty(len(batches), dtype=np.int32)
@@ -114,7 +114,7 @@ def _batch_starts(
         while same_length_ends[run] <= start:
             run += 1
         full = (same_length_ends[run] - start) // most_rows
-        if full:  # batches of rows that are all equally long, all at once
+        if full:  # all full batches of equally long rows at once
             starts.append(start + most_rows * np.arange(1, full + 1))
             end = start + most_rows * full
         else:
@@ -127,11 +127,11 @@ def _batch_starts(
 
 
 def _last_within_padding(start: int, most: int, longest: int, padded: int, ends: npt.NDArray[np.int64]) -> int:
-    """Return where a batch must end for padding to stay within `MOST_PADDING` of all tokens so far.
+    """Return the end of a batch that keeps padding within `MOST_PADDING` of all tokens so far.
 
     Args:
         start: First row of the batch.
-        most: Where it must end at the latest.
+        most: Latest possible end.
         longest: Length of its first row.
         padded: Tokens of the batches before, padding included.
         ends: Tokens up to and including each row.
@@ -140,5 +140,5 @@ def _last_within_padding(start: int, most: int, longest: int, padded: int, ends:
     def excess(end: int) -> float:
         return (1 - MOST_PADDING) * (padded + (end - start) * longest) - float(ends[end - 1])
 
-    # Within bounds with one row, and once it is not, every further row makes it worse: they only get shorter.
+    # One row stays within bounds. Beyond the bound every further row makes it worse, because rows only get shorter.
     return start + 1 + bisect_right(range(start + 2, most + 1), 0.0, key=excess)

@@ -24,19 +24,19 @@ _BLOCK_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one forward pass, right-padded, and where in them something is captured.
+    """The rows of one forward pass, right-padded, and their captured positions.
 
     Right padding needs neither attention mask nor position ids: a causal model never looks to the right.
 
     Attributes:
         rows: Row numbers, int64[B].
-        source_rows: Row of the split each comes from, int64[B].
+        source_rows: Row of the split that each row comes from, int64[B].
         tokens: All tokens of each row, B arrays int32[T].
         input_ids: int64[B, T], without the tokens after a row's last captured position, padded with 0.
         num_positions: Captured positions per row, int64[B].
         row_of_position: Index into the batch of each captured position, int64[P], row by row.
         positions: Position within its row, int64[P].
-        targets: The token that really comes next, int64[P].
+        targets: The actual next token, int64[P].
         seed: The run's seed.
     """
 
@@ -51,7 +51,7 @@ class Batch:
     seed: int
 
     def halves(self) -> tuple["Batch", "Batch"]:
-        """Cut the batch into two, its first rows and its last; it must have at least two."""
+        """Cut the batch into its first and its last rows. It must have at least two."""
         middle = len(self.rows) // 2
         return self._part(0, middle), self._part(middle, len(self.rows))
 
@@ -74,8 +74,8 @@ class Batch:
 class Rows:
     """The tokenised split.
 
-    A row of L tokens has a captured position for every token that has a next one; with a completion mask only those
-    whose next token belongs to a completion.
+    A row of L tokens has a captured position for every token that has a next token. With a completion mask, the next
+    token must also belong to a completion.
 
     Attributes:
         lengths: Tokens per row, int32[N].
@@ -94,8 +94,8 @@ class Rows:
         Args:
             tokens: One `input_ids` list per row of the split, and a `completion_mask` if only completions count.
             config: Overflow, packing and completion options.
-            max_length: Longest row in tokens; None for no limit.
-            length_switch: Rows longer than this must be read whole, for the teacher to see that they are.
+            max_length: Longest row in tokens, or None for no limit.
+            length_switch: The teacher must read longer rows whole, to see that they are longer.
 
         Raises:
             UsageError: A row is longer than `max_length` and the overflow option forbids it, or nothing is left.
@@ -156,7 +156,7 @@ class Rows:
             yield self._joined(self._input_ids, first, end), self._captured(first, end)[1].astype(np.int32)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows where about `_BLOCK_TOKENS` tokens of the stream have gone by."""
+        """Cut the rows into spans of about `_BLOCK_TOKENS` tokens of the stream."""
         ends, first = self._starts + self.lengths, 0
         while first < len(self):
             end = int(np.searchsorted(ends, self._starts[first] + _BLOCK_TOKENS, side="right"))
@@ -164,7 +164,7 @@ class Rows:
             first = max(first + 1, end)
 
     def _joined(self, stream: "_Stream", first: int, end: int) -> Array:
-        """Join what a stream holds of the rows from one to before another."""
+        """Join the values of a stream for the rows from `first` to before `end`."""
         starts, lengths = self._starts[first:end], self.lengths[first:end]
         found = stream[starts[0], starts[-1] + lengths[-1]]
         if len(found) == lengths.sum(dtype=np.int64):
@@ -172,7 +172,7 @@ class Rows:
         return np.asarray(found[np.repeat(starts - starts[0], lengths) + _within(lengths)])
 
     def _captured(self, first: int, end: int) -> tuple[Array, Array]:
-        """Find the captured positions of the rows from one to before another: their rows, counted from it, and them."""
+        """Find the captured positions of rows `first` to before `end`: their rows, counted from `first`, and them."""
         lengths = self.lengths[first:end]
         if self._mask is None:
             lengths = np.maximum(lengths - 1, 0)
@@ -187,7 +187,7 @@ class Rows:
         for first, end in self._spans():
             row, position = self._captured(first, end)
             num_positions[first:end] = np.bincount(row, minlength=end - first)
-            forward_lengths[first + row] = position + 1  # of several, the last one stays
+            forward_lengths[first + row] = position + 1  # the last of several positions stays
         return num_positions, forward_lengths
 
     def batch(self, rows: Array) -> Batch:
@@ -230,7 +230,7 @@ class Rows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the stream of tokens and completion masks, and over where in it the rows lie."""
+        """SHA-256 over the stream of tokens and completion masks, and over the places of the rows in it."""
         digest = hashlib.sha256(self._starts.tobytes() + self.lengths.tobytes() + self.source_row.tobytes())
         for stream in (self._input_ids, self._mask):
             for _, chunk in stream.chunks() if stream else ():
@@ -256,7 +256,7 @@ class _Stream:
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *pieces])
 
     def chunks(self) -> Iterator[tuple[int, Array]]:
-        """Each chunk with the index of its first element."""
+        """Pair each chunk with the index of its first element."""
         return zip(map(int, self._starts), self._chunks, strict=False)
 
 

@@ -1,4 +1,4 @@
-"""Every shape of row people have, recognised by its columns and turned into tokens."""
+"""The supported shapes of rows, recognised by their columns and turned into tokens."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
 
 
 def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> Encode:
-    """Choose how a batch of rows becomes tokens, by the columns the split has."""
+    """Choose the function that turns a batch of rows into tokens, by the columns of the split."""
     columns = split.column_names
     if config.text_column is None and "input_ids" in columns:
         if config.completion_only and "completion_mask" not in columns:
@@ -72,7 +72,7 @@ def _texts(rows: Any, indices: list[int], column: str, tokenizer: PreTrainedToke
 
 
 def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    """Tokenise prompt and completion together; a token with any character of the completion belongs to it."""
+    """Tokenise prompt and completion together. A token with any character of the completion belongs to it."""
     prompts, completions = (_strings(rows, indices, column) for column in ("prompt", "completion"))
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     if not config.completion_only:
@@ -86,7 +86,7 @@ def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, co
 
 
 def _num_tokens_within(offsets: list[tuple[int, int]], length: int) -> int:
-    """Count the tokens before the first one that reaches beyond so many characters."""
+    """Count the tokens before the first that reaches beyond `length` characters."""
     return next((index for index, (_, end) in enumerate(offsets) if end > length), len(offsets))
 
 
@@ -118,7 +118,7 @@ def _chat(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, con
 
 
 def _marked_chats(chats: list[Chat], indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    """Tokenise conversations whose template says which tokens are the assistant's."""
+    """Tokenise conversations whose template marks the assistant's tokens."""
     encoded = [_encode_marked(chat, index, tokenizer) for chat, index in zip(chats, indices, strict=True)]
     return _masked([ids for ids, _ in encoded], [mask for _, mask in encoded], tokenizer, config)
 
@@ -126,7 +126,7 @@ def _marked_chats(chats: list[Chat], indices: list[int], tokenizer: PreTrainedTo
 def _masked(
     rows: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Tokens:
-    """End the rows, and say of what ends them that it is no completion."""
+    """End the rows, and mark the added end tokens as no completion."""
     ended = _ended(rows, tokenizer, config)
     longer = [mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(ended, masks, strict=True)]
     return {"input_ids": ended, "completion_mask": longer}
@@ -169,7 +169,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:
-    """With packing, end every text with the end-of-text token, if the tokenizer has one."""
+    """With packing, end every text with the end-of-text token, if the tokenizer has it."""
     end = tokenizer.eos_token_id
     if not config.packing or end is None:
         return rows
@@ -187,7 +187,7 @@ def _checked_chat(chat: Any, index: int) -> Chat:
 
 
 def _encode_marked(chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation, and 1 for each token in one of its template's generation blocks."""
+    """Return a conversation's tokens, and 1 for each token in a generation block of its template."""
     if not chat:
         return [], []
     encoded = _render(tokenizer, index, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -203,8 +203,8 @@ def _encode_marked(chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase) -
 def _assistant_spans(chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     """Find the assistant's turns in a rendered conversation whose template marks none.
 
-    A turn runs from the end of the generation prompt to where the conversation up to and with it ends. That is well
-    defined as long as the template renders a conversation's beginning the same whatever follows.
+    A turn starts behind the generation prompt, and ends at the end of the conversation up to and with it. That is well
+    defined as long as the template renders a conversation's beginning the same, whatever follows.
     """
     spans = []
     for turn, message in enumerate(chat):
@@ -213,7 +213,7 @@ def _assistant_spans(chat: Chat, text: str, index: int, tokenizer: PreTrainedTok
         after = _render(tokenizer, index, chat[: turn + 1], tokenize=False)
         if turn:
             before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True)
-        else:  # nothing can be rendered before the first turn: what follows it shows the generation prompt
+        else:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
             prompt = _render(tokenizer, index, chat[:1], tokenize=False, add_generation_prompt=True)[len(after) :]
             before = after[: after.find(prompt) + len(prompt)]
         if not (text.startswith(after) and after.startswith(before)):
@@ -229,5 +229,5 @@ def _assistant_spans(chat: Chat, text: str, index: int, tokenizer: PreTrainedTok
 def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(chat, **options)
-    except Exception as error:  # a template raises whatever it likes: jinja errors, TypeError, its own
+    except Exception as error:  # a template raises errors of any type: jinja errors, TypeError, its own
         raise UsageError(f"Row {index}: the chat template refuses the messages: {first_line(error)}") from error

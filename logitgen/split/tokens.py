@@ -1,4 +1,4 @@
-"""From rows to tokens: every shape of row people have, recognised by its columns."""
+"""The step from rows to tokens. A cache keeps the result."""
 
 import hashlib
 import logging
@@ -39,13 +39,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
                 trust_remote_code=config.trust_remote_code,
             ),
         )
-    except Exception as error:  # transformers says "no tokenizer" in many ways; it matters only if the rows need one
+    except Exception as error:  # transformers says "no tokenizer" in many ways; only rows of text need it
         logger.info(f"No tokenizer could be loaded: {first_line(error)}")
         return None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """SHA-256 over all that decides how text becomes tokens; empty without a tokenizer."""
+    """Hash all that decides the tokens of a text, SHA-256; empty without a tokenizer."""
     if tokenizer is None:
         return ""
     parts: list[Any] = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]
@@ -58,21 +58,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
     """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
 
-    The tokenizer adds the special tokens it adds by itself and no others, but for one: with packing, a text that does
-    not end in the end-of-text token gets one, so that two texts do not run into each other.
+    The tokenizer adds its usual special tokens, with one exception. With packing, a text without an end-of-text token
+    at its end gets one, so that two texts do not run into each other.
 
     Returns:
         A dataset with `input_ids` and, with `completion_only`, `completion_mask`, one row per row of the split.
 
     Raises:
-        UsageError: The columns are none of these, or a row's value has the wrong type.
+        UsageError: The columns have no supported shape, or a row's value has the wrong type.
     """
     encode = _telling(encoder(split, tokenizer, config), len(split))
     features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
     settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
     fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
-    # Columns nobody asked for may hold images or audio, which take long to decode.
+    # Unused columns may hold images or audio, which take long to decode.
     needed = split.select_columns([name for name in split.column_names if name in (*_COLUMNS, config.text_column)])
 
     def make() -> datasets.Dataset:
@@ -98,7 +98,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _telling(encode: Encode, num_rows: int) -> Encode:
-    """Say now and then how far it is: a large split takes minutes."""
+    """Log the progress now and then: a large split takes minutes."""
     last_told = time.monotonic()
 
     def run(rows: dict[str, list[Any]], indices: list[int]) -> Tokens:

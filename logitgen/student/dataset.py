@@ -19,7 +19,7 @@ from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
 
 IGNORED_LABEL = -100
-"""What torch's cross-entropy and transformers leave out."""
+"""Label that torch's cross-entropy and transformers ignore."""
 
 _EQUAL = (
     "capture",
@@ -32,7 +32,7 @@ _EQUAL = (
     "quantization",
     "tokenizer_fingerprint",
 )
-"""Attributes in which files that are read as one must not differ."""
+"""Attributes that must be equal in files read as one dataset."""
 
 Row = dict[str, Tensor]
 
@@ -40,18 +40,18 @@ Row = dict[str, Tensor]
 class LogitsDataset(Dataset[Row]):
     """The rows of a file in split order, or of several files one after another, with random access.
 
-    Nothing but torch and h5py is needed. DataLoader workers may be forked or spawned.
+    It needs only torch and h5py. DataLoader workers may be forked or spawned.
 
     Attributes:
-        attributes: What the first file says about itself: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
+        attributes: The first file's attributes: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
         settings: The options of the run that made it.
     """
 
     def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
-        """Open a file, or several that one teacher's logits were captured into in the same way.
+        """Open a file, or several files that hold one teacher's logits, captured in the same way.
 
         Raises:
-            FormatError: One is missing, foreign, of a newer version, not complete, or does not fit the first.
+            FormatError: A file is missing, foreign, of a newer version, not complete, or does not fit the first.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
@@ -71,10 +71,10 @@ class LogitsDataset(Dataset[Row]):
         """Read one row.
 
         Returns:
-            `input_ids` int64[T] and `positions` int64[P]; at these positions, predicting the token after, `logsumexp`
-            and `target_logprob` float32[P], and `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats,
-            descending; if they were drawn, with `threshold` float32[P], from which their weights follow), or `hidden`
-            float32[P, D], which `head` turns into logits, or `logits` float32[P, V].
+            `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
+            and `target_logprob` float32[P], and the captured values: `kept_ids` int64[P, K] with `kept_logprobs`
+            float32[P, K] (nats, descending; for drawn tokens with `threshold` float32[P], from which their weights
+            follow), or `hidden` float32[P, D], which `head` turns into logits, or `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.
@@ -88,7 +88,7 @@ class LogitsDataset(Dataset[Row]):
 
     @property
     def head(self) -> Head | None:
-        """The teacher's output head in its own dtype, read anew each time; None unless hidden states were captured."""
+        """The teacher's output head in its own dtype, read anew each time. None unless hidden states were captured."""
         return head_of(self._files[0])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
 
     Args:
         rows: Rows of a `LogitsDataset`.
-        pad_token_id: What `input_ids` are filled up with, on the right.
+        pad_token_id: Token that fills up `input_ids`, on the right.
 
     Returns:
         `input_ids` and `attention_mask` int64[B, T]; `captured` bool[B, T], true where the teacher's distribution is

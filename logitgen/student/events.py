@@ -1,4 +1,4 @@
-"""Events whose log-probs teacher and student are compared by: all tokens, or the kept ones and one for the tail.
+"""Events whose log-probs compare teacher and student: all tokens, or the kept tokens and one event for the tail.
 
 Shape letters: C captured positions of a chunk, V columns of the student's logits, W rows of the teacher's head, K kept
 per position, E events.
@@ -11,17 +11,17 @@ from torch.nn.functional import kl_div
 from logitgen.file.layout import FLOAT16_MAX
 
 LEAST_LOGPROB = -FLOAT16_MAX
-"""Stands for the log-prob of what cannot come: finite, so that 0 times it is 0, and as the file stores it."""
+"""Log-prob of impossible tokens: finite, so that 0 times it is 0, and as the file stores it."""
 
 
 def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghost: bool) -> tuple[Tensor, Tensor]:
-    """Describe both sides by the kept tokens, and with `ghost` by one more event, that any other token comes.
+    """Describe both sides by the kept tokens, and with `ghost` by one more event: any other token comes.
 
     Args:
         student_CV: Logits.
-        ids_CK: The teacher's kept ids. Those the student has no column for, a padded head's, fall to the tail.
+        ids_CK: The teacher's kept ids. Ids without a column in the student's logits, a padded head's, fall to the tail.
         logprobs_CK: Their log-probs.
-        ghost: Whether the tail is an event.
+        ghost: True to make the tail an event.
 
     Returns:
         The teacher's and the student's log-probs, [C, K] or [C, K+1].
@@ -36,31 +36,31 @@ def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghos
 
 
 def _tail_logprob(kept_CK: Tensor) -> Tensor:
-    """Return the log of what the kept probabilities leave of 1, [C, 1].
+    """Return the log of 1 minus the kept probabilities, [C, 1].
 
-    Rounding can make their sum exceed 1. A tail is never less than what the dtype can tell from 0, on both sides, so
-    that it cancels.
+    Rounding can make their sum exceed 1. A tail is never less than the dtype can tell from 0, on both sides, so that it
+    cancels.
     """
     kept_mass = kept_CK.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(kept_CK.dtype).eps)
     return (-torch.expm1(kept_mass)).log()
 
 
 def sample_weights(logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
-    """Weigh sampled tokens so that on average over the draws each token of the vocabulary has its probability.
+    """Weigh sampled tokens: averaged over the draws, each token of the vocabulary has its probability.
 
     Args:
         logprobs_CK: Log-probs p of the kept tokens, drawn without replacement by Gumbel-top-k.
         threshold_C: kappa, the (K+1)-th perturbed log-prob.
 
     Returns:
-        [C, K]: exp(p) by the probability that the token's perturbed log-prob exceeds kappa.
+        [C, K]: exp(p) divided by the probability that the token's perturbed log-prob exceeds kappa.
 
     Source: Vieira 2017, "Estimating means in a finite universe"; Kool et al. 2019, "Stochastic Beams and Where to Find
     Them", section 4.
     """
     logprobs_CK = logprobs_CK.clamp(min=LEAST_LOGPROB)
     inclusion_CK = -torch.expm1(-(logprobs_CK - threshold_C[:, None]).exp())
-    # What is masked, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
+    # A masked token, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
     return logprobs_CK.exp() / inclusion_CK.clamp(min=torch.finfo(inclusion_CK.dtype).tiny)
 
 
@@ -80,10 +80,10 @@ def common_columns(student_CV: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tens
 
 
 def normalised(logits_CE: Tensor) -> Tensor:
-    """Turn logits into log-probs that are finite."""
+    """Turn logits into finite log-probs."""
     return logits_CE.log_softmax(-1).clamp(min=LEAST_LOGPROB)
 
 
 def kl_sum(of_CE: Tensor, from_CE: Tensor) -> Tensor:
-    """KL(of || from), both log-probs, summed over positions."""
+    """Compute KL(of || from), both log-probs, summed over positions."""
     return kl_div(from_CE, of_CE, reduction="sum", log_target=True)

@@ -1,6 +1,6 @@
 """A file as a `datasets` folder or a Parquet file, in the columns of trainers that read stored log-probs from rows.
 
-The columns are those of axolotl's knowledge distillation; every row is one training example of T tokens:
+The columns are those of axolotl's knowledge distillation. Every row is one training example of T tokens:
 
     input_ids, attention_mask, labels   int32[T], labels unshifted, -100 where nothing is trained
     target_token_ids, target_logprobs   int32[T, K] and float32[T, K]; entry t is the distribution of token t+1
@@ -28,7 +28,7 @@ from logitgen.student.dataset import IGNORED_LABEL
 from logitgen.student.events import sample_weights
 
 MASKED_LOGPROB = -1e9
-"""What stands where nothing is known: what axolotl pads with; finite, so that nothing computed from it is NaN."""
+"""Filler for unknown log-probs, equal to axolotl's padding. It is finite, so that nothing computed from it is NaN."""
 
 _ENTRIES_AT_ONCE = 2**21
 
@@ -47,8 +47,8 @@ Example = dict[str, Array]
 def export(file: LogitsFile, output: Path) -> None:
     """Write a file's rows as Parquet where the output's name ends in `.parquet`, else as a `save_to_disk` folder.
 
-    Rows are streamed; a folder takes twice its size on the disk while it is written. The output is there in full or
-    not at all.
+    Rows are streamed. A folder takes twice its size on the disk during the write. The output appears in full or not at
+    all.
 
     Raises:
         UsageError: The file holds neither topk nor sample, or the output exists or cannot be written.
@@ -93,13 +93,13 @@ def examples(file: LogitsFile) -> Iterator[Example]:
 
 
 def target_logprobs(row: dict[str, Array]) -> Array:
-    """Turn kept log-probs into what a sum over kept tokens, target * (log target - log student), should be given.
+    """Turn kept log-probs into targets for a sum over kept tokens, target * (log target - log student).
 
     The top k are renormalised over themselves, as such trainers expect. Sampled tokens keep their un-normalised
     importance weights p / q, q = 1 - exp(-exp(log p - threshold)): they make the sum's gradient unbiased.
 
     Returns:
-        float32[P, K], nats; of sampled tokens, the logarithm of the weights, which may exceed 0.
+        float32[P, K], nats. For sampled tokens it is the logarithm of the weights, which may exceed 0.
     """
     logprobs_PK = torch.from_numpy(row["kept_logprobs"].astype(np.float64))
     if "threshold" in row:
@@ -118,7 +118,7 @@ def _write_parquet(file: LogitsFile, path: Path) -> None:
 
 def _write_folder(file: LogitsFile, path: Path) -> None:
     """Write the rows as one Arrow stream, which `datasets` maps into memory and saves in its own way."""
-    from datasets import Dataset  # takes a second: only where a folder is written
+    from datasets import Dataset  # takes a second: only for a folder
 
     stream = path.with_suffix(".arrow")
     with pa.ipc.new_stream(stream, SCHEMA) as writer:

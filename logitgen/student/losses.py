@@ -1,7 +1,7 @@
-"""How far a student is from what a file holds of its teacher: one loss for every kind of capture.
+"""The distance of a student from its teacher's captured values: one loss for every kind of capture.
 
-Whatever was captured becomes the log-probs of the same E events on both sides: all tokens, or the kept ones and one
-more that stands for the tail. A divergence compares the two. Only a sample is weighted instead.
+Any capture becomes the log-probs of the same E events on both sides: all tokens, or the kept tokens and one more for
+the tail. A divergence compares the two. Only a sample is weighted instead.
 
 Shape letters: B rows of a batch, T tokens, C captured positions of a chunk, V columns of the student's logits, W rows
 of the teacher's head, K kept per position, E events, D hidden size.
@@ -22,9 +22,10 @@ from logitgen.student.dataset import IGNORED_LABEL
 from logitgen.student.events import common_columns, kept_events, kl_sum, normalised, sampled_forward_kl
 
 CHUNK_LOGITS = 2**23
-"""Logits of the student that are in float32 at a time, 32 MiB; for the forward KL three such tensors live at the peak,
-seven if the teacher's distribution is whole. Measured, 1 thread, V = 49,152, 512 positions, with the gradient: 2**24
-costs 30 to 50 % more for whole distributions, 2**22 nothing less, 2**20 reads the teacher's head too often."""
+"""Logits of the student in float32 at a time, 32 MiB. The forward KL has three such tensors at its peak, seven if the
+teacher's distribution is whole. Measured, 1 thread, V = 49,152, 512 positions, with the gradient: 2**24 costs 30 to
+50 % more for whole distributions, 2**22 nothing less, 2**20 reads the teacher's head too often.
+"""
 
 MAX_PADDED_ROWS = 1024
 """Rows by which heads of one tokenizer may differ, as some are padded for speed: phi-2's by 905."""
@@ -35,7 +36,7 @@ Tail = Literal["ghost", "ignore"]
 
 _KEPT = ("kept_ids", "kept_logprobs")
 _CAPTURED = {"topk": _KEPT, "sample": (*_KEPT, "threshold"), "hidden": ("hidden",), "full": ("logits",)}
-"""What a batch holds at captured positions, by kind of capture."""
+"""Values of a batch at captured positions, by kind of capture."""
 
 
 class TeacherHead(Protocol):
@@ -50,7 +51,7 @@ class TeacherHead(Protocol):
 
 
 class CapturedDataset(Protocol):
-    """What the loss asks of a `LogitsDataset`; the head only if hidden states were captured."""
+    """The part of a `LogitsDataset` that the loss needs, the head only for captured hidden states."""
 
     @property
     def attributes(self) -> Mapping[str, Any]: ...  # noqa: D102
@@ -63,26 +64,26 @@ class CapturedDataset(Protocol):
 class DistillationLoss:
     """The mean divergence of a student from the teacher over a batch's captured positions, in nats.
 
-    Everything is computed in float32 (float64 if the student's logits are), a chunk of positions at a time, and again
-    for the gradient, so that no such tensor of a whole batch exists.
+    It computes in float32 (float64 if the student's logits are), a chunk of positions at a time, and again for the
+    gradient. No such tensor of a whole batch ever exists.
 
     From `hidden` and `full` the distributions are exact, over the columns that teacher and student share. From `topk`
-    they are those of the kept tokens and the tail. From `sample` the loss is the importance-weighted forward KL: value
-    and gradient are right on average over the draws; a single position's value may be negative.
+    they are those of the kept tokens and the tail. From `sample` the loss is the importance-weighted forward KL. Its
+    value and gradient are right on average over the draws, but a single position's value may be negative.
 
     Attributes:
-        dataset: Where the batches come from.
+        dataset: Dataset of the batches.
         divergence: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, the
             generalised Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
             m = beta teacher + (1 - beta) student. Divided by beta it becomes the forward KL as beta goes to 0, divided
-            by 1 - beta the reverse one as beta goes to 1; it is not divided here, so it shrinks towards both ends.
+            by 1 - beta the reverse KL as beta goes to 1. It is not divided here, so it shrinks towards both ends.
         beta: The teacher's share in `jsd`, between 0 and 1.
-        tail: What becomes of the tokens that `topk` did not keep: `ghost` makes them one more token, so that the
-            student learns how much mass they have; `ignore` renormalises both sides over the kept tokens, which is
-            biased: the student may put any mass on the others. The other kinds have no tail.
-        temperature: By which both sides' log-probs are divided before they are normalised again. The divergence is
-            multiplied by its square, which keeps the size of the gradients.
-        cross_entropy_weight: w in (1 - w) divergence + w cross-entropy with the tokens that really came.
+        tail: Treatment of the tokens that `topk` did not keep. `ghost` makes them one more token, so that the student
+            learns their mass. `ignore` renormalises both sides over the kept tokens, which is biased: the student may
+            put any mass on the others. The other kinds have no tail.
+        temperature: Divisor of both sides' log-probs before they are normalised again. The divergence is multiplied by
+            its square, which keeps the size of the gradients.
+        cross_entropy_weight: w in (1 - w) divergence + w cross-entropy with the actual next tokens.
 
     Source: Hinton et al. 2015, section 2 (temperature and its square); Agarwal et al. 2024, "On-Policy Distillation of
     Language Models", section 2 (generalised JSD).
@@ -101,7 +102,7 @@ class DistillationLoss:
         """Check the options.
 
         Raises:
-            UsageError: One is out of its range, or does not go with what the file holds.
+            UsageError: An option is out of its range, or does not fit the file's capture.
         """
         _check_choice("divergence", self.divergence, get_args(Divergence))
         _check_choice("tail", self.tail, get_args(Tail))
@@ -129,7 +130,7 @@ class DistillationLoss:
 
         Args:
             logits_BTV: The student's, in any floating dtype. At position t they predict token t+1, as the file's do.
-            batch: As `collate` makes it; it may be on another device than the logits.
+            batch: A batch of `collate`. It may be on another device than the logits.
 
         Returns:
             A scalar, float32 or float64; 0 with gradients of 0 if the batch has no captured position.
@@ -141,7 +142,7 @@ class DistillationLoss:
         captured = batch["captured"].flatten().cpu()
         num_captured = int(captured.sum())
         if not num_captured:
-            return logits_BTV[:0].sum(dtype=_dtype(logits_BTV))  # of nothing, but with a gradient
+            return logits_BTV[:0].sum(dtype=_dtype(logits_BTV))  # an empty sum, but with a gradient
         names = _CAPTURED[self._capture]
         values = {name: batch[name].flatten(0, 1) for name in names} | {"labels": _next_labels(batch["labels"])}
         step = max(1, CHUNK_LOGITS // logits_BTV.shape[-1])
@@ -161,7 +162,7 @@ class DistillationLoss:
         return torch.stack(sums).sum() / num_captured
 
     def _chunk_sum(self, logits: Tensor, mask: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Sum the loss over those positions of a chunk that are captured."""
+        """Sum the loss over the captured positions of a chunk."""
         with torch.autocast(logits.device.type, enabled=False):
             student_CV = logits[mask].to(_dtype(logits))
             known = {name: _like(student_CV, tensor[mask]) for name, tensor in values.items()}
@@ -191,7 +192,7 @@ class DistillationLoss:
         return self.beta * kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * kl_sum(student_CE, mixture_CE)
 
     def _teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
-        """Return the teacher's logits [C, W]; through its head in its own dtype, as it computed them itself."""
+        """Return the teacher's logits [C, W]. Hidden states go through the head in the teacher's own dtype."""
         if self._capture == "full":
             return known["logits"]
         hidden_CD = known["hidden"]
@@ -235,12 +236,12 @@ def _next_labels(labels_BT: Tensor) -> Tensor:
 
 
 def _dtype(logits: Tensor) -> torch.dtype:
-    """In which dtype to compute: never below float32."""
+    """Return the dtype to compute in: never below float32."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _like(student_CV: Tensor, values: Tensor) -> Tensor:
-    """Move the teacher's values to the student's device, and those that are not ids to its dtype."""
+    """Move the teacher's values to the student's device, and all but ids to its dtype."""
     dtype = student_CV.dtype if values.is_floating_point() else values.dtype
     return values.to(student_CV.device, dtype, non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""The teacher: described, loaded, probed, run over batches, and what is kept of its logits.
+"""The teacher: described, loaded, probed, run over batches, and the values captured from its logits.
 
-Imports `file` and `split`; knows nothing of ranks, but for the process groups a shared teacher's own layers use.
+Imports `file` and `split`. It knows no ranks but the process groups in a shared teacher's own layers.
 """

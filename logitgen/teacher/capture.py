@@ -1,6 +1,6 @@
-"""What is kept of the logits: pure tensor functions, computed in float32 on the device, packed before they travel.
+"""The captured values of a batch: pure tensor functions, in float32 on the device, packed before they travel.
 
-Of a tensor-parallel teacher every rank has the logits of a shard of the vocabulary; what is kept is the same on all.
+Each rank of a tensor-parallel teacher has the logits of a shard of the vocabulary. All get the same captured values.
 
 Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, S ids of a shard of the
 vocabulary, K kept, D hidden size.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _CACHED_KEPT = 2**13
 _GPU_PASS_KEPT = 2**19
-"""Kept ids that are packed at a time; each takes some 200 bytes meanwhile."""
+"""Kept ids packed at a time. Each takes some 200 bytes of temporary memory."""
 
 _TORCH_DTYPES = {
     np.dtype("u1"): torch.uint8,
@@ -39,10 +39,10 @@ _TORCH_DTYPES = {
 
 @torch.no_grad()
 def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
-    """Run the teacher over a batch and pack what is kept; a batch that does not fit into memory is halved.
+    """Run the teacher over a batch and pack the captured values. Halve a batch too large for the memory.
 
     Returns:
-        uint8 payload on the teacher's device, laid out as `Layout.payload_slices`; the checksums are left to `seal`.
+        uint8 payload on the teacher's device, laid out as `Layout.payload_slices`. `seal` adds the checksums.
 
     Raises:
         CaptureError: The device has not enough memory for a single row.
@@ -68,7 +68,7 @@ def capture_batch(teacher: Teacher, batch: Batch, layout: Layout) -> Tensor:
 
 
 def _fill(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layout) -> None:
-    """Compute what is kept at a batch's positions, into tensors of [P, ...] each."""
+    """Compute the captured values of a batch, into tensors of [P, ...] each."""
     try:
         _run(packed, teacher, batch, layout)
     except RuntimeError as error:
@@ -105,7 +105,7 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         _on_device(array, teacher.device)
         for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
     )
-    key_P = target_P  # which only draws look at
+    key_P = target_P  # a placeholder: only draws read the keys
     if layout.capture == "sample":
         key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
     into = dict(packed)
@@ -116,9 +116,9 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         kept = _kept(logits_CS, hidden_CD, target_P[span], key_P[span], teacher.shard, layout)
         for name, values in kept.items():
             into[name][span] = _storable(values, into[name].dtype)
-        del logits_CS, hidden_CD, kept, values  # else they would stay until the next chunk is there
+        del logits_CS, hidden_CD, kept, values  # otherwise they live until the next chunk is computed
     if layout.packing:
-        # All chunks at once, because it takes a GPU little time and the host many launches.
+        # All chunks at once: packing takes a GPU little time, and the host many launches.
         step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
         parts = (into[name].split(step) for name in ("kept_ids", "kept_logprobs", "kept"))
         for ids_PK, logprobs_PK, kept_PR in zip(*parts, strict=True):
@@ -128,7 +128,7 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
 def _kept(
     logits_CS: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, shard: VocabShard, layout: Layout
 ) -> dict[str, Tensor]:
-    """Choose what is kept of a chunk."""
+    """Choose the values to keep of a chunk."""
     if layout.capture == "full":
         return full(logits_CS, target_C, shard)
     if layout.capture == "hidden":
@@ -145,7 +145,7 @@ def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> No
         payload: uint8, as `capture_batch` packed it.
         batch: The batch it was captured from.
         layout: Sizes and dtypes.
-        dtype: In which precision the teacher computed.
+        dtype: Precision of the teacher's computation.
 
     Raises:
         CaptureError: The teacher returned NaN or infinity.
@@ -180,13 +180,13 @@ def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> No
 
 
 def _on_device(array: Array, device: torch.device) -> Tensor:
-    """Copy to the device; from pinned memory, so that a GPU need not wait for it."""
+    """Copy to the device, from pinned memory, so that a GPU need not wait for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to the stored dtype; what float16 cannot hold, such as the logit of a masked token, becomes its limit."""
+    """Convert to the stored dtype. Values beyond float16, such as the logit of a masked token, become its limit."""
     if dtype == torch.float16 and values.dtype != dtype:
         values = values.float().clamp(-FLOAT16_MAX, FLOAT16_MAX)  # bfloat16 would round the limit up
     return values.to(dtype)

@@ -1,4 +1,4 @@
-"""A teacher as its configuration describes it, before its weights are loaded."""
+"""The description of a teacher from its configuration, before its weights are loaded."""
 
 import json
 import logging
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What is known of a teacher before its weights are loaded.
+    """The facts of a teacher before its weights are loaded.
 
     Attributes:
         vocab_size: Rows of the output head, V.
-        max_length: Longest row the run allows, in tokens; None where neither options nor teacher set a limit.
+        max_length: Longest row the run allows, in tokens, or None where neither options nor teacher set a limit.
         length_switch: Row length in tokens above which the whole row is computed differently (the long factors of
-            LongRoPE, chosen by the longest row of a batch); None for most.
+            LongRoPE, chosen by the longest row of a batch), or None for most.
         commit: The hub's commit hash; empty for a folder.
-        quantization: How its checkpoint is quantised, as JSON; empty if it is not.
-        config: What of its configuration can change its logits, see `identity.describe_config`.
+        quantization: Quantisation of its checkpoint, as JSON; empty if there is none.
+        config: The part of its configuration that can change its logits, see `identity.describe_config`.
     """
 
     vocab_size: int
@@ -118,7 +118,7 @@ def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
     name = config.attn_implementation
     if name and name not in attentions and "/" not in name:  # a name with a slash is a kernel on the hub
         raise UsageError(f"--attn_implementation must be one of {', '.join(sorted(attentions))}, got {name}.")
-    if config.kept > vocab_size:  # of those that are drawn, `Layout.check` knows the number
+    if config.kept > vocab_size:  # `Layout.check` knows the limit for draws
         raise UsageError(
             f"--top_k must be between 1 and the vocabulary size {vocab_size}, got {config.top_k}. "
             "Lower it, or keep every token with --capture full."
@@ -131,7 +131,7 @@ def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
 
 
 def cause_of(error: Exception) -> str:
-    """Say in one line why transformers or the hub could not load something."""
+    """Return one line on the reason why transformers or the hub could not load something."""
     if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says."
     text = " ".join(str(error).split())

@@ -1,6 +1,6 @@
 """One pass over a chunk of logits on a GPU, where torch needs five: a Triton kernel.
 
-torch on Linux brings Triton with it; where it is missing, or cannot compile, `capture` does the same with torch alone.
+torch on Linux brings Triton with it. Where it is missing, or cannot compile, `keep` does the same with torch alone.
 
 Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, G groups of neighbouring ids, J blocks.
 """
@@ -66,7 +66,7 @@ def _scan(  # type: ignore[no-untyped-def]  # noqa: ANN202
     largest_of_group = tl.max(tl.reshape(values, (BLOCK // GROUP, GROUP)), axis=1)
     groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     tl.store(group_largest + position * num_groups + groups, largest_of_group, mask=groups < num_groups)
-    # Not -inf: of a block whose tokens are all masked, the differences below must be -inf and not NaN.
+    # Not -inf: in a block of masked tokens, the differences below must be -inf and not NaN.
     largest = tl.maximum(tl.max(largest_of_group, axis=0), -3.4028234663852886e38)
     place = position * tl.num_programs(1) + block
     tl.store(part_largest + place, largest)

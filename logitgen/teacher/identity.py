@@ -1,6 +1,6 @@
 """The teacher's identity: all that can change its numbers, as text that is equal for equal teachers.
 
-The hash of a weight is a sum over its parts, so that ranks that share a weight hash their own parts, where these are.
+The hash of a weight is a sum over its parts. Ranks that share a weight therefore hash their own parts in place.
 
 Shape letters: R rows of a weight (all dimensions but the last), C columns.
 """
@@ -23,30 +23,30 @@ from logitgen.teacher.noise import mixed
 _WITHOUT_EFFECT = {"transformers_version", "_commit_hash", "auto_map", "architectures", "dtype", "torch_dtype"}
 _WITHOUT_EFFECT |= {"id2label", "label2id", "num_labels", "problem_type", "use_cache", "return_dict"}
 _WITHOUT_EFFECT |= {"output_attentions", "output_hidden_states", "quantization_config"}
-"""What a configuration also holds. Precision and quantisation are attributes of their own."""
+"""Configuration entries without effect on the logits. Precision and quantisation are attributes of their own."""
 
 _LONGEST_VALUE = 1000
-"""Characters; longer values of a configuration are stored as their SHA-256, for HDF5 takes only so much."""
+"""Characters. Longer values of a configuration are stored as their SHA-256, because HDF5 limits their size."""
 
 _AT_ONCE = 2**16
 _AT_ONCE_GPU = 2**26
-"""Words that are hashed at a time; each takes some 40 bytes meanwhile."""
+"""Words hashed at a time. Each takes some 40 bytes of temporary memory."""
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as torch's int64 reads it
 
 
 def describe_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what of a configuration can change the logits: all but names, versions and what has no effect.
+    """Return the configuration entries that can change the logits: all but names, versions and entries without effect.
 
-    Values are those of JSON; long ones are given by their hash.
+    Values are those of JSON. Their hash replaces long values.
     """
     plain = json.loads(json.dumps(_essential(config.to_dict()), sort_keys=True, default=str))
     return {name: _shortened(value) for name, value in plain.items()}
 
 
 def describe_computation(model: PreTrainedModel) -> dict[str, Any]:
-    """Return how a loaded model computes, where its configuration leaves that open."""
+    """Return the parts of a loaded model's computation that its configuration leaves open."""
     found = {
         "attention": getattr(model.config, "_attn_implementation", None),
         "experts": getattr(model.config, "_experts_implementation", None),
@@ -85,7 +85,7 @@ def _shortened(value: Any) -> Any:
 def fingerprint(weights: Iterable[tuple[str, Tensor]], adapters: str = "") -> str:
     """Return the SHA-256 over adapters and the name, shape, dtype and hash of every weight, in this order.
 
-    Every bit counts, and where it is. Ranks that share the weights get the same as one that has them all.
+    Every bit counts, and its place. Ranks that share the weights get the same hash as a rank that has them all.
     """
     digest = hashlib.sha256(adapters.encode())
     for name, tensor in weights:
@@ -111,10 +111,11 @@ def _hash(tensor: Tensor) -> int:
 
 
 def _hash_of_part(part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
-    """Hash a part of a weight of some shape that begins at some offsets: sum over r, c of mix(word) * key(r) * key(c).
+    """Hash a part of a weight, given the weight's shape and the part's offsets.
 
-    Words are 8 bytes of a row where that leaves no rest, single values otherwise. Keys are odd, so one changed word
-    always changes the sum; the mixing keeps sign bits from cancelling out.
+    The hash is the sum over r, c of mix(word) * key(r) * key(c). Words are 8 bytes of a row where that leaves no rest,
+    single values otherwise. Keys are odd, so one changed word always changes the sum. The mixing keeps sign bits from
+    cancelling out.
     """
     if part.is_complex():
         part, shape, offsets = torch.view_as_real(part), (*shape, 2), (*offsets, 0)
@@ -136,7 +137,7 @@ def _hash_of_part(part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]
     key_C = mixed(~torch.arange(first_column, first_column + num_columns, device=part.device)) | 1
     step = max(1, (_AT_ONCE if part.device.type == "cpu" else _AT_ONCE_GPU) // num_columns)
     for words, keys in zip(words_RC.split(step), key_R.split(step), strict=True):
-        values = words.to(torch.int64) * _ODD  # not in place: of int64 the former is no copy
+        values = words.to(torch.int64) * _ODD  # not in place: `to` does not copy int64
         values ^= values >> 32
         total += (values.mul_(key_C).sum(-1) * keys).sum()
     return total

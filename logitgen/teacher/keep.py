@@ -1,4 +1,4 @@
-"""The values that are kept of a chunk of logits: pure tensor functions, computed in float32 on the device.
+"""The values kept of a chunk of logits: pure tensor functions, computed in float32 on the device.
 
 Ranks of a tensor-parallel teacher have a shard of the vocabulary each. They all return the same values.
 
@@ -32,7 +32,7 @@ _NEIGHBOURS = 32
 """Ids of a group on a GPU, where a kernel finds the largest of each."""
 
 _GPU_PASS_LOGITS = 2**26
-"""Logits of which float32 copies are made at a time on a GPU without that kernel."""
+"""Logits copied to float32 at a time on a GPU without that kernel."""
 
 
 def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
@@ -40,9 +40,9 @@ def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE
 
     Args:
         logits_CS: The logits, float32 or in the dtype the teacher computes in.
-        target_C: The token that really comes next, int64.
-        k: How many to keep.
-        shard: The ids whose logits these are.
+        target_C: The actual next token, int64.
+        k: Number of tokens to keep.
+        shard: The ids of these logits.
 
     Returns:
         `kept_ids` int64[C, K] and `kept_logprobs` float32[C, K] (nats, descending), `logsumexp` and `target_logprob`
@@ -57,21 +57,22 @@ def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE
 def sample(
     logits_CS: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_drawable: int, shard: VocabShard = WHOLE
 ) -> dict[str, Tensor]:
-    """Draw k distinct tokens of each position without replacement, the likely ones more often.
+    """Draw k distinct tokens of each position without replacement, likely tokens more often.
 
     With kappa the threshold, token i is drawn with probability q_i = 1 - exp(-exp(log p_i - kappa)) given all others'
-    noise, so a weight of p_i / q_i is p_i on average, whatever k is.
+    noise. A weight of p_i / q_i is therefore p_i on average, for any k.
 
     Args:
         logits_CS: The logits, float32 or in the dtype the teacher computes in.
-        target_C: The token that really comes next, int64.
-        k: How many to draw.
+        target_C: The actual next token, int64.
+        k: Number of tokens to draw.
         key_C: Key of each position's noise, int64.
         num_drawable: Ids from here on are never drawn.
-        shard: The ids whose logits these are.
+        shard: The ids of these logits.
 
     Returns:
-        As `top_k`, of the tokens that were drawn; and `threshold` float32[C], the (k+1)-th largest log-prob plus noise.
+        The values of `top_k` for the drawn tokens, and `threshold` float32[C], the (k+1)-th largest log-prob plus
+        noise.
 
     *Source*: T. Vieira, Gumbel-max trick and weighted reservoir sampling, 2014, and Estimating means in a finite
     universe, 2017; W. Kool, H. van Hoof, M. Welling, Stochastic beams and where to find them, ICML 2019, section 4.2.
@@ -107,7 +108,7 @@ def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: Vo
 
 
 def _largest_and_logsumexp(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the k largest logits of each position, float32, descending, and their ids; and the log-sum-exp of all."""
+    """Find the k largest logits of each position, float32, descending, their ids, and the log-sum-exp of all."""
     if scan := _gpu_scan(logits_CS.device):
         logsumexp_C, group_largest_CG = scan(logits_CS, _NEIGHBOURS)
         largest_CK, places_CK = _largest_in_groups(logits_CS, k, group_largest_CG)
@@ -118,7 +119,7 @@ def _largest_and_logsumexp(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor, T
 
 
 def _logsumexp(logits_CS: Tensor) -> Tensor:
-    """Log-sum-exp of each position, float32."""
+    """Compute the log-sum-exp of each position, float32."""
     scan = _gpu_scan(logits_CS.device)
     return scan(logits_CS, _NEIGHBOURS)[0] if scan else _logsumexp_in_passes(logits_CS, logits_CS.amax(-1))
 
@@ -132,7 +133,7 @@ def _gpu_scan(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Ten
         from logitgen.teacher import fused
 
         fused.scan(torch.zeros((1, 1), device=device), _NEIGHBOURS)
-    except Exception as error:  # whatever Triton, the compiler or the driver lack
+    except Exception as error:  # Triton, the compiler or the driver may lack anything
         logger.warning("Triton cannot be used, %s; the logits are read several times.", first_line(error))
         return None
     return fused.scan
@@ -141,16 +142,16 @@ def _gpu_scan(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Ten
 def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest logits of each position, descending, and their ids: `torch.topk` in one pass over them.
 
-    The k largest lie in the k groups whose own largest are the largest, which this finds the same way. Of equal logits
-    any may be kept, as with `torch.topk`. Measured, 1 thread, V = 49,152, k=64: 41 to 54 us a position, `torch.topk` 89
-    to 109.
+    The k largest lie in the k groups with the largest maxima, and a recursive call finds these groups. Any of
+    several equal logits may be kept, as with `torch.topk`. Measured, 1 thread, V = 49,152, k=64: 41 to 54 us a
+    position, `torch.topk` 89 to 109.
     """
     num_ids = logits_CS.shape[-1]
     if k == 0 or num_ids < _GROUP_SIZE * _LEAST_GROUPS * k:
         return torch.topk(logits_CS, k)
     num_groups = num_ids // _GROUP_SIZE
     grouped = num_groups * _GROUP_SIZE
-    # A group's members are far apart: so the maximum over all groups is taken of whole lines of memory.
+    # A group's members are far apart, so the maximum over all groups reads whole lines of memory.
     group_largest = logits_CS[:, :grouped].unflatten(-1, (_GROUP_SIZE, num_groups)).amax(1)
     _, groups_CK = _largest(group_largest, k)
     firsts = torch.arange(0, grouped, num_groups, device=logits_CS.device)
@@ -161,14 +162,14 @@ def _largest(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest_in_groups(logits_CS: Tensor, k: int, group_largest_CG: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the same where the largest logit of every group of neighbours is known already."""
+    """Find the k largest logits, given the largest logit of every group of neighbours."""
     num_ids, grouped = logits_CS.shape[-1], group_largest_CG.shape[-1] * _NEIGHBOURS
     if k == 0 or num_ids < _NEIGHBOURS * _LEAST_GROUPS * k:
         return torch.topk(logits_CS, k)
     groups_CK = torch.topk(group_largest_CG, k, sorted=False).indices
     members = groups_CK[..., None].expand(-1, -1, _NEIGHBOURS)
     candidates = logits_CS[:, :grouped].unflatten(-1, (-1, _NEIGHBOURS)).gather(1, members).flatten(1)
-    if grouped < num_ids:  # too few for a group
+    if grouped < num_ids:  # the rest, too few for a group
         candidates = torch.cat([candidates, logits_CS[:, grouped:]], dim=1)
     kept_CK, places_CK = torch.topk(candidates, k)
     ids_CK = groups_CK.gather(1, (places_CK // _NEIGHBOURS).clamp(max=k - 1)) * _NEIGHBOURS + places_CK % _NEIGHBOURS
@@ -177,9 +178,9 @@ def _largest_in_groups(logits_CS: Tensor, k: int, group_largest_CG: Tensor) -> t
 
 
 def _logsumexp_in_passes(logits_CS: Tensor, largest_C: Tensor) -> Tensor:
-    """Log-sum-exp of each position, given its largest logit: on a CPU a few positions at a time, which stay in cache.
+    """Compute the log-sum-exp of each position from its largest logit. A CPU takes a few positions at a time, in cache.
 
-    A shard of which all tokens are masked has -inf, not the difference of two infinities.
+    A shard whose tokens are all masked has -inf, not the difference of two infinities.
 
     Measured, 1 thread, V = 49,152: 55 us a position, `torch.logsumexp` 154.
     """

@@ -1,8 +1,8 @@
 """The teacher: any causal language model of transformers, its logits handed out chunk by chunk.
 
-A teacher may be spread over the devices of a machine (`device_map`), or over ranks: tensor parallel, where they compute
-a batch together, or fully sharded (FSDP2), where each computes batches of its own with weights that are gathered layer
-by layer. transformers does all of it; what is left to do here is to keep the vocabulary apart and the ranks in step.
+A teacher may be spread over the devices of a machine (`device_map`), or over ranks. Tensor-parallel ranks compute a
+batch together. Fully sharded ranks (FSDP2) each compute batches of their own, with weights gathered layer by layer.
+transformers does all of it. This module keeps the vocabulary apart and the ranks in step.
 
 Shape letters: B rows of a batch, T positions of a row, P captured positions, C positions of a chunk, V vocabulary,
 S ids of a shard of it, D hidden size.
@@ -31,44 +31,46 @@ logger = logging.getLogger(__name__)
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time on a CPU: 64 MiB as float32. It fixes the shapes of the head's matrix products, and so
-bits. Smaller chunks read the head's weights too often, larger ones gain nothing (1 thread, SmolLM2-135M: 2**22 costs
-20 % more, 2**25 the same)."""
+bits. Smaller chunks read the head's weights too often, larger chunks gain nothing (1 thread, SmolLM2-135M: 2**22 costs
+20 % more, 2**25 the same).
+"""
 
 GPU_CHUNK_LOGITS = 2**29
-"""The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty launches of kernels, for which a GPU that
-is done with the one before waits."""
+"""The same on a GPU: 1 GiB in bfloat16. Each chunk costs the host some forty kernel launches, and a GPU that is
+done with the chunk before waits for them.
+"""
 
 _ALIGNMENT = 64
-"""Bytes: where torch's own tensors begin on a CPU, and a cache line."""
+"""Bytes: the alignment of torch's own tensors on a CPU, and a cache line."""
 
 
 class Teacher:
     """A loaded teacher.
 
     Attributes:
-        device: Where its logits come out.
-        dtype: In which precision it computes.
-        is_shared: Whether it is spread over several ranks, which must then run it equally often.
+        device: Device its logits come out on.
+        dtype: Precision of its computation.
+        is_shared: True if it is spread over several ranks, which must then run it equally often.
         shard: The ids whose logits this rank gets.
         fingerprint: SHA-256 over all weights, see `identity.fingerprint`.
-        computation: How it computes, see `identity.describe_computation`.
+        computation: Description of its computation, see `identity.describe_computation`.
         head: Its output head, if it was asked for.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
-        """Wrap a model in evaluation mode, and find out how it can be run.
+        """Wrap a model in evaluation mode, and probe the ways to run it.
 
         Args:
-            model: As `load_model` loads it.
-            vocab_size: How many logits it should have, V.
-            with_head: Whether its head is to be stored.
+            model: A model that `load_model` returned.
+            vocab_size: Number of logits it should have, V.
+            with_head: True to keep its head for the file.
 
         Raises:
             UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
         """
-        # cuDNN's attention plans every new shape of a batch for some 50 ms, and almost every batch has a new one
+        # cuDNN's attention plans every new shape of a batch for some 50 ms, and almost every batch has a new shape
         # (modelscope/FunASR #3704, pytorch/pytorch #191576). It is the likely reason for the 65 ms a batch that 8 small
-        # layers took on an H200; the gain of leaving it out has not been measured.
+        # layers took on an H200. The gain without it has not been measured.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model
         self.dtype = model.dtype
@@ -87,8 +89,8 @@ class Teacher:
     def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
 
-        The body runs once; the head runs over chunks of the hidden states that are wanted, so no tensor of the size
-        positions x vocabulary ever exists.
+        The body runs once. The head runs over chunks of the wanted hidden states, so no tensor of the size positions x
+        vocabulary ever exists.
 
         Args:
             input_ids_BT: int64[B, T] on the teacher's device.
@@ -96,8 +98,8 @@ class Teacher:
             position_P: Position in that row, int64[P].
 
         Yields:
-            Which of the P positions these are, their logits [C, S] and their last hidden states [C, D], in the dtype
-            the teacher computes in; the latter are empty where the teacher is run whole.
+            The slice of the P positions, their logits [C, S] and their last hidden states [C, D], in the dtype the
+            teacher computes in. The hidden states are empty where the teacher is run whole.
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
         output = self._body(input_ids_BT)
@@ -125,14 +127,14 @@ class Teacher:
 
 
 def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> PreTrainedModel:
-    """Load a teacher's weights straight to where they are used: no rank ever holds more of them than its part.
+    """Load a teacher's weights straight to their devices: no rank ever holds more than its part.
 
-    Ranks that share it do not wait for one another here; they do whenever they use it.
+    Ranks that share it do not wait for one another here. They do so whenever they use it.
 
     Args:
         config: The run's options.
         device: This rank's device.
-        num_replicas: How many copies of the teacher the ranks hold together.
+        num_replicas: Copies of the teacher that the ranks hold together.
 
     Raises:
         UsageError: The weights cannot be loaded, or some of them are missing from the checkpoint.
@@ -154,7 +156,7 @@ def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> P
 
 
 def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Have transformers load a model; return it and what it says of the checkpoint."""
+    """Have transformers load a model; return it and the report on the checkpoint."""
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
@@ -184,7 +186,7 @@ def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreT
 
 
 def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[str, Any]:
-    """Say to transformers where the weights belong."""
+    """Tell transformers the place of the weights."""
     if config.replica_size == 1:
         return {"device_map": config.device_map or {"": device}}
     try:
@@ -198,7 +200,7 @@ def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[
 
 
 def _align_weights(model: PreTrainedModel) -> None:
-    """Copy the weights in host memory whose addresses a product may round by, one after another.
+    """Copy those weights in host memory, one after another, whose addresses could change the rounding of a product.
 
     transformers maps safetensors files where it can, so weights begin wherever the file's header happens to end. Some
     processors (AMD EPYC, MKL) round the products of a single row by that: 4.8e-7 nats, with all of 12 offsets tried.
@@ -212,9 +214,9 @@ def _align_weights(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _rows_not_packed() -> Iterator[None]:
-    """Spare transformers the look at position ids whether several rows are packed into one: ours never are.
+    """Keep transformers from searching the position ids for packed rows: the rows here are never packed that way.
 
-    Its answer comes from the GPU, so each forward pass would wait there until the one before has ended. On an H200
+    Its answer comes from the GPU, so each forward pass would wait there until the pass before has ended. On an H200
     with batches of 8,192 tokens, that costs 8 % of the speed for 0.5 billion parameters, 2 % for 1.5 and 1 % for 8.
     """
     before = masking_utils.find_packed_sequence_indices

@@ -1,7 +1,7 @@
-"""Random numbers that depend on nothing but what they are for: the run's seed, the row, the position and the token.
+"""Random numbers that depend only on their purpose: the run's seed, the row, the position and the token.
 
-So a position's draws are the same whichever rank computes it, in whichever batch, on whichever device, before or after
-a kill. A generator with a state could not give that; here every number is a hash of its place.
+A position's draws are therefore the same on any rank, in any batch, on any device, before or after a kill. A generator
+with a state could not give that. Here every number is a hash of its place.
 
 The row is the row of the file: rows that were cut from one row of the split must not share their draws.
 
@@ -20,10 +20,10 @@ _SPREAD = 0x9E3779B9
 _BIAS = (0x7FEB352D, 0x846CA68B)
 
 _UNIT = 2.0**-31 * (1 - 2.0**-23)
-"""What makes of 31 bits, in float32, a number below 1."""
+"""Factor that turns 31 bits, in float32, into a number below 1."""
 
 _CACHED = 2**18
-"""Numbers that are made at a time on a CPU, so that they stay in a core's cache."""
+"""Numbers drawn at a time on a CPU, so that they stay in a core's cache."""
 
 
 def position_keys(seed: int, row_P: Tensor, position_P: Tensor) -> Tensor:
@@ -40,12 +40,12 @@ def position_keys(seed: int, row_P: Tensor, position_P: Tensor) -> Tensor:
 def gumbel(key_C: Tensor, num_ids: int, first_id: int = 0) -> Tensor:
     """Draw a standard Gumbel number for every token at every position, float32[C, V], between -2.8 and 22.2.
 
-    It is -log(-log(1 - u)) of a u from 31 bits that is precise near 0, where the large ones come from.
+    It is -log(-log(1 - u)) of a u from 31 bits that is precise near 0, where the large numbers come from.
 
     Args:
         key_C: A key per position, int64.
         num_ids: V.
-        first_id: The first of them.
+        first_id: The first id.
     """
     id_V = torch.arange(first_id, first_id + num_ids, dtype=torch.int32, device=key_C.device)
     token_V = id_V * _signed(_SPREAD, 32)
@@ -60,7 +60,7 @@ def _hashed(key_C: Tensor, token_V: Tensor) -> Tensor:
     """Hash every token under every key to 31 bits, int32[C, V]."""
     start_C, middle_C = (key_C >> 32).to(torch.int32), key_C.to(torch.int32)
     bits_CV = token_V ^ start_C[:, None]
-    bits_CV ^= (bits_CV >> 16) & 0xFFFF  # which has the sign drop out of the shift
+    bits_CV ^= (bits_CV >> 16) & 0xFFFF  # the mask drops the sign that the shift repeats
     bits_CV *= _signed(_BIAS[0], 32)
     bits_CV ^= (bits_CV >> 15) & 0x1FFFF
     bits_CV ^= middle_C[:, None]
@@ -70,7 +70,7 @@ def _hashed(key_C: Tensor, token_V: Tensor) -> Tensor:
 
 
 def mixed(state: Tensor) -> Tensor:
-    """One step of splitmix64, int64 taken as 64 bits."""
+    """Take one step of splitmix64, int64 taken as 64 bits."""
     state = state + _signed(_GAMMA, 64)
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_MIX[0], 64)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(_MIX[1], 64)

@@ -1,4 +1,4 @@
-"""Probes: how a loaded model's body, head and vocabulary can be run apart, found by running it.
+"""Probes: they run a loaded model to find ways to run its body, head and vocabulary apart.
 
 Shape letters: B rows of a batch, T positions of a row, P positions, C positions of a chunk, V vocabulary, S ids of a
 shard of it, D hidden size.
@@ -24,10 +24,10 @@ from logitgen.teacher.shard import VocabShard
 logger = logging.getLogger(__name__)
 
 _SCALE_ERROR = 1e-5
-"""What float32 may make of a scale and a soft-cap, relatively."""
+"""Largest relative error of float32 in a scale and a soft-cap."""
 
 _PRODUCT_ERROR = 1e-5
-"""What float32 may make of two ways to compute the product with the head, of its largest result."""
+"""Largest difference in float32 between two ways to compute the head's product, relative to its largest result."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Anatomy:
     """The parts of a model that are run apart.
 
     Attributes:
-        device: Where the logits come out.
+        device: Device the logits come out on.
         shard: The ids whose logits this rank gets.
-        decoder: The body; None where it cannot be run without the head.
+        decoder: The body, or None where it cannot be run without the head.
         head: The output head, if it is to be stored.
     """
 
@@ -48,7 +48,7 @@ class Anatomy:
 
 
 def probe(model: PreTrainedModel, vocab_size: int, with_head: bool) -> Anatomy:
-    """Find out how a model can be run apart, by running it on a few tokens.
+    """Find the parts of a model that can be run apart, by running it on a few tokens.
 
     Raises:
         UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
@@ -61,16 +61,16 @@ def probe(model: PreTrainedModel, vocab_size: int, with_head: bool) -> Anatomy:
 
 
 def _device_of_logits(model: PreTrainedModel) -> torch.device:
-    """Return where a model's logits come out; its weights may be elsewhere until they are needed."""
+    """Return the device a model's logits come out on. Its weights may be elsewhere until they are needed."""
     hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
     return torch.device(hook.execution_device) if hook else model.device
 
 
 @torch.no_grad()
 def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -> VocabShard:
-    """Have a tensor-parallel model leave its vocabulary apart, if whatever it does after the head allows for that.
+    """Have a tensor-parallel model leave its vocabulary apart, if the steps after its head allow for that.
 
-    Its own plan joins the logits of all ranks right after the head. So what it makes of them is there to compare with.
+    Its own plan joins the logits of all ranks right after the head. That gives the logits to compare with.
     """
     whole = VocabShard(None, vocab_size)
     mesh, head = model._device_mesh, model.get_output_embeddings()
@@ -86,14 +86,14 @@ def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -
             f"--tp_size {group.size()} does not fit the teacher: {first_line(error)}. Choose one that divides its "
             "key-value heads, or share it with --fsdp_size."
         ) from error
-    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES  # older ones, which lack it, got no mesh
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES  # older versions, without it, got no mesh
 
     joining = head.forward
     del head.forward
     ALL_PARALLEL_STYLES["colwise"].install_forward(head, mesh["tp"])
     try:
         logits_BTV = shard.whole(model(input_ids=input_ids_BT, use_cache=False).logits)
-    except Exception as error:  # what follows the head may want all of it
+    except Exception as error:  # the steps after the head may need all of it
         reason = f"running it on a part of the vocabulary fails: {first_line(error)}"
     else:
         if _close(logits_BTV, expected_BTV, relative=4 * torch.finfo(expected_BTV.dtype).eps):
@@ -121,7 +121,7 @@ def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.
         decoder = cast(nn.Module, model.get_decoder())
         output = decoder(input_ids=input_ids_BT, use_cache=False)
         chunked_CS = run_head(model, decoder, output, output.last_hidden_state.to(device).flatten(0, 1))
-    except Exception as error:  # a body that works otherwise raises whatever it likes; the plain path is left
+    except Exception as error:  # an unusual body raises errors of any type; the plain path remains
         reason = f"running it apart fails: {first_line(error)}"
     else:
         if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
@@ -148,7 +148,7 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
     other_last_BT = input_ids_BT.clone()
     other_last_BT[:, -1] = (other_last_BT[:, -1] + 1) % vocab_size
     changed_BTS = model(input_ids=other_last_BT, use_cache=False).logits
-    # Quantised to 8 bits, a token's numbers are rounded together with those of the others.
+    # Under quantisation to 8 bits, a token's numbers are rounded together with those of the others.
     noise = 0.1 if getattr(model, "hf_quantizer", None) else max(16 * torch.finfo(plain_BTS.dtype).eps, 0.01)
     if not _close(changed_BTS[:, :-1], plain_BTS[:, :-1], relative=noise):
         raise UsageError(
@@ -159,7 +159,7 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
 
 
 def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
-    """Compare logits by the largest one; masked tokens must be masked in both, and do not count as large."""
+    """Compare logits relative to the largest. Masked tokens must be masked in both, and do not count as large."""
     usual = expected.isfinite() & (expected.abs() < torch.finfo(expected.dtype).max / 2)
     if not torch.equal(logits.isfinite(), expected.isfinite()):
         return False
@@ -169,11 +169,11 @@ def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
 
 @torch.no_grad()  # here, not on `Teacher.logits`: around a generator it holds on to a chunk while the next is computed
 def run_head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD: Tensor) -> Tensor:
-    """Let the model's own forward turn hidden states into logits, [C, V], without running its body.
+    """Have the model's own forward turn hidden states into logits, [C, V], without running its body.
 
-    The body's forward is replaced by one that hands back its own output with these hidden states in it. So whatever a
-    family does after the head (soft-cap, scaling) happens as in a plain forward, without a list of families. Tested on
-    21 small models of 18 families, all exact (tests/test_teacher.py).
+    The body's forward is replaced by a function that returns the body's output with these hidden states in it. Any step
+    of a family after the head (soft-cap, scaling) then happens as in a plain forward, without a list of families.
+    Tested on 21 small models of 18 families, all exact (tests/test_teacher.py).
     """
     ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
     any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
@@ -185,8 +185,8 @@ def run_head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD:
 def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabShard, device: torch.device) -> Head:
     """Take a model's output head out of it, and prove that it gives the model's own logits.
 
-    What a family does after the product is found without a list of families: the model's own forward is given numbers
-    of all sizes in the product's place, and scale and soft-cap are read off what becomes of them, in float32.
+    The steps of a family after the product are found without a list of families. The model's own forward gets numbers
+    of all sizes in the product's place, and scale and soft-cap are read off its answer, in float32.
 
     Raises:
         UsageError: Its logits are not soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap).
@@ -206,7 +206,7 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
         raise _no_head(
             f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)} (see --dtype)"
         )
-    # Of both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
+    # Both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
     id_V = torch.arange(vocab_size, device=device)
     probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
     probe_S = probe_V[shard.start : shard.start + shard.size]
@@ -224,12 +224,12 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
 
 
 def _scale_and_cap(probe_V: Tensor, answer_V: Tensor) -> tuple[float, float]:
-    """Read off what becomes of small numbers, the first, and of large ones; a soft-cap of 0 is none."""
+    """Read the scale off the smallest probe, the first, and the cap off the largest; a soft-cap of 0 means none."""
     scale = float(answer_V[0] / probe_V[0])
     largest = int(probe_V.argmax())
     if abs(answer_V[largest]) > abs(scale * probe_V[largest]) / 2:
         return scale, 0.0
-    return 1.0 if abs(scale - 1) < _SCALE_ERROR else scale, float(abs(answer_V[largest]))  # a tanh rounds the small
+    return 1.0 if abs(scale - 1) < _SCALE_ERROR else scale, float(abs(answer_V[largest]))  # tanh rounds small numbers
 
 
 def _no_head(reason: str) -> UsageError:
@@ -242,7 +242,7 @@ def _no_head(reason: str) -> UsageError:
 @contextmanager
 def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
     """Let a module's forward return a ready output."""
-    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put one there
+    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put their own there
     module.forward = lambda *args, **kwargs: output
     try:
         yield

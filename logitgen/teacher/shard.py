@@ -1,6 +1,7 @@
 """The vocabulary, cut among the ranks of a tensor-parallel teacher: each has the logits of some ids.
 
-What is kept of a position is found among the candidates of every shard, so no rank holds the logits of all ids.
+The kept ids of a position come from the candidates of every shard. No rank holds the logits of all ids, unless `full`
+keeps them.
 
 Shape letters: C positions of a chunk, V vocabulary, S ids of a shard, K candidates.
 """
@@ -14,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The ids whose logits this rank has, cut as `torch.chunk` cuts: all shards are equally wide but for the last ones.
+    """The ids whose logits this rank has, cut as `torch.chunk` cuts: only the last shards may be narrower.
 
     Attributes:
-        group: The ranks that have a shard each; None if this one has all ids.
-        vocab_size: How many ids there are in all, V.
+        group: The ranks that have a shard each, or None if this rank has all ids.
+        vocab_size: Number of ids in all, V.
     """
 
     group: dist.ProcessGroup | None
@@ -31,7 +32,7 @@ class VocabShard:
 
     @property
     def size(self) -> int:
-        """How many ids they are, S."""
+        """Number of ids in the shard, S."""
         return min(self._width, self.vocab_size - self.start)
 
     @property
@@ -49,7 +50,7 @@ class VocabShard:
         return logsumexp_C if self.group is None else self._gathered(logsumexp_C[:, None]).logsumexp(-1)
 
     def pick(self, logits_CS: Tensor, ids_C: Tensor) -> Tensor:
-        """Take one logit of each position, [C], whichever shard has it."""
+        """Take one logit of each position, [C], from the shard that has it."""
         if self.group is None:
             return logits_CS.gather(-1, ids_C[:, None])[:, 0]
         size = logits_CS.shape[-1]
@@ -62,13 +63,13 @@ class VocabShard:
         """Find the k largest among the candidates of all shards.
 
         Args:
-            k: How many.
+            k: Number of values to find.
             values_CK: The largest values of this shard, descending, at most k of each position.
-            places_CK: Where in the shard they are, int64.
-            others_CK: What belongs to them, of the values' dtype.
+            places_CK: Their places in the shard, int64.
+            others_CK: Values that belong to them, of the same dtype.
 
         Returns:
-            The k largest values, descending, their ids, and what belongs to them, [C, k] each.
+            The k largest values, descending, their ids, and the values that belong to them, [C, k] each.
         """
         if self.group is None:
             return values_CK, places_CK, *others_CK
@@ -87,7 +88,7 @@ class VocabShard:
 
 
 WHOLE = VocabShard(None, 0)
-"""All ids on one rank, however many."""
+"""All ids on one rank, for any vocabulary size."""
 
 
 def _widened(values: Tensor, width: int, filler: float) -> Tensor:
