@@ -1155,7 +1155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("memory")
 def test_any_bytes_are_refused(folder: Path) -> None:
-    @settings(max_examples=60, deadline=2000)
+    @settings(max_examples=60, deadline=60_000)
     @given(st.binary(max_size=2000))
     @example(
         b"logitgen file, format version 1\nHDF5 from byte 512 on\nhead_bytes 512\nhead_sha256 " + b"0" * 64 + b"\n"
@@ -1171,7 +1171,7 @@ def test_any_bytes_are_refused(folder: Path) -> None:
 def test_any_first_bytes_before_a_good_rest_are_refused_or_are_the_good_ones(folder: Path, good: bytes) -> None:
     numbers = st.integers(0, 10**9).map(str) | st.sampled_from(["1", "512", "0", "01", "-1", "\u0661"])
 
-    @settings(max_examples=60, deadline=2000)
+    @settings(max_examples=60, deadline=60_000)
     @given(numbers, numbers, st.text("0123456789abcdef", min_size=64, max_size=64))
     def check(version: str, size: str, digest: str) -> None:
         text = header._TEXT.format(version=version, size=size, digest=digest).encode()
@@ -1182,7 +1182,7 @@ def test_any_first_bytes_before_a_good_rest_are_refused_or_are_the_good_ones(fol
 
 @pytest.mark.usefixtures("memory")
 def test_any_change_of_a_good_file_is_found(folder: Path, good: bytes) -> None:
-    @settings(max_examples=100, deadline=2000)
+    @settings(max_examples=100, deadline=60_000)
     @given(bytes_and_places)
     def check(changes: list[tuple[float, int]]) -> None:
         content = bytearray(good)
@@ -1195,7 +1195,7 @@ def test_any_change_of_a_good_file_is_found(folder: Path, good: bytes) -> None:
 
 @pytest.mark.usefixtures("memory")
 def test_any_piece_taken_out_of_a_good_file_or_put_into_it_is_found(folder: Path, good: bytes) -> None:
-    @settings(max_examples=60, deadline=2000)
+    @settings(max_examples=60, deadline=60_000)
     @given(st.floats(0, 1, exclude_max=True), st.integers(1, 3000), st.binary(max_size=1))
     def check(place: float, size: int, filler: bytes) -> None:
         at = int(place * len(good))
