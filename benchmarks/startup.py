@@ -34,20 +34,27 @@ def phases(measured: Measured, log: Path) -> Iterator[tuple[str, float]]:
     yield "the rest", measured.started + measured.wall_seconds - end
 
 
-def memory_of_loading(teacher: str) -> dict[str, float]:
-    """Load a teacher in a process of its own; return the bytes of its weights and by how much its memory grew."""
-    code = (
-        "import sys, torch; from logitgen.config import Config; from logitgen.estimate import _taken_bytes;"
-        "from logitgen.teacher import Teacher, describe_teacher, load_model;"
-        "config = Config(teacher=sys.argv[1], dataset='none', output='none');"
-        "info, device, found = describe_teacher(config), torch.device('cpu'), [];"
-        "load = lambda: found.append(Teacher(load_model(config, device), info.vocab_size));"
-        "taken = _taken_bytes(device, load);"
-        "print('taken', sum(p.nbytes for p in found[0]._model.parameters()), taken)"
-    )
-    measured = measure([sys.executable, "-c", code, teacher])
-    weights, taken = next(map(int, line.split()[1:]) for _, line in measured.lines if line.startswith("taken"))
-    return {"weight_bytes": weights, "taken_bytes": taken}
+_LOADING = """
+import sys, time, torch
+from logitgen.config import Config
+from logitgen.estimate import _taken_bytes
+from logitgen.teacher.identity import fingerprint, weights_of
+from logitgen.teacher.model import load_model
+
+config, found = Config(teacher=sys.argv[1], dataset="none", output="none"), []
+start = time.perf_counter()
+taken = _taken_bytes(torch.device("cpu"), lambda: found.append(load_model(config, torch.device("cpu"))))
+loaded = time.perf_counter()
+fingerprint(weights_of(found[0]))
+print("loading", sum(p.nbytes for p in found[0].parameters()), taken, loaded - start, time.perf_counter() - loaded)
+"""
+
+
+def loading(teacher: str) -> dict[str, float]:
+    """Load a teacher in a process of its own. Return its weights and memory in bytes, load and hash in seconds."""
+    measured = measure([sys.executable, "-c", _LOADING, teacher])
+    numbers = next(line.split()[1:] for _, line in measured.lines if line.startswith("loading"))
+    return dict(zip(("weight_bytes", "taken_bytes", "load_seconds", "hash_seconds"), map(float, numbers), strict=True))
 
 
 def main() -> None:
@@ -98,10 +105,11 @@ def main() -> None:
                 "the rest": f"{median_and_spread(taken['the rest']).median:.2f}" if "the rest" in taken else "-",
             }
         )
-    memory = memory_of_loading(options.teacher)
-    write_report(options.output, "startup", {"seconds": seconds, "memory": memory}, table)
+    teacher = loading(options.teacher)
+    write_report(options.output, "startup", {"seconds": seconds, "loading": teacher}, table)
     print(
-        f"Loading {memory['weight_bytes'] / 1e6:,.0f} MB of weights took {memory['taken_bytes'] / 1e6:,.0f} MB at most."
+        f"Loading {teacher['weight_bytes'] / 1e6:,.0f} MB of weights took {teacher['taken_bytes'] / 1e6:,.0f} MB at "
+        f"most and {teacher['load_seconds']:.2f} s, their hash {teacher['hash_seconds']:.2f} s."
     )
     shutil.rmtree(folder)
 

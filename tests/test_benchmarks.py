@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
-from benchmarks import reading, without
+from benchmarks import reading, startup, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.gpu import idle_share
@@ -241,3 +242,10 @@ def test_the_command_for_gpus_does_all_its_parts_on_a_cpu_with_tiny_shapes(tmp_p
 def test_the_gpu_is_idle_between_kernels_and_not_during_them_whichever_overlap():
     spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
     assert idle_share(spans) == 10 / 40
+
+
+def test_loading_is_measured_in_a_process_of_its_own(teacher: Path):
+    found = startup.loading(str(teacher))
+    weights = AutoModelForCausalLM.from_pretrained(teacher)
+    assert found["weight_bytes"] == sum(weight.nbytes for weight in weights.parameters())
+    assert found["load_seconds"] > 0 < found["hash_seconds"]
