@@ -17,14 +17,14 @@ from logitgen.config import Config
 from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import cached, remedy
-from logitgen.split.shapes import Encode, Tokens, encoder
+from logitgen.split.chats import Tokens
+from logitgen.split.shapes import Encode, columns_read, encoder
 
 logger = logging.getLogger(__name__)
 
 _FEATURES = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("uint8"))}
 )
-_COLUMNS = ("input_ids", "completion_mask", "messages", "prompt", "completion", "text")
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -58,8 +58,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
     """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
 
-    The tokenizer adds its usual special tokens, with one exception. With packing, a text without an end-of-text token
-    at its end gets one, so that two texts do not run into each other.
+    The tokenizer adds its usual special tokens. With packing, a text without an end-of-text token gets one at its end.
 
     Returns:
         A dataset with `input_ids` and, with `completion_only`, `completion_mask`, one row per row of the split.
@@ -70,10 +69,9 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     encode = _telling(encoder(split, tokenizer, config), len(split))
     features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
     settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
-    fingerprint = Hasher.hash(("logitgen 1", transformers.__version__, split._fingerprint, settings))
+    fingerprint = Hasher.hash(("logitgen 2", transformers.__version__, split._fingerprint, settings))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
-    # Unused columns may hold images or audio, which take long to decode.
-    needed = split.select_columns([name for name in split.column_names if name in (*_COLUMNS, config.text_column)])
+    needed = _needed(split, config)
 
     def make() -> datasets.Dataset:
         return needed.map(
@@ -95,6 +93,14 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
         raise UsageError(
             f"--dataset {config.dataset} cannot be read: {first_line(error).rstrip('.')}.{remedy(error, copies)}"
         ) from error
+
+
+def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
+    """Leave the columns out that are not read, and name them: images and audio would take long to decode."""
+    names = columns_read(split.column_names, config)
+    if unused := [name for name in split.column_names if name not in names]:
+        logger.info(f"Columns not used: {', '.join(unused)}.")
+    return split.select_columns(names)
 
 
 def _telling(encode: Encode, num_rows: int) -> Encode:

@@ -1,0 +1,222 @@
+"""Conversations, rendered by the tokenizer's chat template and turned into tokens."""
+
+import json
+import re
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from logitgen.config import Config
+from logitgen.errors import UsageError, first_line
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Chat = list[dict[str, Any]]
+Options = dict[str, Any]
+"""What the template is given besides the messages: `tools`, and a row's `chat_template_kwargs`."""
+
+Tokens = dict[str, list[list[int]]]
+"""`input_ids` and `completion_mask` (1 where a token belongs to a completion) of several rows."""
+
+
+def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    """Render the conversations, then tokenise all of them at once, which uses all cores."""
+    checked = [_checked_chat(chat, index) for chat, index in zip(rows["messages"], indices, strict=True)]
+    options = [_options(rows, number, index) for number, index in enumerate(indices)]
+    if config.completion_only:
+        check_fast(tokenizer, "messages")
+        if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
+            return _marked_chats(checked, options, indices, tokenizer, config)
+    texts = [
+        _render(tokenizer, index, chat, tokenize=False, **given) if chat else ""
+        for chat, given, index in zip(checked, options, indices, strict=True)
+    ]
+    offsets = {"return_offsets_mapping": True} if config.completion_only else {}
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **offsets)
+    if not config.completion_only:
+        return {"input_ids": ended(encoded["input_ids"], tokenizer, config)}
+    masks = []
+    for number, places in enumerate(encoded["offset_mapping"]):
+        spans = _assistant_spans(checked[number], texts[number], indices[number], tokenizer, options[number])
+        masks.append([int(any(start < last and first < end for first, last in spans)) for start, end in places])
+    return _masked(encoded["input_ids"], masks, tokenizer, config)
+
+
+def _options(rows: Any, number: int, index: int) -> Options:
+    """Collect what a row's own columns give the template."""
+    given = {name: _json(rows[name][number], name, kind, index) for name, kind in _GIVEN.items() if name in rows}
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    return tools | (given.get("chat_template_kwargs") or {})
+
+
+_GIVEN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
+"""Columns beside `messages` that go into every rendering."""
+
+
+def _json(value: Any, name: str, kind: type, index: int) -> Any:
+    """Return a list or an object, given as JSON text, or as such with null members that Arrow has filled in."""
+    is_text = isinstance(value, str)
+    if is_text and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"Row {index}: '{name}' is text that is not JSON: {first_line(error)}") from error
+    if value in (None, ""):
+        return None
+    if not isinstance(value, kind):
+        expected = "a list" if kind is list else "an object"
+        raise UsageError(f"Row {index}: '{name}' must be {expected}, or JSON text of it, got {kind_of(value)}.")
+    return value if is_text else _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
+    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
+
+
+def _checked_chat(chat: Any, index: int) -> Chat:
+    if not isinstance(chat, list):
+        raise UsageError(f"Row {index}: 'messages' must be a list of messages, got {kind_of(chat)}.")
+    return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
+
+
+def _checked(message: Any, place: str) -> dict[str, Any]:
+    """Return a message with its content as text, and the arguments of its tool calls as objects."""
+    if not isinstance(message, dict):
+        raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
+    if not isinstance(message.get("role"), str):
+        raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
+    found = cast(dict[str, Any], _without_nulls(message))
+    content = found.get("content", "" if found.get("tool_calls") else None)
+    if isinstance(content, list):
+        content = "".join(_text_of(part, place) for part in content)
+    if not isinstance(content, str):
+        raise UsageError(f"{place}: 'content' must be a string, got {kind_of(content)}.")
+    found["content"] = content
+    for call in found.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _arguments(function["arguments"])
+    return found
+
+
+def _text_of(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise UsageError(f"{place}: a part of 'content' is {kind or kind_of(part)}, only parts of text can be read.")
+    return str(part["text"])
+
+
+def _arguments(text: str) -> Any:
+    """Decode a tool call's arguments where they are JSON text of an object; a template encodes them again."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _counts(message: dict[str, Any]) -> bool:
+    """Whether a message is a completion: an assistant's, and not left out by its `weight` or `train`."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
+def _marked_chats(
+    checked: list[Chat], options: list[Options], indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Tokens:
+    """Tokenise conversations whose template marks the assistant's tokens."""
+    encoded = [
+        _encode_marked(chat, index, tokenizer, given)
+        for chat, given, index in zip(checked, options, indices, strict=True)
+    ]
+    return _masked([ids for ids, _ in encoded], [mask for _, mask in encoded], tokenizer, config)
+
+
+def _masked(
+    rows: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Tokens:
+    """End the rows, and mark the added end tokens as no completion."""
+    whole = ended(rows, tokenizer, config)
+    longer = [mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(whole, masks, strict=True)]
+    return {"input_ids": whole, "completion_mask": longer}
+
+
+def _encode_marked(
+    chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase, given: Options
+) -> tuple[list[int], list[int]]:
+    """Return a conversation's tokens, and 1 for each token in a generation block of its template."""
+    if not chat:
+        return [], []
+    if any(message["role"] == "assistant" and not _counts(message) for message in chat):
+        raise UsageError(
+            f"Row {index}: a message is left out by its weight, but the chat template's generation blocks mark all "
+            "turns of the assistant. Remove the blocks from the template."
+        )
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _render(tokenizer, index, chat, **how, **given)
+    mask = encoded["assistant_masks"]
+    if not any(mask) and any(message["role"] == "assistant" for message in chat):
+        raise UsageError(
+            f"Row {index}: the chat template's generation block marks no token of the assistant's turns. "
+            "Use a tokenizer that keeps every character, or remove the block from the template."
+        )
+    return encoded["input_ids"], mask
+
+
+def _assistant_spans(
+    chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options
+) -> list[tuple[int, int]]:
+    """Find the assistant's turns in a rendered conversation whose template marks none.
+
+    A turn starts behind the generation prompt, and ends at the end of the conversation up to and with it. That is well
+    defined as long as the template renders a conversation's beginning the same, whatever follows.
+    """
+    spans = []
+    for turn, message in enumerate(chat):
+        if not _counts(message):
+            continue
+        after = _render(tokenizer, index, chat[: turn + 1], tokenize=False, **given)
+        if turn:
+            before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True, **given)
+        else:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
+            prompt = _render(tokenizer, index, chat[:1], tokenize=False, add_generation_prompt=True, **given)[
+                len(after) :
+            ]
+            before = after[: after.find(prompt) + len(prompt)]
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UsageError(
+                f"Row {index}: the chat template has no generation block and renders earlier turns differently once "
+                "later ones follow, so the assistant's tokens cannot be told. "
+                "Add {% generation %} ... {% endgeneration %} around them in the template."
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:  # a template raises errors of any type: jinja errors, TypeError, its own
+        raise UsageError(f"Row {index}: the chat template refuses the messages: {first_line(error)}") from error
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:
+    """Refuse a tokenizer that does not know where its tokens stand in the text."""
+    if not tokenizer.is_fast:
+        raise UsageError(f"--completion_only over {over} needs a fast tokenizer: only those know where a token stands.")
+
+
+def kind_of(value: object) -> str:
+    """Show a value in an error message."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}" + (f" ({value[0]!r:.40}, ...)" if value else "")
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:
+    """With packing, end every text with the end-of-text token, if the tokenizer has it."""
+    end = tokenizer.eos_token_id
+    if not config.packing or end is None:
+        return rows
+    return [ids if ids and ids[-1] == end else [*ids, end] for ids in rows]

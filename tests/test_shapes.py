@@ -1,0 +1,252 @@
+"""Columns that change what the teacher reads or what is captured are honoured or refused, never ignored in silence."""
+
+import json
+import logging
+from typing import Any
+
+import datasets
+import pytest
+from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer
+
+from logitgen.config import Config
+from logitgen.errors import UsageError
+from logitgen.split.tokens import tokenize
+
+Row = dict[str, Any]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}<|system|>{{ tool | tojson }}{% endfor %}"
+    "{% if effort is defined %}effort {{ effort }}{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+HELLO = {"role": "user", "content": "Hello"}
+ANSWER = {"role": "assistant", "content": "Good day"}
+
+
+def run(rows: list[Row] | datasets.Dataset, tokenizer: Any = None, **options: Any) -> datasets.Dataset:
+    split = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
+    return tokenize(split, tokenizer, Config(teacher="m", dataset="d", output="o.h5", **options))
+
+
+@pytest.fixture(scope="module")
+def with_tools() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    return tokenizer
+
+
+def rendered(tokenizer: Any, messages: list[Row], **options: Any) -> list[int]:
+    """The tokens as transformers renders them by itself."""
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+# Ready ids.
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "read"),
+    [
+        ([0, 0, 0, 5, 6, 7], [0, 0, 0, 1, 1, 1], [5, 6, 7]),
+        ([5, 6, 7, 0], [1, 1, 1, 0], [5, 6, 7]),
+        ([0, 5, 6, 0], [0, 1, 1, 0], [5, 6]),
+        ([5, 6], [1, 1], [5, 6]),
+        ([5, 6], [0, 0], []),
+        ([5, 6], None, [5, 6]),
+        ([], [], []),
+    ],
+)
+def test_padding_that_the_attention_mask_hides_is_not_read(ids: list[int], mask: list[int], read: list[int]) -> None:
+    rows = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}]
+    assert run(rows)["input_ids"][:] == [read, [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([1, 0, 1], "'attention_mask' hides tokens in the middle of the row, which a teacher cannot leave out"),
+        ([1, 1], r"'attention_mask' must be 3 zeros and ones, one per token, got a list of 2 \(1, \.\.\.\)"),
+        ([1, 2, 1], "'attention_mask' must be 3 zeros and ones"),
+    ],
+)
+def test_an_attention_mask_that_cannot_be_honoured_is_refused(mask: list[int], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^Row 0: {message}"):
+        run([{"input_ids": [5, 6, 7], "attention_mask": mask}])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [
+        ("position_ids", [0, 1, 2, 0, 1], r"do not count 0, 1, 2, \.\.\."),
+        ("position_ids", [3, 4, 5, 6, 7], r"do not count 0, 1, 2, \.\.\."),
+        ("seq_lengths", [3, 2], "are several"),
+    ],
+)
+def test_packed_documents_are_refused(column: str, value: list[int], why: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^Row 0: its '{column}' {why}, so it holds packed documents, .*of its own\.$"
+    ):
+        run([{"input_ids": [5, 6, 7, 8, 9], column: value}])
+
+
+def test_positions_that_only_count_are_no_packed_documents() -> None:
+    """Left-padded rows have any numbers before their first token."""
+    rows = [
+        {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "attention_mask": [1, 1, 1], "seq_lengths": [3]},
+        {"input_ids": [0, 6, 7], "position_ids": [1, 0, 1], "attention_mask": [0, 1, 1], "seq_lengths": None},
+    ]
+    assert run(rows)["input_ids"][:] == [[5, 6, 7], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("labels", [-100, -100, 7, 8]),
+        ("assistant_masks", [0, 0, 1, 1]),
+        ("loss_mask", [0, 0, 1, 1]),
+        ("completion_mask", [0, 0, 1, 1]),
+    ],
+)
+def test_any_of_four_columns_says_what_the_completion_is(column: str, value: list[int]) -> None:
+    found = run([{"input_ids": [5, 6, 7, 8], column: value}], completion_only=True)
+    assert found["completion_mask"][:] == [[0, 0, 1, 1]]
+
+
+def test_the_completion_of_a_padded_row_moves_along_with_its_tokens() -> None:
+    row = {"input_ids": [0, 5, 6, 7], "attention_mask": [0, 1, 1, 1], "labels": [-100, -100, -100, 7]}
+    found = run([row], completion_only=True)
+    assert (found["input_ids"][0], found["completion_mask"][0]) == ([5, 6, 7], [0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [6, 7, -100],
+            r"label 0 is 6, the row's token there 5\. Labels must be the row's own tokens, not shifted, or -100",
+        ),
+        ([-100, 6], "'labels' must be 3 token ids, one per token, got a list of 2"),
+        (None, "'labels' must be 3 token ids, one per token, got nothing"),
+    ],
+)
+def test_labels_that_are_not_the_rows_own_tokens_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^Row 0: {message}"):
+        run([{"input_ids": [5, 6, 7], "labels": labels}], completion_only=True)
+
+
+# Conversations.
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["a list", "JSON text"])
+def test_tools_go_into_every_rendering(with_tools: Any, as_text: bool) -> None:
+    row = {"messages": [HELLO, ANSWER], "tools": json.dumps(TOOLS) if as_text else TOOLS}
+    found = run([row], with_tools, completion_only=True)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO, ANSWER], tools=TOOLS)
+    answer = with_tools("Good day<|end|>")["input_ids"]
+    assert sum(found["completion_mask"][0]) == len(answer)
+    assert found["input_ids"][0][-len(answer) :] == answer
+
+
+def test_rows_without_tools_beside_rows_with_tools_are_rendered_without(with_tools: Any) -> None:
+    rows = [{"messages": [HELLO], "tools": json.dumps(TOOLS)}, {"messages": [HELLO], "tools": ""}]
+    expected = [rendered(with_tools, [HELLO], tools=TOOLS), rendered(with_tools, [HELLO])]
+    assert run(rows, with_tools)["input_ids"][:] == expected
+
+
+def test_options_of_the_template_are_passed_on_row_by_row(with_tools: Any) -> None:
+    rows = [{"messages": [HELLO], "chat_template_kwargs": {"effort": effort}} for effort in ("high", None)]
+    expected = [rendered(with_tools, [HELLO], effort="high"), rendered(with_tools, [HELLO])]
+    assert run(rows, with_tools)["input_ids"][:] == expected
+
+
+def test_members_that_arrow_fills_in_are_taken_out_again(with_tools: Any) -> None:
+    """In one column two calls with different arguments each have the other's too, as nothing."""
+    chats = [
+        [
+            HELLO,
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        ]
+        for arguments in ({"city": "Oslo"}, {"zone": "CET"})
+    ]
+    split = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
+    filled = split[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert filled == {"city": "Oslo", "zone": None}
+    assert run(split, with_tools)["input_ids"][:] == [rendered(with_tools, chat) for chat in chats]
+
+
+def test_arguments_that_are_json_text_are_not_encoded_twice(with_tools: Any) -> None:
+    as_text, as_object = (
+        [HELLO, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}]
+        for given in (json.dumps({"city": "Oslo"}), {"city": "Oslo"})
+    )
+    assert run([{"messages": as_text}], with_tools)["input_ids"][0] == rendered(with_tools, as_object)
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}], ids=["nothing", "no content"])
+def test_a_call_of_a_tool_needs_no_content(with_tools: Any, content: Row) -> None:
+    calls = {"tool_calls": [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]}
+    found = run([{"messages": [HELLO, {"role": "assistant", **content, **calls}]}], with_tools)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO, {"role": "assistant", "content": "", **calls}])
+
+
+def test_parts_of_text_are_joined(with_tools: Any) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    found = run([{"messages": [{"role": "user", "content": parts}]}], with_tools)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO])
+
+
+@pytest.mark.parametrize("out", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_left_out_is_no_completion(with_tools: Any, out: Row) -> None:
+    bad = {"role": "assistant", "content": "Bad"}
+    found = run([{"messages": [HELLO, bad | out, HELLO, ANSWER]}], with_tools, completion_only=True)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO, bad, HELLO, ANSWER])
+    answer = with_tools("Good day<|end|>")["input_ids"]
+    assert found["completion_mask"][0] == [0] * (len(found["input_ids"][0]) - len(answer)) + [1] * len(answer)
+
+
+def test_a_turn_cannot_be_left_out_of_what_generation_blocks_mark() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE_WITH_GENERATION
+    with pytest.raises(UsageError, match=r"^Row 0: a message is left out by its weight, but .* Remove the blocks"):
+        run([{"messages": [HELLO, ANSWER | {"weight": 0}]}], tokenizer, completion_only=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tools", "[{", "'tools' is text that is not JSON: "),
+        ("tools", "{}", "'tools' must be a list, or JSON text of it, got dict"),
+        (
+            "chat_template_kwargs",
+            "[1]",
+            "'chat_template_kwargs' must be an object, or JSON text of it, got a list of 1",
+        ),
+    ],
+)
+def test_what_a_row_gives_the_template_must_be_readable(with_tools: Any, column: str, value: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^Row 0: {message}"):
+        run([{"messages": [HELLO], column: value}], with_tools)
+
+
+# What is not used is said.
+
+
+def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run([{"input_ids": [5, 6], "labels": [-100, 6], "source": "web", "token_type_ids": [0, 0]}])
+    assert "Columns not used: labels, source, token_type_ids." in caplog.messages
+
+
+def test_nothing_is_said_where_every_column_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run([{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [-100, 6]}], completion_only=True)
+    assert not [message for message in caplog.messages if "not used" in message]
+
+
+def test_a_template_that_shows_the_teacher_no_tools_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], tokenizer)
+    assert "The rows have tools, but the teacher's chat template shows it none." in caplog.messages
