@@ -230,13 +230,60 @@ def test_what_a_row_gives_the_template_must_be_readable(with_tools: Any, column:
         run([{"messages": [HELLO], column: value}], with_tools)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]},
+        {"conversations": [HELLO, ANSWER]},
+        {"messages": json.dumps([HELLO, ANSWER])},
+        {"messages": [HELLO, ANSWER], "conversations": [ANSWER, HELLO]},
+    ],
+    ids=["ShareGPT", "conversations", "JSON text", "messages come first"],
+)
+def test_conversations_are_read_as_people_have_them(with_tools: Any, row: Row) -> None:
+    found = run([row], with_tools, completion_only=True)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO, ANSWER])
+    assert sum(found["completion_mask"][0]) == len(with_tools("Good day<|end|>")["input_ids"])
+
+
+def test_a_speaker_nobody_knows_is_refused(with_tools: Any) -> None:
+    message = r"^Row 0, message 1: 'from' must be one of human, .*, got str 'bing'\.$"
+    with pytest.raises(UsageError, match=message):
+        run([{"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]}], with_tools)
+
+
+def test_prompt_and_completion_may_be_messages(with_tools: Any) -> None:
+    rows = [{"prompt": [HELLO], "completion": [ANSWER], "tools": json.dumps(TOOLS)}]
+    found = run(rows, with_tools, completion_only=True)
+    assert found["input_ids"][0] == rendered(with_tools, [HELLO, ANSWER], tools=TOOLS)
+    asked = rendered(with_tools, [HELLO], tools=TOOLS, add_generation_prompt=True)
+    assert found["completion_mask"][0] == [0] * len(asked) + [1] * (len(found["input_ids"][0]) - len(asked))
+    assert run(rows, with_tools)["input_ids"][0] == found["input_ids"][0]
+
+
+def test_a_completion_begins_where_a_generation_prompt_that_opens_a_block_parts() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    found = run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
+    assert sum(found["completion_mask"][0]) == len(tokenizer("Good day<|end|>")["input_ids"])
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match=r"^Row 0: the chat template renders the prompt differently once"):
+        run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
+
+
 # What is not used is said.
 
 
 def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run([{"input_ids": [5, 6], "labels": [-100, 6], "source": "web", "token_type_ids": [0, 0]}])
+        run([{"prompt": "a", "completion": "b", "tools": "[]"}], make_tokenizer())
     assert "Columns not used: labels, source, token_type_ids." in caplog.messages
+    assert "Columns not used: tools." in caplog.messages
 
 
 def test_nothing_is_said_where_every_column_is_used(caplog: pytest.LogCaptureFixture) -> None:

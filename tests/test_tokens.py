@@ -487,7 +487,8 @@ def test_a_row_beyond_the_first_batch_is_named_by_its_number(tokenizer: Tokenize
         ([{"role": "user", "content": 3}], "Row 0, message 0: 'content' must be a string, got int 3"),
         ([{"role": "user", "content": ["a"]}], "Row 0, message 0: a part of 'content' is str 'a'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "Row 0, message 0: a part of 'content' is image, only"),
-        ([{"from": "human", "value": "a"}], "Row 0, message 0: 'role' must be a string, got nothing"),
+        ([{"from": "human"}], "Row 0, message 0: 'content' must be a string, got nothing"),
+        ([{"value": "a"}], "Row 0, message 0: 'role' must be a string, got nothing"),
         ([{"role": 1, "content": "a"}], "Row 0, message 0: 'role' must be a string, got int 1"),
     ],
 )

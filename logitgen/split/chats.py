@@ -1,5 +1,6 @@
 """Conversations, rendered by the tokenizer's chat template and turned into tokens."""
 
+import itertools
 import json
 import re
 from typing import Any, cast
@@ -12,6 +13,21 @@ from logitgen.errors import UsageError, first_line
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Chat = list[dict[str, Any]]
+CHAT_COLUMNS = ("messages", "conversations")
+"""Columns of conversations; the first one found is read."""
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of who speaks, and the chat templates' own."""
+
 Options = dict[str, Any]
 """What the template is given besides the messages: `tools`, and a row's `chat_template_kwargs`."""
 
@@ -21,7 +37,8 @@ Tokens = dict[str, list[list[int]]]
 
 def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
     """Render the conversations, then tokenise all of them at once, which uses all cores."""
-    checked = [_checked_chat(chat, index) for chat, index in zip(rows["messages"], indices, strict=True)]
+    (name,) = set(CHAT_COLUMNS) & rows.keys()
+    checked = [_checked_chat(chat, name, index) for chat, index in zip(rows[name], indices, strict=True)]
     options = [_options(rows, number, index) for number, index in enumerate(indices)]
     if config.completion_only:
         check_fast(tokenizer, "messages")
@@ -39,6 +56,35 @@ def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, con
     for number, places in enumerate(encoded["offset_mapping"]):
         spans = _assistant_spans(checked[number], texts[number], indices[number], tokenizer, options[number])
         masks.append([int(any(start < last and first < end for first, last in spans)) for start, end in places])
+    return _masked(encoded["input_ids"], masks, tokenizer, config)
+
+
+def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
+    """Render prompts and completions that are lists of messages.
+
+    The completion begins where the whole conversation and the prompt with its generation prompt part.
+    """
+    check_fast(tokenizer, "messages")
+    texts, starts = [], []
+    for number, index in enumerate(indices):
+        prompt, completion = (_checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
+        given = _options(rows, number, index)
+        whole = _render(tokenizer, index, prompt + completion, tokenize=False, **given)
+        asked = _render(tokenizer, index, prompt, tokenize=False, add_generation_prompt=True, **given)
+        if not whole.startswith(_render(tokenizer, index, prompt, tokenize=False, **given)):
+            raise UsageError(
+                f"Row {index}: the chat template renders the prompt differently once the completion follows, so the "
+                "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
+            )
+        texts.append(whole)
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, asked, strict=False))
+        starts.append(sum(1 for _ in shared))
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    if not config.completion_only:
+        return {"input_ids": ended(encoded["input_ids"], tokenizer, config)}
+    masks = [
+        [int(end > start) for _, end in places] for places, start in zip(encoded["offset_mapping"], starts, strict=True)
+    ]
     return _masked(encoded["input_ids"], masks, tokenizer, config)
 
 
@@ -75,9 +121,11 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(member) for member in value] if isinstance(value, list) else value
 
 
-def _checked_chat(chat: Any, index: int) -> Chat:
+def _checked_chat(chat: Any, name: str, index: int) -> Chat:
+    if isinstance(chat, str) and chat.lstrip().startswith("["):
+        chat = _json(chat, name, list, index)
     if not isinstance(chat, list):
-        raise UsageError(f"Row {index}: 'messages' must be a list of messages, got {kind_of(chat)}.")
+        raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
     return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
 
 
@@ -85,6 +133,8 @@ def _checked(message: Any, place: str) -> dict[str, Any]:
     """Return a message with its content as text, and the arguments of its tool calls as objects."""
     if not isinstance(message, dict):
         raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
+    if message.get("role") is None and message.get("from") is not None:
+        message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
     found = cast(dict[str, Any], _without_nulls(message))
@@ -99,6 +149,14 @@ def _checked(message: Any, place: str) -> dict[str, Any]:
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             function["arguments"] = _arguments(function["arguments"])
     return found
+
+
+def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """Turn ShareGPT's `from` and `value` into role and content."""
+    if message["from"] not in _ROLES:
+        raise UsageError(f"{place}: 'from' must be one of {', '.join(_ROLES)}, got {kind_of(message['from'])}.")
+    others = {name: member for name, member in message.items() if name not in ("from", "value")}
+    return others | {"role": _ROLES[message["from"]], "content": message.get("value")}
 
 
 def _text_of(part: Any, place: str) -> str:

@@ -1,7 +1,7 @@
 """The supported shapes of rows, recognised by their columns and turned into tokens."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import datasets
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
-from logitgen.split.chats import Tokens, chats, check_fast, ended, kind_of
+from logitgen.split.chats import CHAT_COLUMNS, Tokens, chat_pairs, chats, check_fast, ended, kind_of
 
 Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
 
@@ -23,17 +23,19 @@ COMPLETION_COLUMNS = ("completion_mask", "assistant_masks", "loss_mask", "labels
 """Columns beside `input_ids` that say which tokens are the completion; the first one found is believed."""
 
 
-def columns_read(columns: list[str], config: Config) -> list[str]:
-    """Name the columns of a split that decide what the teacher reads, or what is captured."""
+def columns_read(columns: Mapping[str, Any], config: Config) -> list[str]:
+    """Name the columns, given with their features, that decide what the teacher reads or what is captured."""
     if config.text_column is not None:
         return [name for name in columns if name == config.text_column]
     if "input_ids" in columns:
         marks = [name for name in COMPLETION_COLUMNS if name in columns and config.completion_only][:1]
         names = ["input_ids", "attention_mask", "position_ids", "seq_lengths", *marks]
-    elif "messages" in columns:
-        names = ["messages", "tools", "chat_template_kwargs"]
+    elif chats_in := [name for name in CHAT_COLUMNS if name in columns]:
+        names = [chats_in[0], "tools", "chat_template_kwargs"]
+    elif {"prompt", "completion"} <= set(columns):
+        names = ["prompt", "completion", *(["tools", "chat_template_kwargs"] if _pairs_of_messages(columns) else [])]
     else:
-        names = ["prompt", "completion"] if {"prompt", "completion"} <= set(columns) else ["text"]
+        names = ["text"]
     return [name for name in names if name in columns]
 
 
@@ -52,7 +54,7 @@ def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, 
             f"--teacher {config.teacher} has no tokenizer that can be loaded, and the rows are text. "
             "Add the tokenizer's files to the folder, or give a dataset with input_ids."
         )
-    if config.text_column is None and "messages" in columns:
+    if config.text_column is None and (set(CHAT_COLUMNS) & set(columns) or _pairs_of_messages(split.features)):
         if tokenizer.chat_template is None:
             raise UsageError(
                 f"The rows are messages, but the tokenizer of {config.teacher} has no chat template. "
@@ -60,9 +62,22 @@ def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, 
             )
         if "tools" in columns and "tools" not in str(tokenizer.chat_template):
             logger.warning("The rows have tools, but the teacher's chat template shows it none.")
-        return lambda rows, indices: chats(rows, indices, tokenizer, config)
+        render = chats if set(CHAT_COLUMNS) & set(columns) else chat_pairs
+        return lambda rows, indices: render(rows, indices, tokenizer, config)
     if config.text_column is None and {"prompt", "completion"} <= set(columns):
         return lambda rows, indices: _pairs(rows, indices, tokenizer, config)
+    column = _text_column(columns, config)
+    return lambda rows, indices: _texts(rows, indices, column, tokenizer, config)
+
+
+def _pairs_of_messages(columns: Mapping[str, Any]) -> bool:
+    """Tell whether prompt and completion are lists of messages, by their features."""
+    sides = [getattr(columns.get(name), "feature", None) for name in ("prompt", "completion")]
+    return all(isinstance(side, dict) for side in sides)
+
+
+def _text_column(columns: list[str], config: Config) -> str:
+    """Return the column of plain text."""
     column = config.text_column or "text"
     if column not in columns:
         expected = (
@@ -76,7 +91,7 @@ def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, 
             f"--completion_only needs rows that say what the completion is (prompt and completion, messages, or "
             f"input_ids with completion_mask); '{column}' is plain text."
         )
-    return lambda rows, indices: _texts(rows, indices, column, tokenizer, config)
+    return column
 
 
 def _names(columns: list[str]) -> str:

@@ -97,7 +97,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
 
 def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
     """Leave the columns out that are not read, and name them: images and audio would take long to decode."""
-    names = columns_read(split.column_names, config)
+    names = columns_read(split.features, config)
     if unused := [name for name in split.column_names if name not in names]:
         logger.info(f"Columns not used: {', '.join(unused)}.")
     return split.select_columns(names)
