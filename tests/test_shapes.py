@@ -1,7 +1,9 @@
 """Columns that change what the teacher reads or what is captured are honoured or refused, never ignored in silence."""
 
+import importlib.util
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -266,6 +268,29 @@ def test_a_completion_begins_where_a_generation_prompt_that_opens_a_block_parts(
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     found = run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
     assert sum(found["completion_mask"][0]) == len(tokenizer("Good day<|end|>")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "completion"),
+    [
+        ("qwen2_5", "Good day<|im_end|>\n"),
+        ("qwen3", "<think>\n\n</think>\n\nGood day<|im_end|>\n"),
+        ("deepseek_r1_distill", "Good day<\N{FULLWIDTH VERTICAL LINE}end▁of▁sentence\N{FULLWIDTH VERTICAL LINE}>"),
+        ("nemotron_3_nano", "</think>Good day<|im_end|>\n"),
+        ("gptoss", "<|channel|>final<|message|>Good day<|return|>"),
+        ("gemma3", "Good day<end_of_turn>\n"),
+    ],
+)
+def test_a_single_turn_is_told_apart_with_the_templates_of_todays_teachers(name: str, completion: str) -> None:
+    trl = importlib.util.find_spec("trl")
+    assert trl
+    assert trl.origin
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    found = run([{"messages": [HELLO, ANSWER]}], tokenizer, completion_only=True)
+    assert found["input_ids"][0] == rendered(tokenizer, [HELLO, ANSWER])
+    marked = [token for token, mark in zip(found["input_ids"][0], found["completion_mask"][0], strict=True) if mark]
+    assert tokenizer.decode(marked) == completion
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:

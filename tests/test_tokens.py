@@ -335,10 +335,11 @@ def test_such_a_template_is_good_as_long_as_it_changes_nothing(tokenizer: Tokeni
     assert (found["input_ids"][0], found["completion_mask"][0]) == chat_by_hand(tokenizer, spoken)
 
 
-def test_a_generation_prompt_that_the_answer_does_not_repeat_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_turn_begins_where_it_parts_from_a_generation_prompt_it_does_not_repeat(tokenizer: Tokenizer) -> None:
     template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>think:{% endif %}")
-    with pytest.raises(UsageError, match="Row 0: the chat template has no generation block and renders"):
-        run([chat(("user", "a"), ("assistant", "b"))], with_template(tokenizer, template), completion_only=True)
+    spoken = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    found = run([chat(*spoken)], with_template(tokenizer, template), completion_only=True)
+    assert (found["input_ids"][0], found["completion_mask"][0]) == chat_by_hand(tokenizer, spoken)
 
 
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%-  generation  %}"])

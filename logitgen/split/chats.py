@@ -77,8 +77,7 @@ def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase
                 "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
             )
         texts.append(whole)
-        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, asked, strict=False))
-        starts.append(sum(1 for _ in shared))
+        starts.append(_num_shared(whole, asked))
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     if not config.completion_only:
         return {"input_ids": ended(encoded["input_ids"], tokenizer, config)}
@@ -227,29 +226,42 @@ def _assistant_spans(
 ) -> list[tuple[int, int]]:
     """Find the assistant's turns in a rendered conversation whose template marks none.
 
-    A turn starts behind the generation prompt, and ends at the end of the conversation up to and with it. That is well
-    defined as long as the template renders a conversation's beginning the same, whatever follows.
+    A turn starts where the conversation up to and with it parts from the generation prompt before it, and ends at its
+    end. That is well defined as long as the template renders a conversation's beginning the same, whatever follows.
     """
     spans = []
     for turn, message in enumerate(chat):
         if not _counts(message):
             continue
         after = _render(tokenizer, index, chat[: turn + 1], tokenize=False, **given)
-        if turn:
-            before = _render(tokenizer, index, chat[:turn], tokenize=False, add_generation_prompt=True, **given)
-        else:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
-            prompt = _render(tokenizer, index, chat[:1], tokenize=False, add_generation_prompt=True, **given)[
-                len(after) :
-            ]
-            before = after[: after.find(prompt) + len(prompt)]
-        if not (text.startswith(after) and after.startswith(before)):
+        start = _start_of(chat[: turn + 1], after, index, tokenizer, given)
+        if start is None or not text.startswith(after):
             raise UsageError(
                 f"Row {index}: the chat template has no generation block and renders earlier turns differently once "
                 "later ones follow, so the assistant's tokens cannot be told. "
                 "Add {% generation %} ... {% endgeneration %} around them in the template."
             )
-        spans.append((len(before), len(after)))
+        spans.append((start, len(after)))
     return spans
+
+
+def _start_of(chat: Chat, after: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options) -> int | None:
+    """Find where the last turn starts in the text of a conversation; None where the turns before it are rewritten."""
+    before = chat[:-1]
+    if not before:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
+        shown = _render(tokenizer, index, chat, tokenize=False, add_generation_prompt=True, **given)
+        prompt = shown[len(after) :]
+        return after.find(prompt) + len(prompt) if prompt in after else None
+    asked = _render(tokenizer, index, before, tokenize=False, add_generation_prompt=True, **given)
+    if after.startswith(asked):
+        return len(asked)
+    said = _render(tokenizer, index, before, tokenize=False, **given)  # a generation prompt may open a block of thought
+    return _num_shared(after, asked) if after.startswith(said) else None
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Count the characters before the first that differs."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, **options: Any) -> Any:
