@@ -263,6 +263,14 @@ def test_prompt_and_completion_may_be_messages(with_tools: Any) -> None:
     assert run(rows, with_tools)["input_ids"][0] == found["input_ids"][0]
 
 
+def test_only_completions_of_messages_need_a_fast_tokenizer(with_tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": [HELLO], "completion": [ANSWER]}]
+    monkeypatch.setattr(type(with_tools), "is_fast", False)
+    assert run(rows, with_tools)["input_ids"][0] == rendered(with_tools, [HELLO, ANSWER])
+    with pytest.raises(UsageError, match=r"^--completion_only over messages needs a fast tokenizer"):
+        run(rows, with_tools, completion_only=True)
+
+
 def test_a_completion_begins_where_a_generation_prompt_that_opens_a_block_parts() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")

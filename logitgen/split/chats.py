@@ -48,10 +48,9 @@ def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, con
         _render(tokenizer, index, chat, tokenize=False, **given) if chat else ""
         for chat, given, index in zip(checked, options, indices, strict=True)
     ]
-    offsets = {"return_offsets_mapping": True} if config.completion_only else {}
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **offsets)
     if not config.completion_only:
-        return {"input_ids": ended(encoded["input_ids"], tokenizer, config)}
+        return {"input_ids": ended(_encode(tokenizer, texts)["input_ids"], tokenizer, config)}
+    encoded = _encode(tokenizer, texts, return_offsets_mapping=True)
     masks = []
     for number, places in enumerate(encoded["offset_mapping"]):
         spans = _assistant_spans(checked[number], texts[number], indices[number], tokenizer, options[number])
@@ -64,27 +63,38 @@ def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase
 
     The completion begins where the whole conversation and the prompt with its generation prompt part.
     """
-    check_fast(tokenizer, "messages")
+    if config.completion_only:
+        check_fast(tokenizer, "messages")
     texts, starts = [], []
     for number, index in enumerate(indices):
         prompt, completion = (_checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
         given = _options(rows, number, index)
-        whole = _render(tokenizer, index, prompt + completion, tokenize=False, **given)
-        asked = _render(tokenizer, index, prompt, tokenize=False, add_generation_prompt=True, **given)
-        if not whole.startswith(_render(tokenizer, index, prompt, tokenize=False, **given)):
-            raise UsageError(
-                f"Row {index}: the chat template renders the prompt differently once the completion follows, so the "
-                "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
-            )
-        texts.append(whole)
-        starts.append(_num_shared(whole, asked))
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        texts.append(_render(tokenizer, index, prompt + completion, tokenize=False, **given))
+        if config.completion_only:
+            starts.append(_completion_start(prompt, texts[-1], index, tokenizer, given))
     if not config.completion_only:
-        return {"input_ids": ended(encoded["input_ids"], tokenizer, config)}
+        return {"input_ids": ended(_encode(tokenizer, texts)["input_ids"], tokenizer, config)}
+    encoded = _encode(tokenizer, texts, return_offsets_mapping=True)
     masks = [
         [int(end > start) for _, end in places] for places, start in zip(encoded["offset_mapping"], starts, strict=True)
     ]
     return _masked(encoded["input_ids"], masks, tokenizer, config)
+
+
+def _completion_start(prompt: Chat, whole: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options) -> int:
+    """Find where a conversation parts from its prompt with the generation prompt."""
+    if not whole.startswith(_render(tokenizer, index, prompt, tokenize=False, **given)):
+        raise UsageError(
+            f"Row {index}: the chat template renders the prompt differently once the completion follows, so the "
+            "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
+        )
+    asked = _render(tokenizer, index, prompt, tokenize=False, add_generation_prompt=True, **given)
+    return _num_shared(whole, asked)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> Any:
+    """Tokenise rendered texts, whose special tokens the template has written."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **options)
 
 
 def _options(rows: Any, number: int, index: int) -> Options:

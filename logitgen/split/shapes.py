@@ -13,7 +13,6 @@ from logitgen.split.chats import CHAT_COLUMNS, Tokens, chat_pairs, chats, check_
 
 Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
 
-
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
