@@ -1,32 +1,20 @@
 """Conversations, rendered by the tokenizer's chat template and turned into tokens."""
 
 import itertools
-import json
 import re
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+from logitgen.split.messages import Chat, checked_chat, counts, from_json
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Chat = list[dict[str, Any]]
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns of conversations; the first one found is read."""
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-"""ShareGPT's names of who speaks, and the chat templates' own."""
 
 Options = dict[str, Any]
 """What the template is given besides the messages: `tools`, and a row's `chat_template_kwargs`."""
@@ -38,7 +26,7 @@ Tokens = dict[str, list[list[int]]]
 def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
     """Render the conversations, then tokenise all of them at once, which uses all cores."""
     (name,) = set(CHAT_COLUMNS) & rows.keys()
-    checked = [_checked_chat(chat, name, index) for chat, index in zip(rows[name], indices, strict=True)]
+    checked = [checked_chat(chat, name, index) for chat, index in zip(rows[name], indices, strict=True)]
     options = [_options(rows, number, index) for number, index in enumerate(indices)]
     if config.completion_only:
         check_fast(tokenizer, "messages")
@@ -67,7 +55,7 @@ def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase
         check_fast(tokenizer, "messages")
     texts, starts = [], []
     for number, index in enumerate(indices):
-        prompt, completion = (_checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
+        prompt, completion = (checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
         given = _options(rows, number, index)
         texts.append(_render(tokenizer, index, prompt + completion, tokenize=False, **given))
         if config.completion_only:
@@ -99,94 +87,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: boo
 
 def _options(rows: Any, number: int, index: int) -> Options:
     """Collect what a row's own columns give the template."""
-    given = {name: _json(rows[name][number], name, kind, index) for name, kind in _GIVEN.items() if name in rows}
+    given = {name: from_json(rows[name][number], name, kind, index) for name, kind in _GIVEN.items() if name in rows}
     tools = {"tools": given["tools"]} if given.get("tools") else {}
     return tools | (given.get("chat_template_kwargs") or {})
 
 
 _GIVEN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
 """Columns beside `messages` that go into every rendering."""
-
-
-def _json(value: Any, name: str, kind: type, index: int) -> Any:
-    """Return a list or an object, given as JSON text, or as such with null members that Arrow has filled in."""
-    is_text = isinstance(value, str)
-    if is_text and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise UsageError(f"Row {index}: '{name}' is text that is not JSON: {first_line(error)}") from error
-    if value in (None, ""):
-        return None
-    if not isinstance(value, kind):
-        expected = "a list" if kind is list else "an object"
-        raise UsageError(f"Row {index}: '{name}' must be {expected}, or JSON text of it, got {kind_of(value)}.")
-    return value if is_text else _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
-    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
-
-
-def _checked_chat(chat: Any, name: str, index: int) -> Chat:
-    if isinstance(chat, str) and chat.lstrip().startswith("["):
-        chat = _json(chat, name, list, index)
-    if not isinstance(chat, list):
-        raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
-    return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
-
-
-def _checked(message: Any, place: str) -> dict[str, Any]:
-    """Return a message with its content as text, and the arguments of its tool calls as objects."""
-    if not isinstance(message, dict):
-        raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
-    if message.get("role") is None and message.get("from") is not None:
-        message = _from_sharegpt(message, place)
-    if not isinstance(message.get("role"), str):
-        raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
-    found = cast(dict[str, Any], _without_nulls(message))
-    content = found.get("content", "" if found.get("tool_calls") else None)
-    if isinstance(content, list):
-        content = "".join(_text_of(part, place) for part in content)
-    if not isinstance(content, str):
-        raise UsageError(f"{place}: 'content' must be a string, got {kind_of(content)}.")
-    found["content"] = content
-    for call in found.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function["arguments"] = _arguments(function["arguments"])
-    return found
-
-
-def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Turn ShareGPT's `from` and `value` into role and content."""
-    if message["from"] not in _ROLES:
-        raise UsageError(f"{place}: 'from' must be one of {', '.join(_ROLES)}, got {kind_of(message['from'])}.")
-    others = {name: member for name, member in message.items() if name not in ("from", "value")}
-    return others | {"role": _ROLES[message["from"]], "content": message.get("value")}
-
-
-def _text_of(part: Any, place: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise UsageError(f"{place}: a part of 'content' is {kind or kind_of(part)}, only parts of text can be read.")
-    return str(part["text"])
-
-
-def _arguments(text: str) -> Any:
-    """Decode a tool call's arguments where they are JSON text of an object; a template encodes them again."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _counts(message: dict[str, Any]) -> bool:
-    """Whether a message is a completion: an assistant's, and not left out by its `weight` or `train`."""
-    return message["role"] == "assistant" and message.get("weight", 1) != 0 and message.get("train", True) is not False
 
 
 def _marked_chats(
@@ -215,7 +122,7 @@ def _encode_marked(
     """Return a conversation's tokens, and 1 for each token in a generation block of its template."""
     if not chat:
         return [], []
-    if any(message["role"] == "assistant" and not _counts(message) for message in chat):
+    if any(message["role"] == "assistant" and not counts(message) for message in chat):
         raise UsageError(
             f"Row {index}: a message is left out by its weight, but the chat template's generation blocks mark all "
             "turns of the assistant. Remove the blocks from the template."
@@ -241,7 +148,7 @@ def _assistant_spans(
     """
     spans = []
     for turn, message in enumerate(chat):
-        if not _counts(message):
+        if not counts(message):
             continue
         after = _render(tokenizer, index, chat[: turn + 1], tokenize=False, **given)
         start = _start_of(chat[: turn + 1], after, index, tokenizer, given)
@@ -285,13 +192,6 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:
     """Refuse a tokenizer that does not know where its tokens stand in the text."""
     if not tokenizer.is_fast:
         raise UsageError(f"--completion_only over {over} needs a fast tokenizer: only those know where a token stands.")
-
-
-def kind_of(value: object) -> str:
-    """Show a value in an error message."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}" + (f" ({value[0]!r:.40}, ...)" if value else "")
-    return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
 def ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
-from logitgen.split.chats import CHAT_COLUMNS, Tokens, chat_pairs, chats, check_fast, ended, kind_of
+from logitgen.split.chats import CHAT_COLUMNS, Tokens, chat_pairs, chats, check_fast, ended
+from logitgen.split.messages import kind_of
 
 Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
 

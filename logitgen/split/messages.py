@@ -1,0 +1,118 @@
+"""Messages as people have them, turned into role and content that every chat template reads."""
+
+import json
+from typing import Any, cast
+
+from logitgen.errors import UsageError, first_line
+
+Chat = list[dict[str, Any]]
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of who speaks, and the chat templates' own."""
+
+
+def from_json(value: Any, name: str, kind: type, index: int) -> Any:
+    """Return a list or an object, given as JSON text, or as such with null members that Arrow has filled in."""
+    is_text = isinstance(value, str)
+    if is_text and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"Row {index}: '{name}' is text that is not JSON: {first_line(error)}") from error
+    if value in (None, ""):
+        return None
+    if not isinstance(value, kind):
+        expected = "a list" if kind is list else "an object"
+        raise UsageError(f"Row {index}: '{name}' must be {expected}, or JSON text of it, got {kind_of(value)}.")
+    return value if is_text else _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
+    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
+
+
+def checked_chat(chat: Any, name: str, index: int) -> Chat:
+    """Return a conversation as messages of role and content.
+
+    Args:
+        chat: The value of the column: a list, or JSON text of it.
+        name: The column.
+        index: Number of the row in the split.
+
+    Raises:
+        UsageError: It is none, or a message lacks something or has something that cannot be read.
+    """
+    if isinstance(chat, str) and chat.lstrip().startswith("["):
+        chat = from_json(chat, name, list, index)
+    if not isinstance(chat, list):
+        raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
+    return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
+
+
+def _checked(message: Any, place: str) -> dict[str, Any]:
+    """Return a message with its content as text, and the arguments of its tool calls as objects."""
+    if not isinstance(message, dict):
+        raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
+    if message.get("role") is None and message.get("from") is not None:
+        message = _from_sharegpt(message, place)
+    if not isinstance(message.get("role"), str):
+        raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
+    found = cast(dict[str, Any], _without_nulls(message))
+    content = found.get("content", "" if found.get("tool_calls") else None)
+    if isinstance(content, list):
+        content = "".join(_text_of(part, place) for part in content)
+    if not isinstance(content, str):
+        raise UsageError(f"{place}: 'content' must be a string, got {kind_of(content)}.")
+    found["content"] = content
+    for call in found.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _arguments(function["arguments"])
+    return found
+
+
+def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """Turn ShareGPT's `from` and `value` into role and content."""
+    if message["from"] not in _ROLES:
+        raise UsageError(f"{place}: 'from' must be one of {', '.join(_ROLES)}, got {kind_of(message['from'])}.")
+    others = {name: member for name, member in message.items() if name not in ("from", "value")}
+    return others | {"role": _ROLES[message["from"]], "content": message.get("value")}
+
+
+def _text_of(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise UsageError(f"{place}: a part of 'content' is {kind or kind_of(part)}, only parts of text can be read.")
+    return str(part["text"])
+
+
+def _arguments(text: str) -> Any:
+    """Decode a tool call's arguments where they are JSON text of an object; a template encodes them again."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def counts(message: dict[str, Any]) -> bool:
+    """Whether a message is a completion: an assistant's, and not left out by its `weight` or `train`."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
+def kind_of(value: object) -> str:
+    """Show a value in an error message."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}" + (f" ({value[0]!r:.40}, ...)" if value else "")
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
