@@ -18,6 +18,7 @@ from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_t
 from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_that_ran
 
 from logitgen import LogitsFile
+from logitgen.ranks import ending
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +269,30 @@ def test_memory_does_not_grow_with_the_rows(teacher: Path, tmp_path: Path) -> No
         peaks.append(peak_memory_mb(dataset=data, output=tmp_path / f"{num_rows}.h5", **places))
     assert (tmp_path / "20000.h5").stat().st_size > 200e6
     assert peaks[1] < peaks[0] + 60
+
+
+@pytest.mark.parametrize(
+    ("dead", "line"),
+    [
+        ([0], "The leader ended without a word"),
+        ([2], "Rank 2 ended without a word"),
+        ([1, 2], "Rank 1, 2 ended without a word"),
+        ([], "stopped by SIGTERM"),
+    ],
+)
+def test_the_dead_are_named_where_the_launchers_signal_comes_first(
+    dead: list[int], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[BaseException] = []
+    for name, stand_in in {
+        "_dead_neighbours": lambda: dead,
+        "ignore_signals": lambda: None,
+        "leave": left.append,
+    }.items():
+        monkeypatch.setattr(ending, name, stand_in)
+    monkeypatch.setattr(ending, "_NOTICE_SECONDS", 0.0)
+    ending.end_run(ending.Stopped(signal.SIGTERM), [])
+    assert str(left[0]).startswith(line)
 
 
 def test_a_rank_that_had_ended_before_the_signal_came_is_found(tmp_path: Path) -> None:

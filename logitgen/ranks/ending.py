@@ -70,7 +70,7 @@ def end_run(error: BaseException, thread_failures: list[BaseException]) -> NoRet
         if thread_failures:
             error = thread_failures[0]
         elif dead:
-            error = LostRankError(GONE.format(f"Rank {', '.join(map(str, dead))}"))
+            error = LostRankError(GONE.format("The leader" if dead == [0] else f"Rank {', '.join(map(str, dead))}"))
     leave(error)
 
 
