@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from conftest import ROOT, launch_command
 from rich.console import Console, RenderableType
 
@@ -69,3 +71,13 @@ def imported_by(code: str, *arguments: object) -> set[str]:
     command = [sys.executable, "-c", code + report, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
     return set(done.stdout.split())
+
+
+def ranks_of(run: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes of a launch's ranks by number; one that has just been forked does not know its own yet."""
+    found = {}
+    for process in psutil.Process(run.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if rank := process.environ().get("RANK"):
+                found[int(rank)] = process
+    return found

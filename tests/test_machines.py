@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import psutil
 import pytest
 from conftest import ROOT
-from launches import SLOW, Ended, error_lines, ranks_that_ran
+from launches import SLOW, Ended, error_lines, ranks_of, ranks_that_ran
 
 from logitgen import LogitsFile
 
@@ -171,10 +170,9 @@ def wait_until(condition: Callable[[], object], run: Run) -> None:
     assert condition(), run.communicate(timeout=10) if run.poll() is not None else "still running"
 
 
-def ranks_of(run: Run) -> dict[str, int]:
+def namespaces_of(run: Run) -> dict[int, int]:
     """The inode of the network namespace of every rank that a launcher has started."""
-    children = psutil.Process(run.pid).children(recursive=True)
-    return {child.environ()["RANK"]: Path(f"/proc/{child.pid}/ns/net").stat().st_ino for child in children}
+    return {rank: Path(f"/proc/{process.pid}/ns/net").stat().st_ino for rank, process in ranks_of(run).items()}
 
 
 @pytest.mark.slow
@@ -187,7 +185,7 @@ def test_two_machines_write_the_same_bytes_over_a_slow_wire(
     runs = start(caches)
     for number, run in enumerate(runs):
         wait_until(lambda run=run: ranks_of(run), run)
-        assert ranks_of(run) == {str(number): Path("/run/netns", NAMES[number]).stat().st_ino}
+        assert namespaces_of(run) == {number: Path("/run/netns", NAMES[number]).stat().st_ino}
     results = [ended(run) for run in runs]
     assert [result.returncode for result in results] == [0, 0], results
     assert ranks_that_ran(tmp_path / "logs") == ["rank_0", "rank_1"]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_teacher, write_jsonl
-from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_that_ran
+from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_of, ranks_that_ran
 
 from logitgen import LogitsFile
 from logitgen.ranks import ending
@@ -169,10 +169,6 @@ def long_run(teacher: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     if run.poll() is None:
         os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
-
-
-def ranks_of(run: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    return {int(process.environ()["RANK"]): process for process in psutil.Process(run.pid).children(recursive=True)}
 
 
 def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended:
