@@ -308,6 +308,25 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
         run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
 
 
+@pytest.mark.parametrize("name", ["tokenize", "tokenizer", "index", "chat"])
+def test_options_that_are_not_the_templates_end_in_one_line_or_change_nothing(with_tools: Any, name: str) -> None:
+    row = {"messages": [HELLO], "chat_template_kwargs": {name: True}}
+    if name == "tokenize":
+        with pytest.raises(UsageError, match=r"^Row 0: the chat template refuses the messages: .*'tokenize'"):
+            run([row], with_tools)
+    else:
+        assert run([row], with_tools)["input_ids"][0] == rendered(with_tools, [HELLO])
+
+
+@pytest.mark.parametrize("column", ["messages", "tools"])
+def test_text_that_nests_too_deeply_ends_in_one_line(with_tools: Any, column: str) -> None:
+    nested = "[" * 100_000 + "]" * 100_000
+    hidden = f'[{{"role": "user", "content": "Hello", "more": {nested}}}]'
+    row = {"messages": hidden} if column == "messages" else {"messages": [HELLO], "tools": nested}
+    with pytest.raises(UsageError, match=rf"^Row 0: '{column}' is text that is not JSON: [^\n]*$"):
+        run([row], with_tools)
+
+
 # What is not used is said.
 
 

@@ -13,17 +13,8 @@ import torch.distributed as dist
 
 from logitgen.errors import UsageError
 from logitgen.ranks.agree import Ranks
-from logitgen.ranks.ending import (
-    STOP_SIGNALS,
-    Stopped,
-    end_run,
-    interrupt_main,
-    raise_stopped,
-)
-from logitgen.ranks.environment import (
-    LOOK_SECONDS,
-    ranks_of_machine,
-)
+from logitgen.ranks.ending import STOP_SIGNALS, Stopped, end_run, interrupt_main, raise_stopped
+from logitgen.ranks.environment import LOOK_SECONDS, ranks_of_machine
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, con
         if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
             return _marked_chats(checked, options, indices, tokenizer, config)
     texts = [
-        _render(tokenizer, index, chat, tokenize=False, **given) if chat else ""
+        _render(tokenizer, index, chat, given, tokenize=False) if chat else ""
         for chat, given, index in zip(checked, options, indices, strict=True)
     ]
     if not config.completion_only:
@@ -57,7 +57,7 @@ def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase
     for number, index in enumerate(indices):
         prompt, completion = (checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
         given = _options(rows, number, index)
-        texts.append(_render(tokenizer, index, prompt + completion, tokenize=False, **given))
+        texts.append(_render(tokenizer, index, prompt + completion, given, tokenize=False))
         if config.completion_only:
             starts.append(_completion_start(prompt, texts[-1], index, tokenizer, given))
     if not config.completion_only:
@@ -71,12 +71,12 @@ def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase
 
 def _completion_start(prompt: Chat, whole: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options) -> int:
     """Find where a conversation parts from its prompt with the generation prompt."""
-    if not whole.startswith(_render(tokenizer, index, prompt, tokenize=False, **given)):
+    if not whole.startswith(_render(tokenizer, index, prompt, given, tokenize=False)):
         raise UsageError(
             f"Row {index}: the chat template renders the prompt differently once the completion follows, so the "
             "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
         )
-    asked = _render(tokenizer, index, prompt, tokenize=False, add_generation_prompt=True, **given)
+    asked = _render(tokenizer, index, prompt, given, tokenize=False, add_generation_prompt=True)
     return _num_shared(whole, asked)
 
 
@@ -128,7 +128,7 @@ def _encode_marked(
             "turns of the assistant. Remove the blocks from the template."
         )
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _render(tokenizer, index, chat, **how, **given)
+    encoded = _render(tokenizer, index, chat, given, **how)
     mask = encoded["assistant_masks"]
     if not any(mask) and any(message["role"] == "assistant" for message in chat):
         raise UsageError(
@@ -150,7 +150,7 @@ def _assistant_spans(
     for turn, message in enumerate(chat):
         if not counts(message):
             continue
-        after = _render(tokenizer, index, chat[: turn + 1], tokenize=False, **given)
+        after = _render(tokenizer, index, chat[: turn + 1], given, tokenize=False)
         start = _start_of(chat[: turn + 1], after, index, tokenizer, given)
         if start is None or not text.startswith(after):
             raise UsageError(
@@ -166,13 +166,13 @@ def _start_of(chat: Chat, after: str, index: int, tokenizer: PreTrainedTokenizer
     """Find where the last turn starts in the text of a conversation; None where the turns before it are rewritten."""
     before = chat[:-1]
     if not before:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
-        shown = _render(tokenizer, index, chat, tokenize=False, add_generation_prompt=True, **given)
+        shown = _render(tokenizer, index, chat, given, tokenize=False, add_generation_prompt=True)
         prompt = shown[len(after) :]
         return after.find(prompt) + len(prompt) if prompt in after else None
-    asked = _render(tokenizer, index, before, tokenize=False, add_generation_prompt=True, **given)
+    asked = _render(tokenizer, index, before, given, tokenize=False, add_generation_prompt=True)
     if after.startswith(asked):
         return len(asked)
-    said = _render(tokenizer, index, before, tokenize=False, **given)  # a generation prompt may open a block of thought
+    said = _render(tokenizer, index, before, given, tokenize=False)  # a generation prompt may open a block of thought
     return _num_shared(after, asked) if after.startswith(said) else None
 
 
@@ -181,9 +181,9 @@ def _num_shared(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, **options: Any) -> Any:
+def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, given: Options, **how: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(chat, **options)
+        return tokenizer.apply_chat_template(chat, **how, **given)  # here, because a row may name an option twice
     except Exception as error:  # a template raises errors of any type: jinja errors, TypeError, its own
         raise UsageError(f"Row {index}: the chat template refuses the messages: {first_line(error)}") from error
 

@@ -26,7 +26,7 @@ def from_json(value: Any, name: str, kind: type, index: int) -> Any:
     if is_text and value.strip():
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"Row {index}: '{name}' is text that is not JSON: {first_line(error)}") from error
     if value in (None, ""):
         return None
@@ -57,7 +57,10 @@ def checked_chat(chat: Any, name: str, index: int) -> Chat:
         chat = from_json(chat, name, list, index)
     if not isinstance(chat, list):
         raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
-    return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
+    try:
+        return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
+    except RecursionError as error:
+        raise UsageError(f"Row {index}: '{name}' is nested too deeply to be read.") from error
 
 
 def _checked(message: Any, place: str) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _arguments(text: str) -> Any:
     """Decode a tool call's arguments where they are JSON text of an object; a template encodes them again."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
 
