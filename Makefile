@@ -8,7 +8,7 @@ OUTPUT := $(DEMO)/teacher.h5
 BENCH := .bench
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 QUICK := $(foreach name,config console docs errors export head header identity layout load losses noise output packing plan \
-	project reader report rooms rows tokens writer,tests/test_$(name).py)
+	project provenance reader report rooms rows shapes tokens writer,tests/test_$(name).py)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
