@@ -25,10 +25,10 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
 from logitgen import generate
-from logitgen.config import parse_config
 from logitgen.file.header import create
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
+from logitgen.options import parse_config
 from logitgen.ranks.agree import Ranks
 from logitgen.ranks.deliver import Submit
 from logitgen.split.plan import Plan

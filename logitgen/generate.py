@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from logitgen.config import Config, parse_config
+from logitgen.config import Config
 from logitgen.console import only_shows, print_result, silence_stdout, start_logging
 from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
 from logitgen.file.header import Attributes, Header, file_bytes
@@ -28,6 +28,7 @@ from logitgen.leader.output import Output
 from logitgen.leader.places import write_known
 from logitgen.leader.progress import Progress
 from logitgen.leader.writer import Writer
+from logitgen.options import parse_config
 from logitgen.provenance import (
     attributes,
     facts_of_launch,

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from logitgen.config import Config, parse_config
+from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.options import parse_config
 
 REQUIRED = ["--teacher=m", "--dataset=d", "--output=o.h5"]
 DEFAULTS: dict[str, Any] = {

@@ -19,7 +19,8 @@ from conftest import PAGES, ROOT
 
 from logitgen import DistillationLoss, LogitsFile, UsageError
 from logitgen import __main__ as program
-from logitgen.config import Config, parse_config
+from logitgen.config import Config
+from logitgen.options import parse_config
 from logitgen.rerun import TOLERANCES
 
 README, DESIGN = PAGES["README.md"], PAGES["docs/design.md"]

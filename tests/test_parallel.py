@@ -18,7 +18,7 @@ from launches import error_lines, exit_statuses, launch_changed, ranks_that_ran
 from transformers import PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
-from logitgen.config import parse_config
+from logitgen.options import parse_config
 from logitgen.teacher.model import Teacher
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
