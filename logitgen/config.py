@@ -5,14 +5,26 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 from logitgen.errors import UsageError
 from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding
 
-_NOT_SETTINGS = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "device_map", "fsdp_size")
+_NOT_SETTINGS = (
+    "output",
+    "overwrite",
+    "dry_run",
+    "rank_timeout",
+    "log_dir",
+    "device_map",
+    "fsdp_size",
+    "chat_template",
+    "chat_template_date",
+)
 """Options for the run and its places, without effect on the computed values: they do not go into the file.
 
+The chat template and its date do so as attributes of their own, because the path and the day alone mean nothing.
 `tp_size` is not among them: the ranks of a tensor-parallel teacher add up parts of sums, which rounds otherwise.
 """
 
@@ -38,6 +50,24 @@ class TokenBudget(int):
     def is_auto(self) -> bool:
         """True if the number is still to be found."""
         return self == sys.maxsize
+
+
+class JsonObject(str):
+    """JSON text of an object, with its names in order: equal for equal objects."""
+
+    def __new__(cls, text: str) -> "JsonObject":
+        """Read the value of the option.
+
+        Raises:
+            ArgumentTypeError: It is not JSON, or not an object.
+        """
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise argparse.ArgumentTypeError(f"expected a JSON object, got '{text:.80}' ({error})") from error
+        if not isinstance(value, dict):
+            raise argparse.ArgumentTypeError(f"expected a JSON object, got '{text:.80}'")
+        return super().__new__(cls, json.dumps(value, sort_keys=True))
 
 
 def _option(group: str, help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -83,6 +113,22 @@ class Config:
         "Column of plain text. Without it the first of input_ids, messages, prompt + completion, text is taken.",
         None,
     )
+    messages_column: str | None = _option(
+        "rows", "Column of conversations, if it is not called messages or conversations.", None
+    )
+    chat_template: str | None = _option(
+        "rows", "File of a chat template, or the name of one where the tokenizer has several.", None
+    )
+    chat_template_kwargs: JsonObject | None = _option(
+        "rows", "Variables for the chat template as a JSON object, such as '{\"enable_thinking\": false}'.", None
+    )
+    chat_template_date: str | None = _option(
+        "rows", "Date that the chat template prints as today's, as YYYY-MM-DD; the day of the run's first start.", None
+    )
+    add_special_tokens: bool = _option(
+        "rows", "false: the tokenizer adds none of its special tokens to rows of text.", True
+    )
+    append_eos: bool = _option("rows", "End texts and completions with the end-of-text token.", False)
     max_length: int | None = _option("rows", "Longest row in tokens; the teacher's context length if not given.", None)
     overflow: Literal["truncate", "split", "error"] = _option("rows", "What happens to a longer row.", "truncate")
     packing: bool = _option("rows", "Join the rows and cut them into blocks of exactly max_length tokens.", False)
@@ -133,10 +179,25 @@ class Config:
                 raise UsageError(f"--{name} must have at most {_LONGEST_VALUE} characters, got {len(value)}.")
             if isinstance(value, str) and "\0" in value:
                 raise UsageError(f"--{name} must not hold a null character.")
+        if self.chat_template_date is not None:
+            try:
+                date.fromisoformat(self.chat_template_date)
+            except ValueError as error:
+                raise UsageError(
+                    f"--chat_template_date must be a date such as 2026-01-31, got {self.chat_template_date}."
+                ) from error
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse options that exclude one another."""
         if self.device_map and self.replica_size > 1:
             raise UsageError(
                 "--device_map is for one rank that has the whole teacher, --tp_size and --fsdp_size are for several. "
                 "Leave one of the two out."
+            )
+        if self.text_column is not None and self.messages_column is not None:
+            raise UsageError(
+                "--text_column and --messages_column name different shapes of rows. Leave one of them out."
             )
         if self.packing and self.overflow != "truncate":
             raise UsageError(

@@ -11,6 +11,7 @@ import logging
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from logitgen.split.job import Job
 from logitgen.split.load import load_split
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
+from logitgen.split.shapes import template_of
 from logitgen.split.tokens import load_tokenizer, tokenize
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.describe import TeacherInfo, describe_teacher
@@ -103,7 +105,9 @@ def read_options(ranks: Ranks, arguments: list[str]) -> tuple[Config, Output]:
     with ranks.together():
         if ranks.is_leader:
             output.check(settings_attributes(config))
-    return config, output
+            day = output.chat_template_date(config.settings) or date.today().isoformat()
+    day = ranks.from_leader(day if ranks.is_leader else "")
+    return replace(config, chat_template_date=config.chat_template_date or day), output
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,16 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
     with ranks.together():
         tokenizer = load_tokenizer(config)
     with ranks.machine_by_machine(patience_seconds=UNLIMITED):
-        tokens = tokenize(load_split(config), tokenizer, config)
+        split = load_split(config)
+        template = template_of(split, tokenizer, config)
+        tokens = tokenize(split, tokenizer, config)
     with ranks.together():
         rows = Rows(tokens, config, info.max_length, info.length_switch)
         rows.check_ids(info.vocab_size)
     if rows.num_dropped_tokens:
         logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
+    if rows.num_emptied:
+        logger.warning(f"{rows.num_emptied:,} rows lost all their completions to --max_length.")
     layout = Layout(
         capture=config.capture,
         num_rows=len(rows),
@@ -139,7 +147,7 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
     )
     with ranks.together():
         layout.check()
-    return Split(rows, layout, attributes(config, info, rows, layout, tokenizer))
+    return Split(rows, layout, attributes(config, info, rows, layout, tokenizer, template))
 
 
 def is_complete(ranks: Ranks, config: Config, output: Output, split: Split) -> bool:

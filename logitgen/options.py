@@ -37,7 +37,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return f"{spellings} {self._format_args(action, 'N' if action.type in (int, TokenBudget) else 'NAME')}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default is not None and action.default is not False
+        has_default = action.default is not None and not isinstance(action.default, bool)
         return super()._get_help_string(action) if has_default else action.help
 
 
@@ -48,6 +48,8 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *names: str, group: str | None = None, **options: Any) -> argparse.Action:
         """Add an option, with a `group` under that heading. A field's metadata arrive here unchanged."""
+        if names[0].startswith("--no_"):  # from HfArgumentParser, for a switch that is on: `--name false` turns it off
+            options["help"] = argparse.SUPPRESS
         if group is None:
             return super().add_argument(*names, **options)
         if group not in self._groups:

@@ -11,6 +11,7 @@ from logitgen.file.header import Attributes
 from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, Layout
 from logitgen.head import dtype_name
 from logitgen.split.rows import Rows
+from logitgen.split.template import ChatTemplate
 from logitgen.split.tokens import tokenizer_fingerprint
 from logitgen.teacher.describe import TeacherInfo
 from logitgen.teacher.model import Teacher
@@ -67,6 +68,7 @@ def attributes(
     rows: Rows,
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase | None,
+    template: ChatTemplate | None,
 ) -> Attributes:
     """Collect the attributes known before the teacher is loaded.
 
@@ -76,6 +78,7 @@ def attributes(
         rows: The tokenised split.
         layout: The file's sizes.
         tokenizer: The teacher's tokenizer, or None if it has none.
+        template: The chat template, or None where the rows are no messages.
     """
     return settings_attributes(config) | {
         "top_k": layout.top_k,
@@ -86,5 +89,7 @@ def attributes(
         "quantization": info.quantization,
         "commit": info.commit,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "chat_template_fingerprint": template.fingerprint if template else "",
+        "chat_template_date": template.date if template else "",
         "dataset_fingerprint": rows.fingerprint,
     }

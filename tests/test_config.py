@@ -30,6 +30,12 @@ DEFAULTS: dict[str, Any] = {
     "dataset_config": None,
     "split": "train",
     "text_column": None,
+    "messages_column": None,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    "chat_template_date": None,
+    "add_special_tokens": True,
+    "append_eos": False,
     "max_length": None,
     "overflow": "truncate",
     "packing": False,
@@ -59,6 +65,11 @@ OTHERS: dict[str, Any] = {
     "dataset_config": "en",
     "split": "train[:10%]",
     "text_column": "body",
+    "chat_template": "chat.jinja",
+    "chat_template_kwargs": '{"a": [1], "b": false}',
+    "chat_template_date": "2026-01-31",
+    "add_special_tokens": False,
+    "append_eos": True,
     "max_length": 128,
     "overflow": "split",
     "completion_only": True,
@@ -74,7 +85,7 @@ OTHERS: dict[str, Any] = {
     "log_dir": "my logs",
     "seed": 7,
 }
-"""Another value than the default for every option but `packing` and `device_map`, which others exclude."""
+"""Another value than the default for all but `messages_column`, `packing` and `device_map`, which others exclude."""
 
 
 def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:
@@ -90,9 +101,10 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     shown = re.findall(r"^  (?:-h, )?--([a-z_]+)", capsys.readouterr().out, re.MULTILINE)
     assert shown == [
         "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
-        "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "max_length", "overflow",
-        "packing", "completion_only", "limit", "capture", "top_k", "encoding", "batch_tokens", "overwrite", "dry_run",
-        "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
+        "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
+        "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos", "max_length",
+        "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding", "batch_tokens", "overwrite",
+        "dry_run", "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
     ]  # fmt: skip
 
 
@@ -476,13 +488,22 @@ def test_what_has_no_kept_ids_cannot_be_packed(encoding: str) -> None:
         parse_config([*REQUIRED, f"--encoding={encoding}", "--capture=full"])
 
 
-HOW_TO_RUN = ("output", "overwrite", "dry_run", "rank_timeout", "log_dir", "fsdp_size")
+HOW_TO_RUN = (
+    "output",
+    "overwrite",
+    "dry_run",
+    "rank_timeout",
+    "log_dir",
+    "fsdp_size",
+    "chat_template",
+    "chat_template_date",
+)
 
 
 def test_the_settings_leave_out_how_to_run_and_where_to_leave_things() -> None:
     expected = {name: value for name, value in OTHERS.items() if name not in HOW_TO_RUN}
     assert "device_map" not in parse_config([*REQUIRED, "--device_map=auto"]).settings
-    assert Config(**OTHERS).settings == expected | {"packing": False}
+    assert Config(**OTHERS).settings == expected | {"packing": False, "messages_column": None}
 
 
 def test_settings_are_equal_text_if_and_only_if_they_are_equal() -> None:

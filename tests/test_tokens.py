@@ -92,7 +92,7 @@ def chat_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Toke
 def test_text_becomes_what_the_tokenizer_makes_of_it(tokenizer: Tokenizer) -> None:
     rows = [{"text": text, "other": 1} for text in STRANGE_TEXTS]
     found = run(rows, tokenizer)
-    assert found.column_names == ["input_ids"]
+    assert found.column_names == ["input_ids", "source_row", "notes"]
     assert found["input_ids"][:] == [ids_of(tokenizer, text) for text in STRANGE_TEXTS]
 
 
@@ -146,7 +146,7 @@ def test_no_row_is_lost_over_several_batches(tokenizer: Tokenizer) -> None:
 def test_prompt_and_completion_are_one_text(tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "Who? ", "completion": "Nobody."}, {"prompt": "", "completion": ""}]
     found = run(rows, tokenizer)
-    assert found.column_names == ["input_ids"]
+    assert found.column_names == ["input_ids", "source_row", "notes"]
     assert found["input_ids"][:] == [ids_of(tokenizer, "Who? Nobody."), []]
 
 
@@ -205,7 +205,7 @@ def test_every_token_with_a_byte_of_the_completion_is_marked(
 def test_a_conversation_becomes_what_the_template_makes_of_it(chat_tokenizer: Tokenizer) -> None:
     spoken = [("system", "Be brief."), ("user", "Hi 👋"), ("assistant", "Yes?"), ("user", ""), ("assistant", "Bye.")]
     found = run([chat(*spoken)], chat_tokenizer)
-    assert found.column_names == ["input_ids"]
+    assert found.column_names == ["input_ids", "source_row", "notes"]
     assert found["input_ids"][:] == [chat_by_hand(chat_tokenizer, spoken)[0]]
 
 
@@ -311,22 +311,20 @@ FORGETFUL_TEMPLATE = (
 """Drops what stands before a # from every turn but the last, as templates do with thoughts."""
 
 
-def test_a_template_that_renders_earlier_turns_differently_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_turn_that_is_rendered_differently_later_has_a_row_of_its_own(tokenizer: Tokenizer) -> None:
     forgetful = with_template(tokenizer, FORGETFUL_TEMPLATE)
     rows = [
         chat(("user", "a"), ("assistant", "b")),
         chat(("user", "a"), ("assistant", "think#b"), ("user", "c"), ("assistant", "d")),
     ]
-    message = (
-        r"^Row 1: the chat template has no generation block and renders earlier turns differently .*"
-        r"Add \{% generation %\} \.\.\. \{% endgeneration %\} around them in the template\.$"
-    )
-    with pytest.raises(UsageError, match=message):
-        run(rows, forgetful, completion_only=True)
-    assert (
-        run(rows, forgetful)["input_ids"][1]
-        == chat_by_hand(tokenizer, [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])[0]
-    )
+    found = run(rows, forgetful, completion_only=True)
+    whole = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    first, last = chat_by_hand(tokenizer, [("user", "a"), ("assistant", "think#b")]), chat_by_hand(tokenizer, whole)
+    last_mask = [*[0] * (len(last[1]) - len(ids_of(tokenizer, "d")) - 1), *[1] * (len(ids_of(tokenizer, "d")) + 1)]
+    assert found["input_ids"][1:] == [first[0], last[0]]
+    assert found["completion_mask"][1:] == [first[1], last_mask]
+    assert found["source_row"][:] == [0, 1, 1]
+    assert run(rows, forgetful)["input_ids"][1] == last[0]
 
 
 def test_such_a_template_is_good_as_long_as_it_changes_nothing(tokenizer: Tokenizer) -> None:
@@ -385,6 +383,7 @@ def test_a_slow_tokenizer_cannot_mark_the_assistants_tokens(chat_tokenizer: Toke
         special_tokens_map={},
         eos_token_id=0,
         apply_chat_template=chat_tokenizer.apply_chat_template,
+        get_chat_template=chat_tokenizer.get_chat_template,
     )
     rows = [chat(("user", "a"), ("assistant", "b"))]
     assert run(rows, slow)["input_ids"][0] == chat_by_hand(chat_tokenizer, [("user", "a"), ("assistant", "b")])[0]
@@ -397,13 +396,13 @@ def test_a_slow_tokenizer_cannot_mark_the_assistants_tokens(chat_tokenizer: Toke
 
 def test_ready_ids_are_taken_as_they_are_without_a_tokenizer() -> None:
     found = run([{"input_ids": [5, 0, 131_072], "labels": [1, 2, 3]}, {"input_ids": []}], None)
-    assert found.column_names == ["input_ids"]
+    assert found.column_names == ["input_ids", "source_row", "notes"]
     assert found["input_ids"][:] == [[5, 0, 131_072], []]
 
 
 def test_ready_ids_come_with_their_mask_only_if_it_counts() -> None:
     rows = [{"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}, {"input_ids": [], "completion_mask": []}]
-    assert run(rows, None).column_names == ["input_ids"]
+    assert run(rows, None).column_names == ["input_ids", "source_row", "notes"]
     assert run(rows, None, completion_only=True)["completion_mask"][:] == [[0, 0, 1], []]
 
 
@@ -425,7 +424,7 @@ def test_text_needs_a_tokenizer() -> None:
 def test_unknown_columns_are_listed_with_what_was_expected(tokenizer: Tokenizer) -> None:
     message = (
         r"^Rows need input_ids, messages, prompt and completion, or text; the split has columns question, answer\. "
-        r"Name a column of text with --text_column\.$"
+        r"Name a column of text with --text_column, or one of messages with --messages_column\.$"
     )
     with pytest.raises(UsageError, match=message):
         run([{"question": "a", "answer": "b"}], tokenizer)

@@ -56,6 +56,8 @@ ATTRIBUTES: dict[str, type] = {
     "commit": str,
     "teacher_fingerprint": str,
     "tokenizer_fingerprint": str,
+    "chat_template_fingerprint": str,
+    "chat_template_date": str,
     "dataset_fingerprint": str,
     "settings": str,
     "packages": str,
@@ -66,7 +68,12 @@ Settings, packages, teacher_config, computation and quantization are JSON, finge
 """
 JSON_ATTRIBUTES = ("settings", "packages", "teacher_config", "computation")
 """Attributes that are always a JSON object."""
-LATER_ATTRIBUTES = {"teacher_config": "{}", "computation": "{}"}
+LATER_ATTRIBUTES = {
+    "teacher_config": "{}",
+    "computation": "{}",
+    "chat_template_fingerprint": "",
+    "chat_template_date": "",
+}
 """Values of these attributes for an older file, which lacks them."""
 HEAD_ATTRIBUTES: dict[str, type] = {"head_scale": float, "head_soft_cap": float, "head_crc32": int}
 """More attributes of a file of hidden states: the values for `head.Head`, and the CRC-32 of its weights."""

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _CALLED = {
     "teacher_fingerprint": "the teacher's weights",
     "tokenizer_fingerprint": "the tokenizer",
+    "chat_template_fingerprint": "the chat template or its options",
     "dataset_fingerprint": "the tokens of the rows",
 }
 """Readable names for attributes whose values mean nothing to a person."""
@@ -124,10 +125,22 @@ class Output:
         Args:
             settings: This run's settings. Only their token budget is still open.
         """
-        there = self.found.attributes["settings"] if self.found else {}
-        of_another_run = there | {"batch_tokens": None} != {**settings, "batch_tokens": None}
-        value = there.get("batch_tokens")
-        return value if isinstance(value, int) and value > 0 and not (self._overwrite and of_another_run) else None
+        value = self._to_resume(settings)["settings"].get("batch_tokens")
+        return value if isinstance(value, int) and value > 0 else None
+
+    def chat_template_date(self, settings: Mapping[str, Any]) -> str:
+        """Return the date that the chat template prints in the file to resume, or no text if there is none.
+
+        Args:
+            settings: This run's settings. Their token budget may still be open.
+        """
+        return str(self._to_resume(settings).get("chat_template_date") or "")
+
+    def _to_resume(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the attributes of the file found, unless it is of another run and will be replaced."""
+        there = self.found.attributes if self.found else {"settings": {}}
+        of_another_run = there["settings"] | {"batch_tokens": None} != {**settings, "batch_tokens": None}
+        return {"settings": {}} if self._overwrite and of_another_run else there
 
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Compare the existing file with the attributes this run would write, as far as they are known.

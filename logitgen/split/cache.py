@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from logitgen.errors import CaptureError
@@ -33,11 +34,11 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
 
     Args:
         path: The file, of the `datasets` library.
-        num_rows: Number of rows it must have.
+        num_rows: Rows of the split. Each must be the `source_row` of at least one row.
         make: Returns the rows, from the file if it exists. Otherwise it writes the file, if it keeps one.
 
     Raises:
-        CaptureError: The number of rows is wrong even after the rows were made anew.
+        CaptureError: Rows of the split are missing even after the rows were made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (fault := _fault(path, num_rows)):
@@ -45,9 +46,10 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
         path.unlink(missing_ok=True)
     is_new = not path.exists()
     rows = make()
-    if len(rows) != num_rows:
+    num_read = len(np.unique(rows.data.column("source_row").to_numpy()))
+    if num_read != num_rows:
         raise CaptureError(
-            f"{num_rows:,} rows became {len(rows):,}. The datasets cache is damaged: remove {path.parent}."
+            f"{num_rows:,} rows became {num_read:,}. The datasets cache is damaged: remove {path.parent}."
         )
     if is_new:
         with suppress(FileNotFoundError):  # nothing is kept, or another run makes the same file anew

@@ -1,179 +1,157 @@
-"""Conversations, rendered by the tokenizer's chat template and turned into tokens."""
+"""Conversations, rendered by a chat template and turned into tokens."""
 
 import itertools
-import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
-from logitgen.errors import UsageError, first_line
+from logitgen.errors import UsageError
+from logitgen.split.encoded import NOTHING, Note, Tokens
 from logitgen.split.messages import Chat, checked_chat, counts, from_json
-
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from logitgen.split.template import ChatTemplate, Options
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns of conversations; the first one found is read."""
 
-
-Options = dict[str, Any]
-"""What the template is given besides the messages: `tools`, and a row's `chat_template_kwargs`."""
-
-Tokens = dict[str, list[list[int]]]
-"""`input_ids` and `completion_mask` (1 where a token belongs to a completion) of several rows."""
-
-
-def chats(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    """Render the conversations, then tokenise all of them at once, which uses all cores."""
-    (name,) = set(CHAT_COLUMNS) & rows.keys()
-    checked = [checked_chat(chat, name, index) for chat, index in zip(rows[name], indices, strict=True)]
-    options = [_options(rows, number, index) for number, index in enumerate(indices)]
-    if config.completion_only:
-        check_fast(tokenizer, "messages")
-        if _GENERATION_BLOCK.search(str(tokenizer.chat_template)):
-            return _marked_chats(checked, options, indices, tokenizer, config)
-    texts = [
-        _render(tokenizer, index, chat, given, tokenize=False) if chat else ""
-        for chat, given, index in zip(checked, options, indices, strict=True)
-    ]
-    if not config.completion_only:
-        return {"input_ids": ended(_encode(tokenizer, texts)["input_ids"], tokenizer, config)}
-    encoded = _encode(tokenizer, texts, return_offsets_mapping=True)
-    masks = []
-    for number, places in enumerate(encoded["offset_mapping"]):
-        spans = _assistant_spans(checked[number], texts[number], indices[number], tokenizer, options[number])
-        masks.append([int(any(start < last and first < end for first, last in spans)) for start, end in places])
-    return _masked(encoded["input_ids"], masks, tokenizer, config)
-
-
-def chat_pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    """Render prompts and completions that are lists of messages.
-
-    The completion begins where the whole conversation and the prompt with its generation prompt part.
-    """
-    if config.completion_only:
-        check_fast(tokenizer, "messages")
-    texts, starts = [], []
-    for number, index in enumerate(indices):
-        prompt, completion = (checked_chat(rows[name][number], name, index) for name in ("prompt", "completion"))
-        given = _options(rows, number, index)
-        texts.append(_render(tokenizer, index, prompt + completion, given, tokenize=False))
-        if config.completion_only:
-            starts.append(_completion_start(prompt, texts[-1], index, tokenizer, given))
-    if not config.completion_only:
-        return {"input_ids": ended(_encode(tokenizer, texts)["input_ids"], tokenizer, config)}
-    encoded = _encode(tokenizer, texts, return_offsets_mapping=True)
-    masks = [
-        [int(end > start) for _, end in places] for places, start in zip(encoded["offset_mapping"], starts, strict=True)
-    ]
-    return _masked(encoded["input_ids"], masks, tokenizer, config)
-
-
-def _completion_start(prompt: Chat, whole: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options) -> int:
-    """Find where a conversation parts from its prompt with the generation prompt."""
-    if not whole.startswith(_render(tokenizer, index, prompt, given, tokenize=False)):
-        raise UsageError(
-            f"Row {index}: the chat template renders the prompt differently once the completion follows, so the "
-            "completion cannot be told. Give rows of text, or of input_ids with a completion_mask."
-        )
-    asked = _render(tokenizer, index, prompt, given, tokenize=False, add_generation_prompt=True)
-    return _num_shared(whole, asked)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> Any:
-    """Tokenise rendered texts, whose special tokens the template has written."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False, **options)
-
-
-def _options(rows: Any, number: int, index: int) -> Options:
-    """Collect what a row's own columns give the template."""
-    given = {name: from_json(rows[name][number], name, kind, index) for name, kind in _GIVEN.items() if name in rows}
-    tools = {"tools": given["tools"]} if given.get("tools") else {}
-    return tools | (given.get("chat_template_kwargs") or {})
-
-
 _GIVEN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
-"""Columns beside `messages` that go into every rendering."""
+"""Columns beside the messages that go into every rendering."""
 
 
-def _marked_chats(
-    checked: list[Chat], options: list[Options], indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config
-) -> Tokens:
-    """Tokenise conversations whose template marks the assistant's tokens."""
-    encoded = [
-        _encode_marked(chat, index, tokenizer, given)
-        for chat, given, index in zip(checked, options, indices, strict=True)
-    ]
-    return _masked([ids for ids, _ in encoded], [mask for _, mask in encoded], tokenizer, config)
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a row, in the form that the template reads.
 
-
-def _masked(
-    rows: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config
-) -> Tokens:
-    """End the rows, and mark the added end tokens as no completion."""
-    whole = ended(rows, tokenizer, config)
-    longer = [mask + [0] * (len(ids) - len(mask)) for ids, mask in zip(whole, masks, strict=True)]
-    return {"input_ids": whole, "completion_mask": longer}
-
-
-def _encode_marked(
-    chat: Chat, index: int, tokenizer: PreTrainedTokenizerBase, given: Options
-) -> tuple[list[int], list[int]]:
-    """Return a conversation's tokens, and 1 for each token in a generation block of its template."""
-    if not chat:
-        return [], []
-    if any(message["role"] == "assistant" and not counts(message) for message in chat):
-        raise UsageError(
-            f"Row {index}: a message is left out by its weight, but the chat template's generation blocks mark all "
-            "turns of the assistant. Remove the blocks from the template."
-        )
-    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _render(tokenizer, index, chat, given, **how)
-    mask = encoded["assistant_masks"]
-    if not any(mask) and any(message["role"] == "assistant" for message in chat):
-        raise UsageError(
-            f"Row {index}: the chat template's generation block marks no token of the assistant's turns. "
-            "Use a tokenizer that keeps every character, or remove the block from the template."
-        )
-    return encoded["input_ids"], mask
-
-
-def _assistant_spans(
-    chat: Chat, text: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options
-) -> list[tuple[int, int]]:
-    """Find the assistant's turns in a rendered conversation whose template marks none.
-
-    A turn starts where the conversation up to and with it parts from the generation prompt before it, and ends at its
-    end. That is well defined as long as the template renders a conversation's beginning the same, whatever follows.
+    Attributes:
+        row: Number of the row in the split.
+        messages: Each with role and content.
+        first_turn: Messages before it are part of the prompt.
+        given: Variables for the template.
     """
-    spans = []
-    for turn, message in enumerate(chat):
-        if not counts(message):
-            continue
-        after = _render(tokenizer, index, chat[: turn + 1], given, tokenize=False)
-        start = _start_of(chat[: turn + 1], after, index, tokenizer, given)
-        if start is None or not text.startswith(after):
-            raise UsageError(
-                f"Row {index}: the chat template has no generation block and renders earlier turns differently once "
-                "later ones follow, so the assistant's tokens cannot be told. "
-                "Add {% generation %} ... {% endgeneration %} around them in the template."
-            )
-        spans.append((start, len(after)))
-    return spans
+
+    row: int
+    messages: Chat
+    first_turn: int
+    given: Options
+
+    @property
+    def turns(self) -> list[int]:
+        """The messages that are completions."""
+        return [turn for turn, said in enumerate(self.messages) if turn >= self.first_turn and counts(said)]
 
 
-def _start_of(chat: Chat, after: str, index: int, tokenizer: PreTrainedTokenizerBase, given: Options) -> int | None:
-    """Find where the last turn starts in the text of a conversation; None where the turns before it are rewritten."""
-    before = chat[:-1]
-    if not before:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
-        shown = _render(tokenizer, index, chat, given, tokenize=False, add_generation_prompt=True)
-        prompt = shown[len(after) :]
-        return after.find(prompt) + len(prompt) if prompt in after else None
-    asked = _render(tokenizer, index, before, given, tokenize=False, add_generation_prompt=True)
-    if after.startswith(asked):
-        return len(asked)
-    said = _render(tokenizer, index, before, given, tokenize=False)  # a generation prompt may open a block of thought
-    return _num_shared(after, asked) if after.startswith(said) else None
+@dataclass
+class _Rendering:
+    """A text with the characters of its completions, from start to end each."""
+
+    text: str
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    notes: Note = NOTHING
+
+
+def encode_chats(rows: Any, indices: list[int], columns: list[str], template: ChatTemplate, config: Config) -> Tokens:
+    """Render conversations, then tokenise all of them at once, which uses all cores.
+
+    Args:
+        rows: A batch of rows, column by column.
+        indices: Their numbers in the split.
+        columns: The column of the messages, or those of prompt and completion.
+        template: The chat template.
+        config: The options of the run.
+    """
+    found = [_conversation(rows, number, row, columns, template) for number, row in enumerate(indices)]
+    tokens = Tokens()
+    if config.completion_only:
+        check_fast(template.tokenizer, "messages")
+        if template.marks_turns:
+            for chat in found:
+                if chat.messages:
+                    _add_marked(tokens, chat, template, config)
+                else:
+                    tokens.add(chat.row, [])
+            return tokens
+    texts = [(chat.row, shown) for chat in found for shown in _renderings(chat, template, config)]
+    encoded = template.tokenizer(  # the template has written the special tokens
+        [shown.text for _, shown in texts],
+        add_special_tokens=False,
+        return_offsets_mapping=config.completion_only,
+        verbose=False,
+    )
+    for number, (row, shown) in enumerate(texts):
+        ids = packed_end(encoded["input_ids"][number], template.tokenizer, config)
+        places = encoded["offset_mapping"][number] if config.completion_only else ()
+        mask = [int(any(start < last and first < end for first, last in shown.spans)) for start, end in places]
+        tokens.add(row, ids, mask, shown.notes)
+    return tokens
+
+
+def _conversation(rows: Any, number: int, row: int, columns: list[str], template: ChatTemplate) -> Conversation:
+    """Read the messages of a row, and what it gives the template."""
+    prompt, said = ([], *(checked_chat(rows[name][number], name, row) for name in columns))[-2:]
+    given = {name: from_json(rows[name][number], name, kind, row) for name, kind in _GIVEN.items() if name in rows}
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    if prompt and not any(map(counts, said)):
+        raise UsageError(f"Row {row}: '{columns[-1]}' has no message of the assistant.")
+    options = tools | (given.get("chat_template_kwargs") or {})
+    return Conversation(row, template.prepared(prompt + said), len(prompt), options)
+
+
+def _renderings(chat: Conversation, template: ChatTemplate, config: Config) -> list[_Rendering]:
+    """Render a conversation as often as it takes to show every completion the way the teacher reads it.
+
+    The whole conversation shows all of them, unless the template renders earlier turns differently once later ones
+    follow. Then such a turn has a rendering of its own, which ends with it.
+    """
+    if not chat.messages:
+        return [_Rendering("")]
+    found = [_Rendering(template.render(chat.messages, chat.given, chat.row))]
+    for turn in reversed(chat.turns if config.completion_only else []):
+        until, start = _turn(chat, turn, template)
+        following = chat.messages[turn + 1] if turn + 1 < len(chat.messages) else None
+        mark = template.next_role(chat.messages[turn], following)
+        if not found[-1].text.startswith(until):
+            if found[-1].spans:
+                found.append(_Rendering(""))
+            found[-1].text = until
+        if found[-1].text == until:
+            found[-1].text += mark
+        end = len(until) + (len(mark) if found[-1].text.startswith(mark, len(until)) else 0)
+        found[-1].spans.append((start, end))
+        found[-1].notes |= _left_out(chat.messages[turn], until[max(0, start - len(_content(chat.messages[turn]))) :])
+    for turn, message in enumerate(chat.messages):
+        if not (config.completion_only and turn in chat.turns):
+            found[0].notes |= _left_out(message, found[0].text)
+    if len(found) > 1:
+        for shown in found:
+            shown.notes |= Note.REWRITTEN
+    return found[::-1]
+
+
+def _turn(chat: Conversation, turn: int, template: ChatTemplate) -> tuple[str, int]:
+    """Render a conversation up to the end of a turn, and find where that turn starts in it.
+
+    It starts where the text parts from the conversation before it with the generation prompt.
+    """
+
+    def render(end: int, **how: bool) -> str:
+        return str(template.render(chat.messages[:end], chat.given, chat.row, **how))
+
+    until = render(turn + 1)
+    if not turn:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
+        prompt = render(1, add_generation_prompt=True)[len(until) :]
+        if prompt in until:
+            return until, until.find(prompt) + len(prompt)
+    else:
+        asked = render(turn, add_generation_prompt=True)
+        if until.startswith(asked):
+            return until, len(asked)
+        if until.startswith(render(turn)):  # a generation prompt may open a block of thought
+            return until, _num_shared(until, asked)
+    raise UsageError(
+        f"Row {chat.row}, message {turn}: the chat template renders the messages before it differently once it "
+        "follows, so its tokens cannot be told. Put {% generation %} ... {% endgeneration %} around them there."
+    )
 
 
 def _num_shared(one: str, other: str) -> int:
@@ -181,11 +159,56 @@ def _num_shared(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, index: int, chat: Chat, given: Options, **how: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(chat, **how, **given)  # here, because a row may name an option twice
-    except Exception as error:  # a template raises errors of any type: jinja errors, TypeError, its own
-        raise UsageError(f"Row {index}: the chat template refuses the messages: {first_line(error)}") from error
+def _content(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return str(content[0]["text"]) if isinstance(content, list) else str(content)
+
+
+def _left_out(message: dict[str, Any], text: str) -> Note:
+    """Note the parts of a message that a rendering does not show. Templates may change the space around them."""
+    parts: dict[Note, list[Any]] = {
+        Note.CONTENT_LEFT_OUT: [_content(message)],
+        Note.REASONING_LEFT_OUT: [message.get("reasoning_content")],
+        Note.CALLS_LEFT_OUT: _called(message),
+    }
+    notes = NOTHING
+    for note, shown in parts.items():
+        if not all(_shows(text, part) for part in shown if isinstance(part, str)):
+            notes |= note
+    return notes
+
+
+def _shows(text: str, part: str) -> bool:
+    return part in text or "".join(part.split()) in "".join(text.split())
+
+
+def _called(message: dict[str, Any]) -> list[Any]:
+    """Name the functions that a message calls."""
+    calls = message.get("tool_calls")
+    found = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [function.get("name") for function in found if isinstance(function, dict)]
+
+
+def _add_marked(tokens: Tokens, chat: Conversation, template: ChatTemplate, config: Config) -> None:
+    """Add a conversation whose template marks the tokens of the assistant by generation blocks."""
+    spoken = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if spoken != chat.turns:
+        raise UsageError(
+            f"Row {chat.row}: only some of the assistant's messages are completions, but the chat template's "
+            "generation blocks mark all of them. Remove the blocks from the template."
+        )
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = template.render(chat.messages, chat.given, chat.row, **how)
+    if spoken and not any(encoded["assistant_masks"]):
+        raise UsageError(
+            f"Row {chat.row}: the chat template's generation block marks no token of the assistant's turns. "
+            "Use a tokenizer that keeps every character, or remove the block from the template."
+        )
+    text, notes = template.render(chat.messages, chat.given, chat.row), NOTHING
+    for message in chat.messages:
+        notes |= _left_out(message, text)
+    ids = packed_end(encoded["input_ids"], template.tokenizer, config)
+    tokens.add(chat.row, ids, encoded["assistant_masks"], notes)
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:
@@ -194,9 +217,7 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:
         raise UsageError(f"--completion_only over {over} needs a fast tokenizer: only those know where a token stands.")
 
 
-def ended(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[list[int]]:
-    """With packing, end every text with the end-of-text token, if the tokenizer has it."""
+def packed_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[int]:
+    """With packing, end a row with the end-of-text token, if the tokenizer has it."""
     end = tokenizer.eos_token_id
-    if not config.packing or end is None:
-        return rows
-    return [ids if ids and ids[-1] == end else [*ids, end] for ids in rows]
+    return ids if not config.packing or end is None or (ids[-1:] == [end] and ids) else [*ids, end]

@@ -1,11 +1,13 @@
 """Messages as people have them, turned into role and content that every chat template reads."""
 
 import json
+from collections.abc import Callable
 from typing import Any, cast
 
 from logitgen.errors import UsageError, first_line
 
-Chat = list[dict[str, Any]]
+Message = dict[str, Any]
+Chat = list[Message]
 
 _ROLES = {
     "human": "user",
@@ -64,7 +66,7 @@ def checked_chat(chat: Any, name: str, index: int) -> Chat:
 
 
 def _checked(message: Any, place: str) -> dict[str, Any]:
-    """Return a message with its content as text, and the arguments of its tool calls as objects."""
+    """Return a message with its content as text."""
     if not isinstance(message, dict):
         raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
     if message.get("role") is None and message.get("from") is not None:
@@ -78,10 +80,6 @@ def _checked(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(content, str):
         raise UsageError(f"{place}: 'content' must be a string, got {kind_of(content)}.")
     found["content"] = content
-    for call in found.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function["arguments"] = _arguments(function["arguments"])
     return found
 
 
@@ -100,13 +98,37 @@ def _text_of(part: Any, place: str) -> str:
     return str(part["text"])
 
 
-def _arguments(text: str) -> Any:
-    """Decode a tool call's arguments where they are JSON text of an object; a template encodes them again."""
+def with_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON text, or as objects."""
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    change = _encoded if as_text else _decoded
+    return message | {"tool_calls": [_with_arguments(call, change) for call in calls]}
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" not in function:
+        return call
+    return call | {"function": function | {"arguments": change(function["arguments"])}}
+
+
+def _encoded(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _decoded(arguments: Any) -> Any:
+    """Decode arguments that are JSON text of an object, because a template encodes them again."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        value = json.loads(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its content as a list of one text part, for templates that read only parts."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def counts(message: dict[str, Any]) -> bool:

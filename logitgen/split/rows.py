@@ -12,10 +12,10 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.split.stream import Stream, list_lengths
 
 Array = npt.NDArray[Any]
 
@@ -92,7 +92,8 @@ class Rows:
         """Cut the tokenised rows as the options say.
 
         Args:
-            tokens: One `input_ids` list per row of the split, and a `completion_mask` if only completions count.
+            tokens: Lists of `input_ids`, the `source_row` of each unless it is its place, and a `completion_mask` if
+                only completions count.
             config: Overflow, packing and completion options.
             max_length: Longest row in tokens, or None for no limit.
             length_switch: The teacher must read longer rows whole, to see that they are longer.
@@ -100,31 +101,31 @@ class Rows:
         Raises:
             UsageError: A row is longer than `max_length` and the overflow option forbids it, or nothing is left.
         """
-        self._input_ids = _Stream(tokens.data.column("input_ids"))
-        self._mask = _Stream(tokens.data.column("completion_mask")) if config.completion_only else None
-        row_ends = np.cumsum(_list_lengths(tokens.data.column("input_ids")), dtype=np.int64)
-        self._row_ends = row_ends
+        self._input_ids = Stream(tokens.data.column("input_ids"))
+        self._mask = Stream(tokens.data.column("completion_mask")) if config.completion_only else None
+        self._row_ends = np.cumsum(list_lengths(tokens.data.column("input_ids")), dtype=np.int64)
         self._seed = config.seed
-        self._starts, self.lengths, self.source_row = _cut(row_ends, config, max_length)
-        num_source_tokens = int(row_ends[-1])
-        too_long = np.diff(row_ends, prepend=0) > (max_length or np.inf)
+        self._sources = _sources(tokens)
+        self._starts, self.lengths, rows = _cut(self._row_ends, self._sources, config, max_length)
+        self.source_row = self._sources[rows]
+        too_long = np.diff(self._row_ends, prepend=0) > (max_length or np.inf)
         self.num_cut = 0 if config.packing else int(np.count_nonzero(too_long))
-        self.num_dropped_tokens = num_source_tokens - self.num_tokens
+        self.num_dropped_tokens = int(self._row_ends[-1]) - self.num_tokens
         if not len(self):
             raise UsageError(
                 f"--packing with --max_length {max_length} needs at least that many tokens, the split has "
-                f"{num_source_tokens}. Lower --max_length or leave --packing out."
+                f"{self._row_ends[-1]}. Lower --max_length or leave --packing out."
             )
-        if self._mask is None:
-            self.num_positions = np.maximum(self.lengths - 1, 0)
-            self.forward_lengths = self.num_positions
-        else:
-            self.num_positions, self.forward_lengths = self._counted()
+        self.num_positions, self.forward_lengths = self._counted()
         if length_switch is not None:
             whole = (self.lengths > length_switch) & (self.num_positions > 0)
             self.forward_lengths = np.where(whole, self.lengths, self.forward_lengths)
         if not self.num_positions.any():
-            raise UsageError("The split has no position to capture: every row is empty or has no token to predict.")
+            raise UsageError(
+                f"--max_length {max_length} cuts off every completion of the split. Raise it."
+                if self.num_emptied
+                else "The split has no position to capture: every row is empty or has no token to predict."
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -138,6 +139,15 @@ class Rows:
     def num_captured(self) -> int:
         """Captured positions of all rows together."""
         return int(self.num_positions.sum(dtype=np.int64))
+
+    @cached_property
+    def num_emptied(self) -> int:
+        """Rows that were truncated before their completions, and have no captured position left."""
+        if not (self._mask and self.num_cut) or len(self) != len(self._row_ends):
+            return 0
+        ends = self._starts + self.lengths
+        emptied = np.flatnonzero((ends < self._row_ends) & (self.num_positions == 0))
+        return sum(bool(self._mask[ends[row], self._row_ends[row]].any()) for row in emptied)
 
     def input_ids(self, row: int) -> Array:
         """Tokens of a row, int32[T]."""
@@ -163,7 +173,7 @@ class Rows:
             yield first, max(first + 1, end)
             first = max(first + 1, end)
 
-    def _joined(self, stream: "_Stream", first: int, end: int) -> Array:
+    def _joined(self, stream: "Stream", first: int, end: int) -> Array:
         """Join the values of a stream for the rows from `first` to before `end`."""
         starts, lengths = self._starts[first:end], self.lengths[first:end]
         found = stream[starts[0], starts[-1] + lengths[-1]]
@@ -183,6 +193,9 @@ class Rows:
 
     def _counted(self) -> tuple[Array, Array]:
         """Count every row's captured positions, and the tokens up to the last of them, int32[N] each."""
+        if self._mask is None:
+            num_positions = np.maximum(self.lengths - 1, 0)
+            return num_positions, num_positions
         num_positions, forward_lengths = np.zeros((2, len(self)), dtype=np.int32)
         for first, end in self._spans():
             row, position = self._captured(first, end)
@@ -222,7 +235,7 @@ class Rows:
         for start, chunk in self._input_ids.chunks():
             if len(chunk) and not 0 <= chunk.min() <= chunk.max() < vocab_size:
                 at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
-                row = int(np.searchsorted(self._row_ends, start + at, side="right"))
+                row = self._sources[np.searchsorted(self._row_ends, start + at, side="right")]
                 raise UsageError(
                     f"Row {row} of the split has token id {chunk[at]}, but the teacher's vocabulary "
                     f"is 0 to {vocab_size - 1}. Use the teacher's own tokenizer."
@@ -238,60 +251,41 @@ class Rows:
         return digest.hexdigest()
 
 
-class _Stream:
-    """A list column read as one flat array, memory-mapped chunk by chunk."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
-        self._starts = np.cumsum([0, *map(len, self._chunks)])
-
-    def __getitem__(self, span: tuple[int, int]) -> Array:
-        start, end = span
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
-        pieces = []
-        while start < end:
-            until = min(end, self._starts[index + 1])
-            pieces.append(self._chunks[index][start - self._starts[index] : until - self._starts[index]])
-            start, index = until, index + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *pieces])
-
-    def chunks(self) -> Iterator[tuple[int, Array]]:
-        """Pair each chunk with the index of its first element."""
-        return zip(map(int, self._starts), self._chunks, strict=False)
-
-
 def _within(lengths: Array) -> Array:
     """Count 0, 1, ... for every length anew, int64[sum of the lengths]."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 
 
-def _list_lengths(column: pa.ChunkedArray) -> Array:
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks] or [np.empty(0, dtype=int)])
+def _sources(tokens: datasets.Dataset) -> Array:
+    """Return the row of the split that each tokenised row comes from, int64."""
+    if "source_row" in tokens.column_names:
+        return np.asarray(tokens.data.column("source_row").to_numpy())
+    return np.arange(len(tokens))
 
 
-def _cut(row_ends: Array, config: Config, max_length: int | None) -> tuple[Array, Array, Array]:
-    """Return start in the stream, length and source row of every row of the file."""
+def _cut(row_ends: Array, sources: Array, config: Config, max_length: int | None) -> tuple[Array, Array, Array]:
+    """Return start in the stream, length and tokenised row of every row of the file."""
     starts, lengths = np.concatenate([[0], row_ends[:-1]]), np.diff(row_ends, prepend=0)
     if config.packing:
         if max_length is None:
             raise UsageError("--packing needs --max_length: the teacher's configuration names no context length.")
         block_starts = np.arange(0, row_ends[-1] - max_length + 1, max_length)
-        sources = np.searchsorted(row_ends, block_starts, side="right")
-        return block_starts, np.full(len(block_starts), max_length, dtype=np.int32), sources
-    sources = np.arange(len(lengths))
+        rows = np.searchsorted(row_ends, block_starts, side="right")
+        return block_starts, np.full(len(block_starts), max_length, dtype=np.int32), rows
+    rows = np.arange(len(lengths))
     if max_length is None or (lengths <= max_length).all():
-        return starts, lengths.astype(np.int32), sources
+        return starts, lengths.astype(np.int32), rows
     if config.overflow == "error":
         row = int(np.argmax(lengths > max_length))
         raise UsageError(
-            f"Row {row} of the split has {lengths[row]} tokens, --max_length is {max_length}. "
+            f"Row {sources[row]} of the split has {lengths[row]} tokens, --max_length is {max_length}. "
             "Raise it, or choose --overflow truncate or split."
         )
     if config.overflow == "truncate":
-        return starts, np.minimum(lengths, max_length).astype(np.int32), sources
+        return starts, np.minimum(lengths, max_length).astype(np.int32), rows
     pieces = np.maximum(1, -(-lengths // max_length))
-    sources = np.repeat(sources, pieces)
-    piece = np.arange(len(sources)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    piece_lengths = np.minimum(lengths[sources] - piece * max_length, max_length)
-    return starts[sources] + piece * max_length, piece_lengths.astype(np.int32), sources
+    rows = np.repeat(rows, pieces)
+    piece = np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece_lengths = np.minimum(lengths[rows] - piece * max_length, max_length)
+    return starts[rows] + piece * max_length, piece_lengths.astype(np.int32), rows

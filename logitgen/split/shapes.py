@@ -1,7 +1,9 @@
 """The supported shapes of rows, recognised by their columns and turned into tokens."""
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import datasets
@@ -9,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
-from logitgen.split.chats import CHAT_COLUMNS, Tokens, chat_pairs, chats, check_fast, ended
+from logitgen.split.chats import CHAT_COLUMNS, check_fast, encode_chats
+from logitgen.split.encoded import NOTHING, Encode, Note, Tokens
 from logitgen.split.messages import kind_of
-
-Encode = Callable[[dict[str, list[Any]], list[int]], Tokens]
+from logitgen.split.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -26,94 +28,115 @@ COMPLETION_COLUMNS = ("completion_mask", "assistant_masks", "loss_mask", "labels
 def columns_read(columns: Mapping[str, Any], config: Config) -> list[str]:
     """Name the columns, given with their features, that decide what the teacher reads or what is captured."""
     if config.text_column is not None:
-        return [name for name in columns if name == config.text_column]
-    if "input_ids" in columns:
+        names = [config.text_column]
+    elif chat := chat_columns(columns, config):
+        names = [*chat, "tools", "chat_template_kwargs"]
+    elif "input_ids" in columns:
         marks = [name for name in COMPLETION_COLUMNS if name in columns and config.completion_only][:1]
         names = ["input_ids", "attention_mask", "position_ids", "seq_lengths", *marks]
-    elif chats_in := [name for name in CHAT_COLUMNS if name in columns]:
-        names = [chats_in[0], "tools", "chat_template_kwargs"]
     elif {"prompt", "completion"} <= set(columns):
-        names = ["prompt", "completion", *(["tools", "chat_template_kwargs"] if _pairs_of_messages(columns) else [])]
+        names = ["prompt", "completion"]
     else:
         names = ["text"]
     return [name for name in names if name in columns]
 
 
+def chat_columns(columns: Mapping[str, Any], config: Config) -> list[str]:
+    """Name the columns of messages that are read: a conversation's, or those of prompt and completion, or none."""
+    if config.text_column is not None:
+        return []
+    if config.messages_column is not None:
+        return [config.messages_column]
+    if "input_ids" in columns:
+        return []
+    if found := [name for name in CHAT_COLUMNS if name in columns][:1]:
+        return found
+    pair = ["prompt", "completion"]
+    sides = [getattr(columns.get(name), "feature", None) for name in pair]
+    return pair if all(isinstance(side, dict) for side in sides) else []
+
+
+def template_of(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config
+) -> ChatTemplate | None:
+    """Return the chat template of rows of messages, or None for other rows."""
+    return ChatTemplate.of(tokenizer, config) if tokenizer and chat_columns(split.features, config) else None
+
+
 def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> Encode:
     """Choose the function that turns a batch of rows into tokens, by the columns of the split."""
     columns = split.column_names
-    if config.text_column is None and "input_ids" in columns:
-        if config.completion_only and not set(COMPLETION_COLUMNS) & set(columns):
-            raise UsageError(
-                "--completion_only with ready input_ids needs a completion_mask column (1 for a completion's token) or "
-                f"one of {', '.join(COMPLETION_COLUMNS[1:])}; the split has {_names(columns)}."
-            )
-        return lambda rows, indices: _ready(rows, indices, config)
+    chat = chat_columns(split.features, config)
+    _check_columns(columns, chat, config)
+    if config.text_column is None and not chat and "input_ids" in columns:
+        return partial(_ready, config=config)
     if tokenizer is None:
         raise UsageError(
             f"--teacher {config.teacher} has no tokenizer that can be loaded, and the rows are text. "
             "Add the tokenizer's files to the folder, or give a dataset with input_ids."
         )
-    if config.text_column is None and (set(CHAT_COLUMNS) & set(columns) or _pairs_of_messages(split.features)):
-        if tokenizer.chat_template is None:
-            raise UsageError(
-                f"The rows are messages, but the tokenizer of {config.teacher} has no chat template. "
-                "Use a teacher that has one, or name a column of plain text with --text_column."
-            )
-        if "tools" in columns and "tools" not in str(tokenizer.chat_template):
+    if config.append_eos and tokenizer.eos_token_id is None:
+        raise UsageError("--append_eos needs a tokenizer with an end-of-text token, the teacher's has none.")
+    if template := template_of(split, tokenizer, config):
+        if "tools" in columns and not template.shows_tools:
             logger.warning("The rows have tools, but the teacher's chat template shows it none.")
-        render = chats if set(CHAT_COLUMNS) & set(columns) else chat_pairs
-        return lambda rows, indices: render(rows, indices, tokenizer, config)
+        return partial(encode_chats, columns=chat, template=template, config=config)
     if config.text_column is None and {"prompt", "completion"} <= set(columns):
-        return lambda rows, indices: _pairs(rows, indices, tokenizer, config)
-    column = _text_column(columns, config)
-    return lambda rows, indices: _texts(rows, indices, column, tokenizer, config)
+        return partial(_pairs, tokenizer=tokenizer, config=config)
+    return partial(_texts, column=config.text_column or "text", tokenizer=tokenizer, config=config)
 
 
-def _pairs_of_messages(columns: Mapping[str, Any]) -> bool:
-    """Tell whether prompt and completion are lists of messages, by their features."""
-    sides = [getattr(columns.get(name), "feature", None) for name in ("prompt", "completion")]
-    return all(isinstance(side, dict) for side in sides)
-
-
-def _text_column(columns: list[str], config: Config) -> str:
-    """Return the column of plain text."""
-    column = config.text_column or "text"
-    if column not in columns:
-        expected = (
-            f"--text_column {column} is not a column"
-            if config.text_column
-            else "Rows need input_ids, messages, prompt and completion, or text"
-        )
-        raise UsageError(f"{expected}; the split has {_names(columns)}. Name a column of text with --text_column.")
-    if config.completion_only:
-        raise UsageError(
-            f"--completion_only needs rows that say what the completion is (prompt and completion, messages, or "
-            f"input_ids with completion_mask); '{column}' is plain text."
-        )
-    return column
-
-
-def _names(columns: list[str]) -> str:
-    return f"columns {', '.join(columns)}" if columns else "no columns"
+def _check_columns(columns: list[str], chat: list[str], config: Config) -> None:
+    """Refuse a split whose columns have no supported shape, or no completions where only those count."""
+    known = f"the split has columns {', '.join(columns)}" if columns else "the split has no columns"
+    for option in ("text_column", "messages_column"):
+        if (name := getattr(config, option)) not in (None, *columns):
+            raise UsageError(f"--{option} {name} is not a column; {known}.")
+    if config.text_column is None and not chat and "input_ids" in columns:
+        if config.completion_only and not set(COMPLETION_COLUMNS) & set(columns):
+            raise UsageError(
+                "--completion_only with ready input_ids needs a completion_mask column (1 for a completion's token) or "
+                f"one of {', '.join(COMPLETION_COLUMNS[1:])}; {known}."
+            )
+    elif not chat and (config.text_column or not {"prompt", "completion"} <= set(columns)):
+        if not config.text_column and "text" not in columns:
+            raise UsageError(
+                f"Rows need input_ids, messages, prompt and completion, or text; {known}. "
+                "Name a column of text with --text_column, or one of messages with --messages_column."
+            )
+        if config.completion_only:
+            raise UsageError(
+                "--completion_only needs rows that say what the completion is (prompt and completion, messages, or "
+                f"input_ids with completion_mask); '{config.text_column or 'text'}' is plain text."
+            )
 
 
 def _texts(rows: Any, indices: list[int], column: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    return {"input_ids": ended(_encode(tokenizer, _strings(rows, indices, column)), tokenizer, config)}
+    tokens = Tokens()
+    encoded = _encode(tokenizer, _strings(rows, indices, column), config)
+    for row, ids in zip(indices, encoded["input_ids"], strict=True):
+        tokens.add(row, _ended(ids, tokenizer, config), notes=_doubled(ids, tokenizer))
+    return tokens
 
 
 def _pairs(rows: Any, indices: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
     """Tokenise prompt and completion together. A token with any character of the completion belongs to it."""
+    if config.completion_only:
+        check_fast(tokenizer, "text")
     prompts, completions = (_strings(rows, indices, column) for column in ("prompt", "completion"))
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    if not config.completion_only:
-        return {"input_ids": ended(_encode(tokenizer, texts), tokenizer, config)}
-    check_fast(tokenizer, "text")
-    encoded = tokenizer(texts, verbose=False, return_offsets_mapping=True)
-    whole = ended(encoded["input_ids"], tokenizer, config)
-    prompt_tokens = map(_num_tokens_within, encoded["offset_mapping"], map(len, prompts))
-    masks = [[0] * count + [1] * (len(ids) - count) for ids, count in zip(whole, prompt_tokens, strict=True)]
-    return {"input_ids": whole, "completion_mask": masks}
+    encoded = _encode(tokenizer, texts, config, return_offsets_mapping=config.completion_only)
+    tokens = Tokens()
+    for number, row in enumerate(indices):
+        ids = encoded["input_ids"][number]
+        notes = _doubled(ids, tokenizer)
+        ids = _ended(ids, tokenizer, config)
+        if tokenizer.eos_token_id not in (None, *ids[-1:]):
+            notes |= Note.NO_EOS
+        places = encoded["offset_mapping"][number] if config.completion_only else []
+        num_prompt = _num_tokens_within(places, len(prompts[number]))
+        tokens.add(row, ids, [0] * num_prompt + [1] * (len(ids) - num_prompt), notes)
+    return tokens
 
 
 def _num_tokens_within(offsets: list[tuple[int, int]], length: int) -> int:
@@ -121,17 +144,34 @@ def _num_tokens_within(offsets: list[tuple[int, int]], length: int) -> int:
     return next((index for index, (_, end) in enumerate(offsets) if end > length), len(offsets))
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], config: Config, **options: bool) -> Any:
+    return tokenizer(texts, add_special_tokens=config.add_special_tokens, verbose=False, **options)
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[int]:
+    """End a text with the end-of-text token where the options ask for it and the tokenizer has not added it."""
+    end = tokenizer.eos_token_id
+    wanted = end is not None and (config.packing or config.append_eos)
+    return [*ids, end] if wanted and ids[-1:] != [end] else ids
+
+
+def _doubled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Note:
+    """Note a text that begins with the beginning-of-text token, which the tokenizer has added again."""
+    start = tokenizer.bos_token_id
+    return Note.TWO_BOS if start is not None and ids[:2] == [start, start] else NOTHING
+
+
 def _ready(rows: Any, indices: list[int], config: Config) -> Tokens:
-    """Take tokens as they are, without padding, and say which belong to the completion."""
-    tokens: Tokens = {"input_ids": [], **({"completion_mask": []} if config.completion_only else {})}
+    """Take tokens as they are, without padding, document by document, and mark those of the completion."""
+    tokens = Tokens()
     for number, index in enumerate(indices):
         row = {name: values[number] for name, values in rows.items()}
         ids = _checked_ids(row["input_ids"], index)
         read = _unpadded(row, len(ids), index)
-        _check_single(row, read, index)
-        tokens["input_ids"].append(ids[read])
-        if config.completion_only:
-            tokens["completion_mask"].append(_completion_of(row, ids, index)[read])
+        mask = _completion_of(row, ids, index) if config.completion_only else []
+        documents = _documents(row, read, index)
+        for document in documents:
+            tokens.add(index, ids[document], mask[document], Note.PACKED if len(documents) > 1 else NOTHING)
     return tokens
 
 
@@ -166,17 +206,29 @@ def _unpadded(row: dict[str, Any], length: int, index: int) -> slice:
     return slice(start, start + num_read)
 
 
-def _check_single(row: dict[str, Any], read: slice, index: int) -> None:
-    """Refuse a row of several packed documents: each would be read with all documents before it."""
-    ids = row.get("position_ids")
-    restarts = isinstance(ids, list) and ids[read] != list(range(read.stop - read.start))
-    lengths = row.get("seq_lengths")
-    if restarts or (isinstance(lengths, list) and len(lengths) > 1):
-        name, what = ("position_ids", "do not count 0, 1, 2, ...") if restarts else ("seq_lengths", "are several")
+def _documents(row: dict[str, Any], read: slice, index: int) -> list[slice]:
+    """Find the packed documents of a row by its `seq_lengths`, or by where its `position_ids` start anew."""
+    num_read = read.stop - read.start
+    lengths, positions = row.get("seq_lengths"), row.get("position_ids")
+    if lengths is not None and (not _are_numbers(lengths) or sum(lengths) != num_read or min(lengths, default=1) < 0):
+        raise UsageError(f"Row {index}: 'seq_lengths' must sum to the row's {num_read} tokens, got {kind_of(lengths)}.")
+    if positions is not None and not (_are_numbers(positions) and len(positions) >= read.stop):
+        raise UsageError(f"Row {index}: 'position_ids' must be one number per token, got {kind_of(positions)}.")
+    if lengths is None:
+        if positions is None:
+            return [read]
+        starts = [place for place, position in enumerate(positions[read]) if position == 0]
+        lengths = [end - start for start, end in itertools.pairwise([*starts, num_read])]
+    if positions is not None and positions[read] != [place for length in lengths for place in range(length)]:
         raise UsageError(
-            f"Row {index}: its '{name}' {what}, so it holds packed documents, and the teacher would read each with "
-            "those before it. Give every document a row of its own."
+            f"Row {index}: its 'position_ids' do not count 0, 1, 2, ... in every document, as a teacher would."
         )
+    ends = list(itertools.accumulate(lengths, initial=read.start))
+    return [slice(start, end) for start, end in itertools.pairwise(ends)] or [read]
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _completion_of(row: dict[str, Any], ids: list[int], index: int) -> list[int]:
@@ -201,7 +253,3 @@ def _strings(rows: Any, indices: list[int], column: str) -> list[str]:
         if not isinstance(value, str):
             raise UsageError(f"Row {index}: '{column}' must be a string, got {kind_of(value)}.")
     return cast(list[str], rows[column])
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return cast(list[list[int]], tokenizer(texts, verbose=False)["input_ids"])

@@ -4,6 +4,8 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +19,13 @@ from logitgen.config import Config
 from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import cached, remedy
-from logitgen.split.chats import Tokens
-from logitgen.split.shapes import Encode, columns_read, encoder
+from logitgen.split.encoded import FEATURES, remarks
+from logitgen.split.shapes import columns_read, encoder, template_of
 
 logger = logging.getLogger(__name__)
 
-_FEATURES = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "completion_mask": datasets.List(datasets.Value("uint8"))}
-)
+_OPTIONS = ("text_column", "messages_column", "completion_only", "packing", "add_special_tokens", "append_eos")
+"""Options that decide the tokens of a row."""
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -58,34 +59,48 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
     """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
 
-    The tokenizer adds its usual special tokens. With packing, a text without an end-of-text token gets one at its end.
+    A row of the split becomes one row or several.
 
     Returns:
-        A dataset with `input_ids` and, with `completion_only`, `completion_mask`, one row per row of the split.
+        A dataset with `input_ids`, `source_row`, `notes` and, with `completion_only`, `completion_mask`.
 
     Raises:
         UsageError: The columns have no supported shape, or a row's value has the wrong type.
     """
-    encode = _telling(encoder(split, tokenizer, config), len(split))
-    features = _FEATURES if config.completion_only else datasets.Features(input_ids=_FEATURES["input_ids"])
-    settings = (config.text_column, config.completion_only, config.packing, tokenizer_fingerprint(tokenizer))
-    fingerprint = Hasher.hash(("logitgen 2", transformers.__version__, split._fingerprint, settings))
+    encode = encoder(split, tokenizer, config)
+    names = [name for name in FEATURES if config.completion_only or name != "completion_mask"]
+    fingerprint = _fingerprint(split, tokenizer, config)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     needed = _needed(split, config)
+    told = _Progress(len(split))
+
+    def encoded(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        told.at(indices[0])
+        return encode(rows, indices).columns(names)
 
     def make() -> datasets.Dataset:
         return needed.map(
-            encode,
+            encoded,
             batched=True,
             with_indices=True,
             remove_columns=needed.column_names,
-            features=features,
+            features=datasets.Features({name: FEATURES[name] for name in names}),
             new_fingerprint=fingerprint,
             cache_file_name=os.fspath(cache),
         )
 
+    with _refused(split, config):
+        tokens = cached(cache, len(split), make)
+    for remark in remarks(tokens):
+        logger.warning(str(remark))
+    return tokens
+
+
+@contextmanager
+def _refused(split: datasets.Dataset, config: Config) -> Iterator[None]:
+    """Turn errors of reading the rows into errors of the user's input."""
     try:
-        return cached(cache, len(split), make)
+        yield
     except UnicodeDecodeError as error:
         raise UsageError(f"--dataset {config.dataset} holds text that is not UTF-8: {error}. Convert it.") from error
     except (pa.ArrowInvalid, pa.ArrowIndexError, OSError) as error:
@@ -93,6 +108,14 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
         raise UsageError(
             f"--dataset {config.dataset} cannot be read: {first_line(error).rstrip('.')}.{remedy(error, copies)}"
         ) from error
+
+
+def _fingerprint(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> str:
+    """Hash all that decides the tokens of the rows."""
+    options = [getattr(config, name) for name in _OPTIONS]
+    template = template_of(split, tokenizer, config)
+    known = (options, template and template.fingerprint, tokenizer_fingerprint(tokenizer))
+    return str(Hasher.hash(("logitgen 3", transformers.__version__, split._fingerprint, known)))
 
 
 def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
@@ -103,15 +126,14 @@ def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
     return split.select_columns(names)
 
 
-def _telling(encode: Encode, num_rows: int) -> Encode:
-    """Log the progress now and then: a large split takes minutes."""
-    last_told = time.monotonic()
+class _Progress:
+    """Log lines now and then: a large split takes minutes."""
 
-    def run(rows: dict[str, list[Any]], indices: list[int]) -> Tokens:
-        nonlocal last_told
-        if time.monotonic() - last_told > PLAIN_SECONDS:
-            last_told = time.monotonic()
-            logger.info(f"Tokenised {indices[0]:,} of {num_rows:,} rows.")
-        return encode(rows, indices)
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._last = time.monotonic()
 
-    return run
+    def at(self, row: int) -> None:
+        if time.monotonic() - self._last > PLAIN_SECONDS:
+            self._last = time.monotonic()
+            logger.info(f"Tokenised {row:,} of {self._num_rows:,} rows.")
