@@ -69,6 +69,8 @@ ATTRIBUTES: dict[str, Any] = {
     "commit": "c0ffee",
     "teacher_fingerprint": "a" * 64,
     "tokenizer_fingerprint": "b" * 64,
+    "chat_template_fingerprint": "e" * 64,
+    "chat_template_date": "2026-01-31",
     "dataset_fingerprint": "c" * 64,
     "settings": {
         "teacher": "some/teacher",

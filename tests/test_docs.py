@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -12,16 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import PAGES, ROOT
+from conftest import CHAT_TEMPLATE, PAGES, ROOT, make_tokenizer
 
 from logitgen import DistillationLoss, LogitsFile, UsageError
 from logitgen import __main__ as program
 from logitgen.config import Config
 from logitgen.options import parse_config
 from logitgen.rerun import TOLERANCES
+from logitgen.split.tokens import tokenize
 
 README, DESIGN = PAGES["README.md"], PAGES["docs/design.md"]
 MOST_LINES, MOST_BYTES = 200, 12_000
@@ -114,6 +117,21 @@ def test_the_option_table_is_the_option_list() -> None:
             meaning += f" ({', '.join(choices)})"
         expected.append([f"`--{field.name}`", default, meaning])
     assert table_rows("option") == expected
+
+
+@pytest.mark.parametrize("cells", table_rows("a row"), ids=lambda cells: cells[0])
+def test_a_row_of_the_table_of_shapes_has_the_completions_it_says(cells: list[str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["</s>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "</s>")
+    row, expected = json.loads(cells[0].strip("`")), re.findall("`([^`]+)`", cells[1])
+    config = Config(teacher="m", dataset="d", output="o", completion_only=True)
+    found = tokenize(datasets.Dataset.from_list([row]), tokenizer, config)
+    kept = [
+        [token for token, mark in zip(ids, mask, strict=True) if mark]
+        for ids, mask in zip(found["input_ids"], found["completion_mask"], strict=True)
+    ]
+    assert [" ".join(map(str, ids)) if "input_ids" in row else tokenizer.decode(ids) for ids in kept] == expected
 
 
 def test_the_argument_table_is_that_of_the_loss() -> None:

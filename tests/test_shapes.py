@@ -1,9 +1,7 @@
 """Columns that change what the teacher reads or what is captured are honoured or refused, never ignored in silence."""
 
-import importlib.util
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -79,18 +77,47 @@ def test_an_attention_mask_that_cannot_be_honoured_is_refused(mask: list[int], m
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "why"),
+    "columns",
     [
-        ("position_ids", [0, 1, 2, 0, 1], r"do not count 0, 1, 2, \.\.\."),
-        ("position_ids", [3, 4, 5, 6, 7], r"do not count 0, 1, 2, \.\.\."),
-        ("seq_lengths", [3, 2], "are several"),
+        {"position_ids": [0, 1, 2, 0, 1]},
+        {"seq_lengths": [3, 2]},
+        {"position_ids": [0, 1, 2, 0, 1], "seq_lengths": [3, 2]},
     ],
 )
-def test_packed_documents_are_refused(column: str, value: list[int], why: str) -> None:
-    with pytest.raises(
-        UsageError, match=rf"^Row 0: its '{column}' {why}, so it holds packed documents, .*of its own\.$"
-    ):
-        run([{"input_ids": [5, 6, 7, 8, 9], column: value}])
+def test_packed_documents_are_rows_of_one_row_of_the_split(columns: Row, caplog: pytest.LogCaptureFixture) -> None:
+    other = {"input_ids": [4], **{name: [0] if name == "position_ids" else [1] for name in columns}}
+    with caplog.at_level(logging.WARNING):
+        found = run([other, {"input_ids": [5, 6, 7, 8, 9], **columns}])
+    assert found["input_ids"][:] == [[4], [5, 6, 7], [8, 9]]
+    assert found["source_row"][:] == [0, 1, 1]
+    assert caplog.messages == ["1 row (row 1): they became 2 rows, because they hold packed documents."]
+
+
+def test_packed_documents_keep_their_completions_and_lose_their_padding() -> None:
+    row = {
+        "input_ids": [0, 5, 6, 7, 8, 0],
+        "attention_mask": [0, 1, 1, 1, 1, 0],
+        "position_ids": [1, 0, 1, 0, 1, 1],
+        "labels": [-100, -100, 6, -100, 8, -100],
+    }
+    found = run([row], completion_only=True)
+    assert (found["input_ids"][:], found["completion_mask"][:]) == ([[5, 6], [7, 8]], [[0, 1], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"position_ids": [3, 4, 5, 6, 7]}, "its 'position_ids' do not count 0, 1, 2"),
+        ({"position_ids": [0, 1, 1, 0, 1]}, "its 'position_ids' do not count 0, 1, 2"),
+        ({"position_ids": [0, 1, 2, 0, 1], "seq_lengths": [2, 3]}, "its 'position_ids' do not count 0, 1, 2"),
+        ({"position_ids": [0, 1]}, "'position_ids' must be one number per token, got a list of 2"),
+        ({"seq_lengths": [3, 3]}, "'seq_lengths' must sum to the row's 5 tokens, got a list of 2"),
+        ({"seq_lengths": [6, -1]}, "'seq_lengths' must sum to the row's 5 tokens, got a list of 2"),
+    ],
+)
+def test_documents_whose_bounds_contradict_the_row_are_refused(columns: Row, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^Row 0: {message}"):
+        run([{"input_ids": [5, 6, 7, 8, 9], **columns}])
 
 
 def test_positions_that_only_count_are_no_packed_documents() -> None:
@@ -211,7 +238,7 @@ def test_a_turn_that_is_left_out_is_no_completion(with_tools: Any, out: Row) -> 
 def test_a_turn_cannot_be_left_out_of_what_generation_blocks_mark() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE_WITH_GENERATION
-    with pytest.raises(UsageError, match=r"^Row 0: a message is left out by its weight, but .* Remove the blocks"):
+    with pytest.raises(UsageError, match=r"^Row 0: only some of the assistant's messages are .* Remove the blocks"):
         run([{"messages": [HELLO, ANSWER | {"weight": 0}]}], tokenizer, completion_only=True)
 
 
@@ -278,33 +305,12 @@ def test_a_completion_begins_where_a_generation_prompt_that_opens_a_block_parts(
     assert sum(found["completion_mask"][0]) == len(tokenizer("Good day<|end|>")["input_ids"])
 
 
-@pytest.mark.parametrize(
-    ("name", "completion"),
-    [
-        ("qwen2_5", "Good day<|im_end|>\n"),
-        ("qwen3", "<think>\n\n</think>\n\nGood day<|im_end|>\n"),
-        ("deepseek_r1_distill", "Good day<\N{FULLWIDTH VERTICAL LINE}end▁of▁sentence\N{FULLWIDTH VERTICAL LINE}>"),
-        ("nemotron_3_nano", "</think>Good day<|im_end|>\n"),
-        ("gptoss", "<|channel|>final<|message|>Good day<|return|>"),
-        ("gemma3", "Good day<end_of_turn>\n"),
-    ],
-)
-def test_a_single_turn_is_told_apart_with_the_templates_of_todays_teachers(name: str, completion: str) -> None:
-    trl = importlib.util.find_spec("trl")
-    assert trl
-    assert trl.origin
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
-    found = run([{"messages": [HELLO, ANSWER]}], tokenizer, completion_only=True)
-    assert found["input_ids"][0] == rendered(tokenizer, [HELLO, ANSWER])
-    marked = [token for token, mark in zip(found["input_ids"][0], found["completion_mask"][0], strict=True) if mark]
-    assert tokenizer.decode(marked) == completion
-
-
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
-    with pytest.raises(UsageError, match=r"^Row 0: the chat template renders the prompt differently once"):
+    with pytest.raises(
+        UsageError, match=r"^Row 0, message 1: the chat template renders the messages before it differently"
+    ):
         run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
 
 
