@@ -1,4 +1,4 @@
-"""`python -m logitgen`: watch a run, look into a file, prove it right, export it to other trainers."""
+"""`python -m logitgen`: watch a run; inspect, verify and export a file."""
 
 import argparse
 import json
@@ -19,11 +19,11 @@ from logitgen.file.verify import problems
 from logitgen.leader.status import Watch
 from logitgen.report import overview, row_view, status_line, status_view, verdict_view
 
-MOST_PROBLEMS = 20
-"""Problems after which `verify` gives up on a file."""
+MAX_PROBLEMS = 20
+"""Number of problems after which `verify` stops."""
 
 WATCH_SECONDS = 5.0
-"""Time between two looks of `status --watch`: the writer commits no more often."""
+"""Time between two looks of `status --watch`. The writer commits no more often."""
 
 
 _EXAMPLE = """example:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
-        description="Watch runs, look into their files, prove them right, export them.",
+        description="Watch runs. Inspect, verify and export their files.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
     )
@@ -64,45 +64,49 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_status(commands: Any) -> None:
-    about = "Show how far a run is, from any machine that sees its output, without disturbing it."
-    status = commands.add_parser("status", help="Show how far a run is, from anywhere.", description=about)
-    status.add_argument("file", type=Path, help="The run's --output, there already or not, or its .partial.")
-    status.add_argument("--watch", action="store_true", help="Look again every few seconds until the file is complete.")
-    status.add_argument("--json", action="store_true", help="Print JSON for scripts; with --watch, a line at a time.")
+    about = "Show the progress of a run, from any machine that sees its output. The run does not notice."
+    status = commands.add_parser("status", help="Show the progress of a run.", description=about)
+    status.add_argument("file", type=Path, help="The run's --output or its .partial. Neither need exist yet.")
+    status.add_argument("--watch", action="store_true", help="Repeat every few seconds until the file is complete.")
+    status.add_argument("--json", action="store_true", help="Print JSON for scripts: with --watch, one line per look.")
     status.set_defaults(run=_status)
 
 
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
-        "inspect", help="Show what is in a file, whole or row by row.", description="Show what is in a file."
+        "inspect", help="Show a file, or one of its rows.", description="Show a file, or one of its rows."
     )
     inspect.add_argument("file", type=Path, help="A complete file.")
-    inspect.add_argument("--row", type=int, help="Show this row position by position, with the teacher's best guesses.")
-    inspect.add_argument("--positions", type=int, help="With --row: show only so many positions.")
-    inspect.add_argument("--tokenizer", help="Folder or hub id of the tokenizer; the file's teacher if not given.")
+    inspect.add_argument("--row", type=int, help="Show this row by position, with the teacher's likeliest tokens.")
+    inspect.add_argument("--positions", type=int, help="With --row: number of positions to show (default: all).")
+    inspect.add_argument(
+        "--tokenizer", help="With --row: folder or hub id of the tokenizer (default: the file's teacher)."
+    )
     inspect.add_argument("--json", action="store_true", help="Print JSON for scripts.")
     inspect.set_defaults(run=_inspect)
 
 
 def _add_verify(commands: Any) -> None:
-    about = "Check every row of a file; with --teacher, run the teacher again over some of them. Status 1 if not right."
+    about = (
+        "Check every row of a file. With --teacher, also run the teacher again over some rows. Status 1 on a problem."
+    )
     verify = commands.add_parser(
-        "verify", help="Prove a file right: its checksums, or against its teacher.", description=about
+        "verify", help="Check the rows of a file, also against its teacher.", description=about
     )
     verify.add_argument("file", type=Path, help="A file, complete or the .partial of a run.")
     verify.add_argument(
-        "--teacher", nargs="?", const="", help="Run this teacher again, or without a name the one the file names."
+        "--teacher", nargs="?", const="", help="Run this teacher again (without a name: the file's teacher)."
     )
-    verify.add_argument("--rows", type=int, help="With --teacher: how many rows, drawn at random; 16 if not given.")
+    verify.add_argument("--rows", type=int, help="With --teacher: number of rows, drawn at random (default: 16).")
     verify.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the teacher.")
     verify.set_defaults(run=_verify)
 
 
 def _add_export(commands: Any) -> None:
-    about = "Write the rows in the columns of axolotl's distillation: a Parquet file, or a folder as datasets saves it."
-    export = commands.add_parser("export", help="Hand a file over to other trainers.", description=about)
+    about = "Write the rows in the columns of axolotl's distillation, as a Parquet file or a save_to_disk folder."
+    export = commands.add_parser("export", help="Export a file for other trainers.", description=about)
     export.add_argument("file", type=Path, help="A complete file.")
-    export.add_argument("output", type=Path, help="Its name ends in .parquet, or has no ending for a folder.")
+    export.add_argument("output", type=Path, help="A name that ends in .parquet, or a folder's name without a dot.")
     export.set_defaults(run=_export)
 
 
@@ -136,7 +140,7 @@ def _watch(watch: Watch, as_json: bool) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     if options.row is None and (options.positions is not None or options.tokenizer is not None):
-        raise UsageError("--positions and --tokenizer show a row: name one with --row.")
+        raise UsageError("--positions and --tokenizer need --row. Add it.")
     if options.positions is not None and options.positions < 1:
         raise UsageError(f"--positions must be at least 1, got {options.positions}.")
     file = LogitsFile(options.file)
@@ -171,12 +175,12 @@ def _decoder(file: LogitsFile, name: str | None) -> Decoder | None:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.teacher is None and (options.rows is not None or options.trust_remote_code):
-        raise UsageError("--rows and --trust_remote_code are for running the teacher again: add --teacher.")
+        raise UsageError("--rows and --trust_remote_code need --teacher. Add it.")
     if options.rows is not None and options.rows < 1:
         raise UsageError(f"--rows must be at least 1, got {options.rows}.")
     file = LogitsFile(options.file, partial=True)
     search = problems(file)
-    found = list(islice(search, MOST_PROBLEMS))
+    found = list(islice(search, MAX_PROBLEMS))
     more = next(search, None) is not None
     compared = None
     if options.teacher is not None and not found:

@@ -50,7 +50,7 @@ class _Stream:
         """Discard the rest: data left in a buffer would fail again as Python ends, and change its exit status."""
         with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), getattr(sys, self._name).fileno())
-        logger.debug("Nobody listens to %s any more.", self._name)
+        logger.debug("The reader of %s has closed it.", self._name)
         return len(text)
 
 
@@ -68,10 +68,10 @@ def printable(text: str) -> str:
 def print_error(message: str) -> None:
     """Print the reason why the run ends, in one line."""
     line = " ".join(printable(message).splitlines())
-    _say(Text.assemble(("error: ", "bold red"), line))
+    _print_line(Text.assemble(("error: ", "bold red"), line))
 
 
-def _say(text: Text) -> None:
+def _print_line(text: Text) -> None:
     """Print a line to standard error."""
     messages.print(text, soft_wrap=True)
 
@@ -155,7 +155,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = ("", "") if record.levelno < logging.WARNING else (f"{record.levelname.lower()}: ", "bold yellow")
-        _say(Text.assemble(level, self._prefix + record.getMessage()))
+        _print_line(Text.assemble(level, self._prefix + record.getMessage()))
 
 
 def format_seconds(seconds: float) -> str:

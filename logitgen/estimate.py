@@ -27,9 +27,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 PROBE_TOKENS = 2048
-MOST_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS = 4096
 """A larger batch only takes more memory on a CPU."""
-MOST_BATCH_TOKENS_GPU = 32768
+MAX_BATCH_TOKENS_GPU = 32768
 
 SAFE_SHARE = 0.7
 """Share of the free memory for a batch: the need is measured on one batch, and memory gets fragmented."""
@@ -74,7 +74,7 @@ def fitting_batch_tokens(
     plan = Plan(rows.forward_lengths, PROBE_TOKENS, length_switch)
     batch = rows.batch(plan.rows(0))
     on_gpu = teacher.device.type == "cuda"  # Apple's shares the machine's memory, and does not say how much is free
-    most = MOST_BATCH_TOKENS_GPU if on_gpu else MOST_BATCH_TOKENS
+    most = MAX_BATCH_TOKENS_GPU if on_gpu else MAX_BATCH_TOKENS
     free_bytes = _free_bytes(teacher.device) / (1 if on_gpu else ranks_of_machine)
     capture_batch(teacher, batch, layout)  # the first run also allocates memory that stays
     taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))

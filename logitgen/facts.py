@@ -1,6 +1,6 @@
 """Facts about a file, a row and a run, as `--json` prints them."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -9,9 +9,6 @@ from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import row_problems
 from logitgen.leader.status import Status
-
-if TYPE_CHECKING:
-    pass
 
 NUM_GUESSES = 5
 
@@ -118,7 +115,7 @@ def _text(decoder: Decoder | None, token: int) -> str:
 def status_facts(status: Status) -> dict[str, Any]:
     """Collect the facts of a run's status. Times are in seconds, unknown values None."""
     known = status.snapshot
-    ranks = zip(known.source_tokens, known.source_totals, strict=True) if known else ()
+    ranks = zip(known.stream_tokens, known.stream_totals, strict=True) if known else ()
     return {
         "path": str(status.path),
         "state": status.state,
@@ -129,7 +126,7 @@ def status_facts(status: Status) -> dict[str, Any]:
         "tokens_done": known.tokens if known else None,
         "tokens": known.total if known else None,
         "tokens_per_second": known.rate if known else None,
-        "tokens_per_second_of_late": known.rate_of_late if known else None,
+        "recent_tokens_per_second": known.recent_rate if known else None,
         "eta_seconds": known.eta_seconds if known else None,
         "ranks": [{"tokens_done": done, "tokens": goal} for done, goal in ranks],
     }

@@ -105,7 +105,7 @@ def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
         f"{format_bytes(free_bytes)} free",
         "memory per rank": (format_bytes(host) if host else "unknown on this system")
         + (f" and {format_bytes(device)} on the GPU" if device else "")
-        + f"; the leader {format_bytes(known.buffer_bytes)} of buffers more",
+        + f", and {format_bytes(known.buffer_bytes)} of buffers on the leader",
         "speed": f"{known.tokens_per_second:,.0f} tokens/s per rank, {len(known.pilots)} measured at once",
     }
     sizes = _grid("kept", "file", "per token")
@@ -134,10 +134,10 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     if compared:
         lines["teacher"] = (
             f"over {compared.num_positions:,} positions largest difference {compared.largest:.4f} nats beyond "
-            f"rounding, mean {compared.mean:.5f} (at most {compared.most_mean}), top-1 agreement "
-            f"{compared.top1_agreement:.2%} (at least {compared.least_agreement:.0%})"
+            f"rounding, mean {compared.mean:.5f} (at most {compared.max_mean}), top-1 agreement "
+            f"{compared.top1_agreement:.2%} (at least {compared.min_agreement:.0%})"
         )
-    verified = "verified: every row is there once, its checksum and its values are right"
+    verified = "verified: every row is present once, with the right checksum and values"
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
     lines["verdict"] = f"NOT verified, {count}" if found else verified
     return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
@@ -162,18 +162,18 @@ def status_view(status: Status, width: int = 80, height: int | None = None) -> R
     texts = [Text(printable(line)) for line in lines if line]
     if status.snapshot is None:
         return Group(*texts)
-    num_ranks = len(status.snapshot.source_totals)
+    num_ranks = len(status.snapshot.stream_totals)
     most = num_ranks if height is None else max(1, height - 3 - sum(1 + len(text) // width for text in texts))
     return Group(*texts, bars(status.snapshot, _eta(status), most))
 
 
 def _state_words(status: Status) -> str:
     words = {
-        "not started": "not started: there is no file yet",
-        "stalled": "stalled or killed (the same command goes on)",
-        "stopped": "stopped or starting (the same command goes on)",
+        "not started": "not started: no file yet",
+        "stalled": "stalled or killed (the same command resumes it)",
+        "stopped": "stopped or starting (the same command resumes it)",
     }.get(status.state, status.state)
-    ago = "" if status.idle_seconds is None else f", last written to {format_seconds(status.idle_seconds)} ago"
+    ago = "" if status.idle_seconds is None else f", last write {format_seconds(status.idle_seconds)} ago"
     return words + ago
 
 
@@ -184,7 +184,7 @@ def _numbers(status: Status) -> list[str]:
     if status.snapshot is None:
         return [f"{rows} ({status.num_done / status.num_rows:.0%})"]
     known = status.snapshot
-    return [rows, f"{known.speed} over {format_seconds(known.seconds)}", f"{known.rate_of_late:,.0f} tok/s recent"]
+    return [rows, f"{known.speed} over {format_seconds(known.seconds)}", f"{known.recent_rate:,.0f} tok/s recent"]
 
 
 def _eta(status: Status) -> str:

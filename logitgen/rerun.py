@@ -39,23 +39,23 @@ class Rerun:
         largest: Largest difference of a stored log-prob, in nats, beyond its rounding.
         mean: Mean of these differences, in nats.
         top1_agreement: Share of the positions with the same likeliest token.
-        most_mean: Largest mean difference the teacher's dtype explains.
-        least_agreement: Least agreement it explains.
+        max_mean: Largest mean difference the teacher's dtype explains.
+        min_agreement: Least agreement it explains.
     """
 
     num_positions: int
     largest: float
     mean: float
     top1_agreement: float
-    most_mean: float
-    least_agreement: float
+    max_mean: float
+    min_agreement: float
 
     @property
     def problems(self) -> list[str]:
         """Differences that the teacher's dtype does not explain."""
-        if self.mean <= self.most_mean and self.top1_agreement >= self.least_agreement:
+        if self.mean <= self.max_mean and self.top1_agreement >= self.min_agreement:
             return []
-        return ["the teacher says something else than what is stored"]
+        return ["the teacher's log-probs differ from the stored ones"]
 
 
 def sample_rows(file: LogitsFile, num_rows: int, seed: int = 0) -> Array:
@@ -78,32 +78,37 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
     Raises:
         UsageError: It cannot be loaded, or its vocabulary is not the file's.
     """
-    said, settings = file.attributes, file.attributes["settings"]
+    attributes, settings = file.attributes, file.attributes["settings"]
     if settings.get("trust_remote_code") and not trust_remote_code:
-        raise UsageError("The file was made with the teacher's own code. Add --trust_remote_code if you trust it.")
+        raise UsageError("The file's teacher needs its own code. Add --trust_remote_code if you trust it.")
     config = _config_of(file, name)
     info = describe_teacher(config)
     if info.vocab_size != file.layout.vocab_size:
         raise UsageError(
-            f"--teacher {config.teacher} has a vocabulary of {info.vocab_size}, the file's teacher one of "
-            f"{file.layout.vocab_size}. Give the teacher of the file."
+            f"--teacher {config.teacher} must have the file's vocabulary of {file.layout.vocab_size} tokens, got "
+            f"{info.vocab_size}. Give the file's teacher."
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     teacher = Teacher(load_model(config, device or torch.device("cpu")), info.vocab_size)
     tokenizer = tokenizer_fingerprint(load_tokenizer(config))
     differs = {
-        "the teacher's weights are not those of the file": teacher.fingerprint != said["teacher_fingerprint"],
-        "the teacher's tokenizer is not that of the file": tokenizer != said["tokenizer_fingerprint"],
+        "the teacher's weights differ from the file's": teacher.fingerprint != attributes["teacher_fingerprint"],
+        "the teacher's tokenizer differs from the file's": tokenizer != attributes["tokenizer_fingerprint"],
     }
-    if not said["teacher_config"]:
-        logger.warning("The file is of an older logitgen, which looked at less of a teacher: weights are not compared.")
+    if not attributes["teacher_config"]:
+        logger.warning(
+            "An older logitgen wrote the file, with another fingerprint of the weights. They are not compared."
+        )
         return teacher, [line for line, true in list(differs.items())[1:] if true]
-    return teacher, [*_other_values(said["teacher_config"], info), *(line for line, true in differs.items() if true)]
+    return teacher, [
+        *_other_values(attributes["teacher_config"], info),
+        *(line for line, true in differs.items() if true),
+    ]
 
 
 def _config_of(file: LogitsFile, name: str | None) -> Config:
     """Return the options that load the file's teacher as it was loaded, or another teacher by its name."""
-    said, settings = file.attributes, file.attributes["settings"]
+    attributes, settings = file.attributes, file.attributes["settings"]
     same_name = name in (None, settings["teacher"])
     return Config(
         teacher=name or settings["teacher"],
@@ -111,7 +116,7 @@ def _config_of(file: LogitsFile, name: str | None) -> Config:
         output=str(file.path),
         revision=settings["revision"] if same_name else None,
         teacher_gguf=settings["teacher_gguf"],
-        dtype=said["teacher_dtype"],
+        dtype=attributes["teacher_dtype"],
         attn_implementation=settings["attn_implementation"],
         trust_remote_code=bool(settings.get("trust_remote_code")),
         top_k=1,
@@ -123,7 +128,7 @@ def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:
     """Name the differences between a teacher's configuration and a file's."""
     for name in sorted(there.keys() | info.config):
         if there.get(name) != info.config.get(name):
-            yield f"the teacher's {name} is {info.config.get(name)}, that of the file {there.get(name)}"
+            yield f"the teacher's {name} is {info.config.get(name)}, in the file {there.get(name)}"
 
 
 def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
@@ -150,9 +155,9 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             num_values += len(difference)
             num_same += int(same_C.sum())
             num_positions += len(same_C)
-    most_mean, least_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
+    max_mean, min_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
     mean, agreement = total / num_values, num_same / num_positions
-    return Rerun(num_positions, largest, mean, agreement, most_mean, least_agreement)
+    return Rerun(num_positions, largest, mean, agreement, max_mean, min_agreement)
 
 
 def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

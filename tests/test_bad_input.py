@@ -707,13 +707,11 @@ def both(*prepares: Prepare) -> Prepare:
     return lambda: [prepare() for prepare in prepares]
 
 
-NOT_PLAIN = r"^--output \S+: \S+ is not a plain file\. Give the name of one\.$"
-NOT_OUR_OUTPUT = (
-    r"^--output \S+: %s exists and is no file of logitgen, so it is not touched\. Choose another name, or remove it\.$"
-)
-NOTHING_TO_GO_ON_WITH = r" exists, and is nothing to go on with: .* (Choose another --output|or replace it)"
+NOT_PLAIN = r"^--output \S+: \S+ is not a regular file\. Choose another name\.$"
+NOT_OUR_OUTPUT = r"^--output \S+: %s exists and is not a logitgen file\. Choose another name, or remove it\.$"
+UNUSABLE = r" exists but is unusable: .* (Choose another --output|or replace it)"
 OF_ANOTHER_RUN = (
-    r"^\S+ is of another run\. There and here differ: .*%s.* Choose another --output, or replace it with --ov"
+    r"^\S+ belongs to another run\. Its values and this run's differ: .*%s.* Choose another --output, or replace it"
 )
 CANNOT_BE = r"^--output \S+ cannot be (written|created): %s\. Choose another place\.$"
 
@@ -740,7 +738,7 @@ CANNOT_BE = r"^--output \S+ cannot be (written|created): %s\. Choose another pla
     Bad("a name too long for .partial", f"--output={LONG[50:]}", CANNOT_BE % "File name too long"),
     Bad("a name too long for .partial.new", f"--output={LONG[57:]}", CANNOT_BE % "File name too long"),
     Bad("a long path", f"--output={'x/' * 300}out.h5", r"^--output \S+( cannot be|: the folder)"),
-    # What is no file of logitgen, is never replaced.
+    # Only a logitgen file is ever replaced.
     Bad("the dataset", "--output=rows.jsonl", NOT_OUR_OUTPUT % r"rows\.jsonl"),
     Bad("the dataset to overwrite", "--output=rows.jsonl --overwrite", NOT_OUR_OUTPUT % r"rows\.jsonl"),
     Bad("the weights", "--output=teacher/model.safetensors", NOT_OUR_OUTPUT % r"teacher/model\.safetensors"),
@@ -762,13 +760,13 @@ CANNOT_BE = r"^--output \S+ cannot be (written|created): %s\. Choose another pla
     Bad("a good file beside a partial of garbage", "", NOT_OUR_OUTPUT % r"out\.h5\.partial",
         both(copies("out.h5"), writes("out.h5.partial", "precious"))),
     # What is one, is replaced with --overwrite only.
-    Bad("a file cut off", "", r"^out\.h5" + NOTHING_TO_GO_ON_WITH,
+    Bad("a file cut off", "", r"^out\.h5" + UNUSABLE,
         both(copies("out.h5"), lambda: cut(Path("out.h5"), 9000))),
     Bad("of another k", "--top_k=4", OF_ANOTHER_RUN % "--top_k 3 and 4", copies("out.h5")),
     Bad("of another split", "--split=train[:3]", OF_ANOTHER_RUN % r"--split train and train\[:3\]", copies("out.h5")),
     Bad("of another capture", "--capture=full", OF_ANOTHER_RUN % "capture topk and full", copies("out.h5")),
     Bad("a partial of another seed", "--seed=1", OF_ANOTHER_RUN % "--seed 0 and 1", copies("out.h5.partial")),
-    Bad("a partial cut off", "", r"^out\.h5\.partial" + NOTHING_TO_GO_ON_WITH,
+    Bad("a partial cut off", "", r"^out\.h5\.partial" + UNUSABLE,
         both(copies("out.h5.partial"), lambda: cut(Path("out.h5.partial"), 9000))),
     Bad("a partial that is a folder", "", NOT_PLAIN, lambda: Path("out.h5.partial").mkdir()),
     Bad("a partial that is a link", "", NOT_PLAIN, lambda: Path("out.h5.partial").symlink_to("good.h5")),
@@ -824,7 +822,7 @@ def test_an_output_another_run_writes(name: str, work: Path, monkeypatch: Any, c
     with open(name, "r+b") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         words = [*GOOD, f"--log_dir={work.parent / 'logs'}"]
-        message = rf"^{re.escape(name)} is being written by another run\. Wait for it, or choose another name\.$"
+        message = rf"^Another run is writing {re.escape(name)}\. Wait for it, or choose another --output\.$"
         refuse(words, message, "describe_teacher", work, monkeypatch, capfd)
 
 
@@ -837,8 +835,8 @@ def test_a_disk_that_is_too_small(work: Path, monkeypatch: Any, capfd: Any) -> N
 
 # Files given to the reader, to inspect and to verify.
 
-TRUNCATED = r"is cut off: its end is missing\. Copy it again\.|is not a file of logitgen|lies outside the file"
-NOT_OURS = r"^file\.h5 is not a file of logitgen: it does not begin as one\. Give one as it was captured"
+TRUNCATED = r"is truncated\. Copy it again\.|is not a logitgen file|lies outside the file"
+NOT_OURS = r"^file\.h5 is not a logitgen file: it has another signature\. Give the original"
 
 
 def seal(path: Path) -> None:
@@ -919,7 +917,7 @@ def moved(name: str, make: Callable[[h5py.File], object]) -> Prepare:
 
 FILES = [
     Bad("missing", "none.h5", r"^none\.h5 is not a file\.$"),
-    Bad("missing, its partial there", "file.h5", r"^file\.h5 is not a file\. .* its \.partial; finish it first\.$",
+    Bad("missing, its partial there", "file.h5", r"^file\.h5 is not a file\. Its \.partial exists\. Finish that",
         copies("file.h5.partial")),
     Bad("a folder", "teacher", r"^teacher is not a file\.$"),
     Bad("an empty name", [""], r" is not a file\.$"),
@@ -930,23 +928,23 @@ FILES = [
     Bad("a pipe", "pipe", r"^pipe is not a file\.$", lambda: os.mkfifo("pipe")),
     Bad("a link to itself", "loop", r"^loop is not a file\.$", lambda: Path("loop").symlink_to("loop")),
     Bad("empty", "file.h5", NOT_OURS, writes("file.h5", "")),
-    Bad("text", "rows.jsonl", r"^rows\.jsonl is not a file of logitgen"),
+    Bad("text", "rows.jsonl", r"^rows\.jsonl is not a logitgen file"),
     Bad("a HDF5 file", "file.h5", NOT_OURS, lambda: h5py.File("file.h5", "w").close()),
     Bad("a HDF5 file with a user block", "file.h5", NOT_OURS,
         lambda: h5py.File("file.h5", "w", userblock_size=512).close()),
     Bad("a HDF5 copy of a good one", "file.h5", NOT_OURS, lambda: h5py.File("file.h5", "w").copy(
         h5py.File("good.h5", "r", locking=False)["done"], "done")),
-    Bad("of the future", "file.h5", r"has format version 9, this logitgen reads up to 1\. Update logitgen\.",
+    Bad("of the future", "file.h5", r"has format version 9, this logitgen reads versions up to 1\. Update logitgen\.",
         replaced(b"version 1\n", b"version 9\n")),
-    Bad("of the far future", "file.h5", rf"has format version {'9' * 9}|is not a file of logitgen",
+    Bad("of the far future", "file.h5", rf"has format version {'9' * 9}|is not a logitgen file",
         lambda: patched(0, Path("good.h5").read_bytes()[:512].replace(b"n 1\n", b"n 999999999\n")[:512])()),
-    Bad("of version 0", "file.h5", r"^file\.h5 (is damaged|has format version 0|is not a file of logitgen)",
+    Bad("of version 0", "file.h5", r"^file\.h5 (is damaged|has format version 0|is not a logitgen file)",
         replaced(b"version 1\n", b"version 0\n")),
-    Bad("with another checksum", "file.h5", r"is damaged: its attributes or structures were changed\. Copy",
+    Bad("with another checksum", "file.h5", r"is damaged: its head does not match its checksum\. Copy",
         lambda: patched(Path("good.h5").read_bytes().index(b"head_sha256 ") + 12, b"0123456789")()),
-    Bad("with a head of a gigabyte", "file.h5", r"^file\.h5 is (cut off|damaged)",
+    Bad("with a head of a gigabyte", "file.h5", r"^file\.h5 is (truncated|damaged)",
         with_head_bytes(b"999999999")),
-    Bad("with a head of nothing", "file.h5", r"^file\.h5 is (cut off|damaged|not a file of logitgen)",
+    Bad("with a head of nothing", "file.h5", r"^file\.h5 is (truncated|damaged|not a logitgen file)",
         with_head_bytes(b"0")),
     # Made by someone who knows how, the checksum right.
     Bad("an attribute missing", "file.h5", r"damaged: attribute teacher is missing or not str",
@@ -959,9 +957,9 @@ FILES = [
         set_attribute("teacher", np.bytes_(b"\xff"))),
     Bad("an attribute too many", "file.h5", r"damaged: the format has no attribute 'more'",
         set_attribute("more", 1)),
-    Bad("another format", "file.h5", r"damaged: attributes format and version do not fit",
+    Bad("another format", "file.h5", r"damaged: attributes format and version do not match",
         set_attribute("format", "other")),
-    Bad("another version", "file.h5", r"damaged: attributes format and version do not fit",
+    Bad("another version", "file.h5", r"damaged: attributes format and version do not match",
         set_attribute("version", 2)),
     Bad("another capture", "file.h5", r"damaged: attributes capture, vocab_size and top_k",
         set_attribute("capture", "no")),
@@ -973,7 +971,7 @@ FILES = [
         set_attribute("settings", "{")),
     Bad("settings in a list", "file.h5", r"damaged: attribute settings is not a JSON object",
         set_attribute("settings", "[1]")),
-    Bad("settings without names", "file.h5", r"damaged: its settings say nothing of teacher\.$",
+    Bad("settings without names", "file.h5", r"damaged: its settings lack teacher\.$",
         set_attribute("settings", "{}")),
     Bad("settings nested deep", "file.h5", r"damaged: attribute settings is not a JSON object",
         set_attribute("settings", "[" * 9000)),
@@ -1075,18 +1073,18 @@ def test_a_damaged_row_can_be_looked_at_or_is_refused(work: Path, good: bytes) -
     Bad("a row beyond the end", "inspect good.h5 --row=8", r"^--row must be between 0 and 7, got 8\.$"),
     Bad("a row before the start", "inspect good.h5 --row=-9", r"^--row must be between 0 and 7, got -9\.$"),
     Bad("a row of 30 digits", f"inspect good.h5 --row={10**30}", rf"^--row must be between 0 and 7, got {10**30}\.$"),
-    Bad("positions without a row", "inspect good.h5 --positions=3", r"^--positions and --tokenizer show a row: name"),
+    Bad("positions without a row", "inspect good.h5 --positions=3", r"^--positions and --tokenizer need --row"),
     Bad("no positions", "inspect good.h5 --row=3 --positions=0", r"^--positions must be at least 1, got 0\.$"),
     Bad("negative positions", "inspect good.h5 --row=3 --positions=-2", r"^--positions must be at least 1, got -2\.$"),
-    Bad("a tokenizer without a row", "inspect good.h5 --tokenizer=teacher", r"^--positions and --tokenizer show a row"),
+    Bad("a tokenizer without a row", "inspect good.h5 --tokenizer=teacher", r"^--positions and --tokenizer need --row"),
     Bad("no such tokenizer", "inspect good.h5 --row=3 --tokenizer=./none",
         r"^--tokenizer \./none cannot be loaded\. Give"),
     Bad("a tokenizer without a name", "inspect good.h5 --row=3 --tokenizer=",
         r"^--tokenizer .*(empty|cannot be loaded)"),
     Bad("rows without a teacher", "verify good.h5 --rows=3",
-        r"^--rows and --trust_remote_code are for running the tea"),
+        r"^--rows and --trust_remote_code need --teacher"),
     Bad("trust without a teacher", "verify good.h5 --trust_remote_code",
-        r"^--rows and --trust_remote_code are for runn"),
+        r"^--rows and --trust_remote_code need --teacher"),
     Bad("no rows", "verify good.h5 --teacher=teacher --rows=0", r"^--rows must be at least 1, got 0\.$"),
     Bad("negative rows", "verify good.h5 --teacher=teacher --rows=-1", r"^--rows must be at least 1, got -1\.$"),
     Bad("rows in words", "verify good.h5 --teacher --rows=all", r"--rows: invalid int value: 'all'\. See --help\."),
@@ -1098,8 +1096,8 @@ def test_a_damaged_row_can_be_looked_at_or_is_refused(work: Path, good: bytes) -
         lambda: shutil.move("teacher", "moved")),
     Bad("the file's weights lost", "verify good.h5 --teacher", TEACHER_CANNOT, without("model.safetensors")),
     Bad("a teacher of another vocabulary", "verify good.h5 --teacher=teacher",
-        r"^--teacher teacher has a vocabulary of 9, "
-        r"the file's teacher one of 384\. Give the teacher of the file\.", change_json("config.json", vocab_size=9)),
+        r"^--teacher teacher must have the file's vocabulary of 384 tokens, got 9\. "
+        r"Give the file's teacher\.", change_json("config.json", vocab_size=9)),
     Bad("a partial to inspect", "inspect file.h5",
         r"^file\.h5 is not complete: 1 of 8 rows are missing\. Finish the run\.",
         lambda: patched(header.read(Path("good.h5")).places["done"] + 2, b"\0")()),

@@ -239,7 +239,7 @@ def test_the_command_for_gpus_does_all_its_parts_on_a_cpu_with_tiny_shapes(tmp_p
     assert not (tmp_path / "gpu_files").exists()
 
 
-def test_the_gpu_is_idle_between_kernels_and_not_during_them_whichever_overlap():
+def test_the_gpu_is_idle_between_kernels_and_busy_in_overlapping_ones():
     spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
     assert idle_share(spans) == 10 / 40
 

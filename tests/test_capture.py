@@ -55,7 +55,7 @@ def test_no_logprob_is_above_0(seed: int, scale: float, vocab_size: int) -> None
     assert (full(logits_CV, likeliest_C)["target_logprob"] <= 0).all()
 
 
-def test_a_certain_token_has_logprob_0_even_if_the_logsumexp_was_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certain_token_has_logprob_0_if_the_logsumexp_was_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     rounded_down = torch.tensor([90.0 * (1 - 2**-20)])
     monkeypatch.setattr(keep, "_logsumexp_in_passes", lambda *arguments: rounded_down)
     logits_CV = torch.tensor([[90.0, 1.0, 2.0]])
@@ -164,7 +164,7 @@ def test_the_vocabularies_that_teachers_have_are_searched_as_torch_does(vocab_si
 
 @pytest.mark.parametrize("place", [0, 7, 1000, 2055, 2056, 2058])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_one_logit_that_is_not_finite_makes_its_positions_logsumexp_not_finite(place: int, value: float) -> None:
+def test_a_logit_that_is_not_finite_makes_the_logsumexp_not_finite(place: int, value: float) -> None:
     logits_CV = torch.randn((3, 2059), generator=torch.Generator().manual_seed(0))
     logits_CV[1, place] = value
     for kept in (top_k(logits_CV, torch.tensor([5, 5, 5]), 4), full(logits_CV, torch.tensor([5, 5, 5]))):

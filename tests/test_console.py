@@ -82,32 +82,32 @@ def frames(screen: io.StringIO) -> list[list[str]]:
     return [picture.rstrip("\n").split("\n") for picture in drawn if picture.strip()]
 
 
-def in_turns(batches: Sequence[int], num_sources: int) -> list[np.ndarray]:
-    return [np.array(batches[source::num_sources], dtype=np.int64) for source in range(num_sources)]
+def in_turns(batches: Sequence[int], num_streams: int) -> list[np.ndarray]:
+    return [np.array(batches[stream::num_streams], dtype=np.int64) for stream in range(num_streams)]
 
 
 def make_progress(
-    num_batches: int, rows: int, tokens: int, written_bytes: int, num_sources: int, batches: Sequence[int] | None = None
+    num_batches: int, rows: int, tokens: int, written_bytes: int, num_streams: int, batches: Sequence[int] | None = None
 ) -> Progress:
     """Make the display of a run of equal batches, of which all are to be computed, or some, by the ranks in turns."""
     numbers = (np.full(num_batches, value) for value in (rows, tokens, written_bytes))
-    return Progress(*numbers, in_turns(range(num_batches) if batches is None else batches, num_sources))
+    return Progress(*numbers, in_turns(range(num_batches) if batches is None else batches, num_streams))
 
 
-def run_progress(clock: Clock, num_sources: int, seconds: float = 10.0) -> None:
-    """Draw 128 batches of 3 rows, 500 tokens and 1 MB, of which each source has finished as many as its number."""
-    progress = make_progress(128, 3, 500, 1_000_000, num_sources)
+def run_progress(clock: Clock, num_streams: int, seconds: float = 10.0) -> None:
+    """Draw 128 batches of 3 rows, 500 tokens and 1 MB, of which each stream has finished as many as its number."""
+    progress = make_progress(128, 3, 500, 1_000_000, num_streams)
     with progress:
         clock.now += seconds
-        for source in range(num_sources):
-            for batch in range(source, 128, num_sources)[:source]:
+        for stream in range(num_streams):
+            for batch in range(stream, 128, num_streams)[:stream]:
                 progress.written(batch, 0.0)
 
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_the_display_shows_everything_at_any_width(terminal: Terminal, clock: Clock, width: int) -> None:
     screen = terminal(width, 24)
-    run_progress(clock, num_sources=4)  # 0 + 1 + 2 + 3 batches in 10 s
+    run_progress(clock, num_streams=4)  # 0 + 1 + 2 + 3 batches in 10 s
     pictures = frames(screen)
     assert pictures
     assert all(len(line) <= width for picture in pictures for line in picture)
@@ -121,7 +121,7 @@ def test_the_display_shows_everything_at_any_width(terminal: Terminal, clock: Cl
         "bottleneck forward",
     ):
         assert words in shown
-    assert [line[:6] for line in pictures[-1] if line.startswith("rank")] == [f"rank {source}" for source in range(4)]
+    assert [line[:6] for line in pictures[-1] if line.startswith("rank")] == [f"rank {stream}" for stream in range(4)]
     rates = [line.split()[-2:] for line in pictures[-1] if line.startswith("rank")]
     assert rates == [["0", "tok/s"], ["50", "tok/s"], ["100", "tok/s"], ["150", "tok/s"]]
     shares = re.findall(r"rank \d.*? (\d+%)", shown)
@@ -185,7 +185,7 @@ def test_the_display_can_be_drawn_in_the_instant_it_starts(terminal: Terminal, c
 
 def test_the_display_leaves_no_trace_on_the_screen(terminal: Terminal, clock: Clock) -> None:
     screen = terminal(80, 24)
-    run_progress(clock, num_sources=2)
+    run_progress(clock, num_streams=2)
     height = len(frames(screen)[-1])
     assert screen.getvalue().endswith("\r" + height * "\x1b[1A\x1b[2K")
 
@@ -287,26 +287,26 @@ def test_rows_that_need_no_forward_pass_are_no_part_of_the_speed(
     assert caplog.messages == ["3/3 rows, 20/20 tokens, 1 tok/s, ETA 0:00, 300 B written, bottleneck forward"]
 
 
-def test_a_snapshot_says_how_far_every_source_is_and_how_fast_of_late(clock: Clock) -> None:
+def test_a_snapshot_tells_the_progress_of_every_stream_and_the_recent_rate(clock: Clock) -> None:
     clock.tick = 0.0
     progress = make_progress(8, 1, 100, 1000, 2, batches=range(2, 8))  # two are in the file already
     with progress:
         clock.now += 20
         progress.written(2, 0.0)
-        assert progress.snapshot().rate_of_late == 5
+        assert progress.snapshot().recent_rate == 5
         clock.now += 20
         progress.written(3, 0.0)
         clock.now += 5
     assert asdict(progress.snapshot()) == {
         "seconds": 45,
-        "rate_of_late": 4,  # the second batch, over the 25 s since the first
+        "recent_rate": 4,  # the second batch, over the 25 s since the first
         "tokens_before": 200,
-        "source_tokens": [100, 100],
-        "source_totals": [300, 300],
-        "ranks_of_source": 1,
+        "stream_tokens": [100, 100],
+        "stream_totals": [300, 300],
+        "ranks_of_stream": 1,
     }
-    assert replace(progress.snapshot(), ranks_of_source=4).slowest == ", slowest rank 0 at 33%"
-    assert replace(progress.snapshot(), ranks_of_source=4).name(1) == "rank 4"
+    assert replace(progress.snapshot(), ranks_of_stream=4).slowest == ", slowest rank 0 at 33%"
+    assert replace(progress.snapshot(), ranks_of_stream=4).name(1) == "rank 4"
     assert (progress.snapshot().tokens, progress.snapshot().total) == (400, 800)
     assert progress.snapshot().eta_seconds == pytest.approx(90)
 
@@ -314,7 +314,7 @@ def test_a_snapshot_says_how_far_every_source_is_and_how_fast_of_late(clock: Clo
 def test_a_terminal_gets_no_plain_lines(terminal: Terminal, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     terminal(80, 24)
     caplog.set_level(logging.INFO, "logitgen")
-    run_progress(clock, num_sources=2, seconds=5 * PLAIN_SECONDS)
+    run_progress(clock, num_streams=2, seconds=5 * PLAIN_SECONDS)
     assert caplog.messages == []
 
 
@@ -352,9 +352,9 @@ def waiting(clock: Clock, waited: Sequence[float], writer_seconds: float, second
     clock.now += 500  # nothing has begun yet
     with progress:
         clock.now += seconds
-        for source, wait in enumerate(waited):
-            progress.waited(source, wait / 2)
-            progress.waited(source, wait)  # so far, not since then
+        for stream, wait in enumerate(waited):
+            progress.waited(stream, wait / 2)
+            progress.waited(stream, wait)  # so far, not since then
         progress.written(0, writer_seconds)
     return progress
 
@@ -423,8 +423,8 @@ def bottlenecks(clock: Clock, phases: Sequence[tuple[int, float, float]]) -> lis
                 clock.now += 1
                 waited += waiting_share
                 written += writing_share
-                for source in range(2):
-                    progress.waited(source, waited)
+                for stream in range(2):
+                    progress.waited(stream, waited)
                 progress.written(len(found), written)
                 found.append(progress.bottleneck)
     return found

@@ -201,19 +201,21 @@ def test_several_files_are_read_as_one(capture: Capture, teacher: Path, ragged: 
 @pytest.mark.parametrize("name", ["teacher_fingerprint", "tokenizer_fingerprint"])
 def test_files_of_another_teacher_are_not_joined(path: Path, tmp_path: Path, name: str) -> None:
     other = write_file(tmp_path / "other.h5", **{name: "f" * 64})
-    with pytest.raises(FormatError, match=rf"other\.h5 has another {name} than .*out\.h5: f{{64}}, not"):
+    with pytest.raises(FormatError, match=rf"other\.h5 must have the {name} of .*out\.h5: expected .*, got f{{64}}\."):
         LogitsDataset([path, other])
 
 
 def test_files_of_a_teacher_with_another_configuration_are_not_joined(path: Path, tmp_path: Path) -> None:
     other = write_file(tmp_path / "other.h5", teacher_config={"model_type": "llama", "rms_norm_eps": 1e-5})
-    with pytest.raises(FormatError, match=r"another rms_norm_eps \(teacher_config\) than .*out\.h5: 1e-05, not 1e-06"):
+    with pytest.raises(
+        FormatError, match=r"the rms_norm_eps \(teacher_config\) of .*out\.h5: expected 1e-06, got 1e-05\."
+    ):
         LogitsDataset([path, other])
 
 
 def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Path) -> None:
     other = write_file(tmp_path / "other.h5", FULL, capture="full", top_k=0)
-    with pytest.raises(FormatError, match=r"has another capture than .*out\.h5: full, not topk"):
+    with pytest.raises(FormatError, match=r"must have the capture of .*out\.h5: expected topk, got full\."):
         LogitsDataset([path, other])
 
 

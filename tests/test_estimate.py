@@ -291,7 +291,7 @@ def test_a_pilot_is_a_few_batches_and_the_largest_one_first(
     assert (pilot.device_bytes > 0) == torch.cuda.is_available()
 
 
-def test_a_token_takes_the_time_of_the_pilot_divided_by_its_tokens_with_padding(
+def test_the_pilots_time_is_divided_by_its_tokens_with_padding(
     capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock on which the first batch takes 7 s more, and every batch 1 s and a fourth of a second per token."""
@@ -407,7 +407,7 @@ def test_a_complete_output_stays_as_it_is(
     capture(top_k=4, dry_run=True, **options)
     capture(top_k=5, dry_run=True, overwrite=True, **options)
     capture(top_k=5, dry_run=True, **options)  # to compare is what it is for
-    assert "is of another run. There and here differ: --top_k 4 and 5. A run without" in warnings[-1]
+    assert "belongs to another run. Its values and this run's differ: --top_k 4 and 5. Without" in warnings[-1]
     assert contents(folder) == before
 
 
@@ -416,10 +416,10 @@ def test_an_output_that_cannot_be_written_is_refused_in_a_dry_run_too(
 ) -> None:
     with pytest.raises(UsageError, match=r"--output .*: the folder .*nowhere does not exist. Create it."):
         capture(teacher=teacher, dataset=data, output=folder / "nowhere" / "out.h5", dry_run=True)
-    with pytest.raises(UsageError, match=r"--output .*: .*outputs is not a plain file. Give the name of one."):
+    with pytest.raises(UsageError, match=r"--output .*: .*outputs is not a regular file. Choose another name."):
         capture(teacher=teacher, dataset=data, output=folder, dry_run=True)
     (folder / "out.h5").write_text("precious")
-    with pytest.raises(UsageError, match=r"out.h5 exists and is no file of logitgen, so it is not touched"):
+    with pytest.raises(UsageError, match=r"out.h5 exists and is not a logitgen file"):
         capture(teacher=teacher, dataset=data, output=folder / "out.h5", dry_run=True)
     with pytest.raises(UsageError, match=r"--output .* cannot be written: File name too long. Choose another place."):
         capture(teacher=teacher, dataset=data, output=folder / ("x" * 300), dry_run=True)
@@ -543,7 +543,7 @@ def test_tokens_that_fit_take_a_third_to_two_thirds_of_memory(
     assert memory.fitting(PROBE, free, 2 * taken, device, num_ranks) <= fitting
 
 
-def test_what_a_batch_takes_is_measured_once_the_longest_rows_have_been_computed(memory: Memory) -> None:
+def test_a_batchs_memory_is_measured_after_a_pass_over_the_longest_rows(memory: Memory) -> None:
     memory.fitting([33] * 10 + [65] * 40, 1_000, 2_048)
     longest = list(range(10, 42))  # 32 rows of 64 tokens
     assert memory.order == [longest, "measure", longest, "measured"]

@@ -76,7 +76,7 @@ def test_a_folder_that_vanishes(run: Callable[..., Ended], finished: Callable[[]
     move = f"os.rename({str(folder)!r}, {str(tmp_path / 'moved')!r})"
     result = run(SLOW.format(f"if {RANK_1}: {move}"), output=folder / "out.h5")
     assert len(error_lines(result)) == 1
-    assert "out.h5.partial is not the file of this run any more" in error_lines(result)[0]
+    assert "out.h5.partial is no longer this run's file" in error_lines(result)[0]
     assert f"rows are in {tmp_path / 'moved' / 'out.h5.partial'}." in error_lines(result)[0]
     (tmp_path / "moved" / "out.h5.partial").rename(tmp_path / "out.h5.partial")
     finished()
@@ -87,7 +87,7 @@ def test_a_rank_that_hangs_is_named(run: Callable[..., Ended], finished: Callabl
     result = run(SLOW.format(f"if os.environ['RANK'] == '{rank}' and number == 5: time.sleep(3600)"), rank_timeout=4)
     assert len(error_lines(result)) == 1
     assert (
-        f"Rank {rank} has not moved for 4 s (--rank_timeout). It hangs, or its machine is gone."
+        f"Rank {rank} made no progress for 4 s (--rank_timeout). It hangs, or its machine is down."
         in error_lines(result)[0]
     )
     assert result.returncode == 1
@@ -102,7 +102,7 @@ def test_a_rank_that_hangs_is_named_among_others_that_have_finished(
     stop = "import signal; os.kill(os.getpid(), signal.SIGSTOP)"
     result = run(SLOW.format(f"if os.environ['RANK'] == '2' and number == 3: {stop}"), num_ranks=3, rank_timeout=4)
     assert len(error_lines(result)) == 1
-    assert "Rank 2 has not moved for 4 s" in error_lines(result)[0]
+    assert "Rank 2 made no progress for 4 s" in error_lines(result)[0]
     finished()
 
 
@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_while_it_loads_is_named(run: Callable[..., Ended], tm
     hang = "if os.environ['RANK'] == '1': generate.load_model = lambda *_: time.sleep(3600)"
     result = run(f"import os, time\nfrom logitgen import generate\n{hang}", rank_timeout=4)
     assert len(error_lines(result)) == 1
-    assert "Rank 1 has not moved for 4 s" in error_lines(result)[0]
+    assert "Rank 1 made no progress for 4 s" in error_lines(result)[0]
     assert not list(tmp_path.glob("out.h5*"))
 
 
@@ -141,7 +141,7 @@ def test_a_rank_that_hangs_with_a_part_of_the_teacher_ends_the_run(
     hang = f"if os.environ['RANK'] == '{rank}' and number == 5: time.sleep(3600)"
     result = run(SLOW.format(hang), rank_timeout=4, **{sharing: 2})
     assert len(error_lines(result)) == 1
-    assert "has not moved for 4 s (--rank_timeout). It hangs, or its machine is gone." in error_lines(result)[0]
+    assert "made no progress for 4 s (--rank_timeout). It hangs, or its machine is down." in error_lines(result)[0]
     assert (tmp_path / "out.h5.partial").exists()
     if sharing == "fsdp_size":  # which computes the same numbers as one rank
         finished()

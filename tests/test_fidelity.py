@@ -70,7 +70,7 @@ def test_the_gradient_of_everything_is_that_of_our_loss():
     assert torch.allclose(closed_form(Whole(some_logits(0).softmax(-1))), expected, atol=1e-6)
 
 
-def test_the_gradient_without_a_tail_is_that_of_the_cross_entropy_to_the_weights():
+def test_without_a_tail_the_gradient_is_that_of_cross_entropy_to_the_weights():
     ids, logprobs = top(5)
     target = rivals.renormalised(ids, logprobs)
     student = some_logits(1).requires_grad_()

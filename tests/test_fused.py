@@ -98,7 +98,7 @@ def test_with_the_kernel_the_same_is_kept_as_without(dtype: torch.dtype) -> None
     )
 
 
-def test_without_triton_a_gpu_says_so_once_and_reads_the_logits_several_times(
+def test_without_triton_a_gpu_warns_once_and_reads_logits_several_times(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "logitgen.teacher.fused", None)

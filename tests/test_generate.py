@@ -334,7 +334,7 @@ def test_a_file_of_other_settings_is_refused_and_left_as_it_is(
     shutil.copy(folder / name, tmp_path)
     before = folder_content(tmp_path)
     message = (
-        rf"{name} is of another run\. There and here differ: {difference}\. "
+        rf"{name} belongs to another run\. Its values and this run's differ: {difference}\. "
         r"Choose another --output, or replace it with --overwrite\.$"
     )
     with pytest.raises(UsageError, match=message):
@@ -373,7 +373,7 @@ def test_a_partial_file_of_other_weights_is_refused_and_kept(
             changed.lm_head.weight += 0.001
         changed.save_pretrained(teacher)
         before = partial.read_bytes()
-        message = r"out\.h5\.partial is of another run\. There and here differ: the teacher's weights\. Choose another"
+        message = r"out\.h5\.partial belongs to another run\. Its values and this run's differ: the teacher's weights\."
         with pytest.raises(UsageError, match=message):
             capture(**options)
     finally:
@@ -392,7 +392,9 @@ def test_a_partial_file_of_another_split_of_this_name_is_refused(
     before, text = partial.read_bytes(), ragged.read_text()
     try:
         ragged.write_text(text.replace('"e"', '"f"'))
-        with pytest.raises(UsageError, match=r"There and here differ: the tokens of the rows\. Choose another"):
+        with pytest.raises(
+            UsageError, match=r"Its values and this run's differ: the tokens of the rows\. Choose another"
+        ):
             capture(**options)
     finally:
         ragged.write_text(text)
@@ -408,7 +410,7 @@ def test_another_runs_partial_file_is_replaced_only_on_request(
     before = partial.read_bytes()
     path = capture(**options | {"top_k": 7, "overwrite": True, "dry_run": dry_run})
     log = (tmp_path / "logs" / "rank_0.log").read_text()
-    assert "There and here differ: --top_k 5 and 7. It will be replaced." in log
+    assert "Its values and this run's differ: --top_k 5 and 7. This run replaces it." in log
     if dry_run:
         assert partial.read_bytes() == before
         assert not path.exists()
@@ -449,7 +451,9 @@ def test_a_file_of_another_run_is_kept_until_the_new_one_is_complete(
     folder, options = half_captured
     output = Path(shutil.copy(folder / "other.h5", tmp_path / "out.h5"))
     before = output.read_bytes()
-    with pytest.raises(UsageError, match=r"out\.h5 is of another run.* --limit 9 and None\. .* with --overwrite\.$"):
+    with pytest.raises(
+        UsageError, match=r"out\.h5 belongs to another run.* --limit 9 and None\. .* with --overwrite\.$"
+    ):
         capture(**options)
     with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 384, got 999"):
         capture(**options | {"overwrite": True, "top_k": 999})
@@ -465,7 +469,7 @@ def test_a_file_that_is_not_ours_is_never_touched(
 ) -> None:
     output = tmp_path / "out.h5"
     output.write_text("precious")
-    with pytest.raises(UsageError, match=r"out\.h5 exists and is no file of logitgen, so it is not touched\. Choose"):
+    with pytest.raises(UsageError, match=r"out\.h5 exists and is not a logitgen file\. Choose"):
         capture(teacher=teacher, dataset=ragged, overwrite=overwrite)
     assert output.read_text() == "precious"
 
@@ -562,7 +566,9 @@ def test_a_finished_output_keeps_the_budget_that_auto_chose(
         assert log.endswith(f"{path} is complete: all 53 rows are there. Nothing is left to do.")
     assert folder_content(tmp_path) == before
     gc.collect()
-    with pytest.raises(UsageError, match=r"There and here differ: --batch_tokens 256 and 64\. Choose another"):
+    with pytest.raises(
+        UsageError, match=r"Its values and this run's differ: --batch_tokens 256 and 64\. Choose another"
+    ):
         capture(batch_tokens=64, **options)
     assert folder_content(tmp_path) == before
 
@@ -585,7 +591,7 @@ def test_auto_does_not_hide_that_a_file_is_of_other_settings(
     folder, options = half_captured
     shutil.copy(folder / "out.h5.partial", tmp_path)
     fitting(64)
-    with pytest.raises(UsageError, match=r"There and here differ: --top_k 5 and 6\. Choose another"):
+    with pytest.raises(UsageError, match=r"Its values and this run's differ: --top_k 5 and 6\. Choose another"):
         capture(**options | {"batch_tokens": "auto", "top_k": 6})
 
 

@@ -201,8 +201,8 @@ def test_opening_a_file_does_not_read_its_head(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"head_scale": float("nan")}, "head_scale must be finite"),
-        ({"head_soft_cap": -1.0}, "head_soft_cap too and not below 0"),
-        ({"head_soft_cap": float("inf")}, "head_soft_cap too and not below 0"),
+        ({"head_soft_cap": -1.0}, "head_soft_cap finite and at least 0"),
+        ({"head_soft_cap": float("inf")}, "head_soft_cap finite and at least 0"),
         ({"head_crc32": "text"}, "attribute head_crc32 is missing or not int"),
         ({"teacher_dtype": "float64"}, "teacher_dtype must be one of float32, float16, bfloat16"),
     ],

@@ -222,7 +222,7 @@ def test_a_flipped_bit_in_any_byte_of_the_structures_is_noticed(made: Path) -> N
 
 
 def test_structures_that_were_changed_are_named(made: Path) -> None:
-    message = r"made\.h5 is damaged: its attributes or structures were changed\. Copy it again\.$"
+    message = r"made\.h5 is damaged: its head does not match its checksum\. Copy it again\.$"
     with flipped(made, 1000, 3), pytest.raises(FormatError, match=message):
         header.read(made)
 
@@ -238,7 +238,7 @@ def test_a_file_cut_off_anywhere_is_refused(made: Path) -> None:
         os.truncate(made, size)
         with pytest.raises(FormatError) as caught:
             header.read(made)
-        message = "is not a file of logitgen" if size < text_bytes else "is cut off: its end is missing. Copy it again."
+        message = "is not a logitgen file" if size < text_bytes else "is truncated. Copy it again."
         assert f"made.h5 {message}" in str(caught.value), size
 
 
@@ -246,8 +246,8 @@ def test_a_file_cut_off_anywhere_is_refused(made: Path) -> None:
 def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "out.h5").write_bytes(content)
     message = (
-        r"out\.h5 is not a file of logitgen: it does not begin as one\. "
-        r"Give one as it was captured; a copy made by another HDF5 program is none\.$"
+        r"out\.h5 is not a logitgen file: it has another signature\. "
+        r"Give the original, not a copy that another HDF5 program made\.$"
     )
     with pytest.raises(FormatError, match=message):
         header.read(tmp_path / "out.h5")
@@ -258,14 +258,14 @@ def test_a_file_copied_by_another_hdf5_program_is_refused(path: Path, tmp_path: 
         new.attrs.update(old.attrs)
         for name in old:
             old.copy(name, new)
-    with pytest.raises(FormatError, match=r"copy\.h5 is not a file of logitgen.*made by another HDF5 program"):
+    with pytest.raises(FormatError, match=r"copy\.h5 is not a logitgen file.*that another HDF5 program made"):
         header.read(tmp_path / "copy.h5")
 
 
 @pytest.mark.parametrize("version", [2, 10, 999_999_999])
 def test_a_newer_version_is_refused(path: Path, version: int) -> None:
     seal(path, version=version)
-    message = rf"out\.h5 has format version {version}, this logitgen reads up to 1\. Update logitgen\.$"
+    message = rf"out\.h5 has format version {version}, this logitgen reads versions up to 1\. Update logitgen\.$"
     with pytest.raises(FormatError, match=message):
         header.read(path)
 
@@ -279,7 +279,7 @@ def test_a_version_that_never_was_is_refused(path: Path, version: str) -> None:
 
 def test_a_version_in_the_attributes_other_than_in_the_text_is_refused(tmp_path: Path) -> None:
     path = write_file(tmp_path / "out.h5", version=2)
-    with pytest.raises(FormatError, match=r"out\.h5 is damaged: attributes format and version do not fit its first"):
+    with pytest.raises(FormatError, match=r"out\.h5 is damaged: attributes format and version do not match its first"):
         header.read(path)
 
 
@@ -296,7 +296,7 @@ def test_a_file_shortened_and_made_valid_again_is_refused(path: Path) -> None:
     """HDF5 notes where the file ends."""
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 1)
-    with pytest.raises(FormatError, match=r"out\.h5 is cut off: its end is missing\. Copy it again\.$"):
+    with pytest.raises(FormatError, match=r"out\.h5 is truncated\. Copy it again\.$"):
         header.read(path)
 
 
@@ -315,7 +315,9 @@ def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
 
 def test_a_capture_that_is_not_finished_is_hinted_at(tmp_path: Path) -> None:
     (tmp_path / "out.h5.partial").touch()
-    with pytest.raises(FormatError, match=r"out\.h5 is not a file\. .* left its \.partial; finish it first\."):
+    with pytest.raises(
+        FormatError, match=r"out\.h5 is not a file\. Its \.partial exists\. Finish that capture first\."
+    ):
         header.read(tmp_path / "out.h5")
 
 
@@ -329,7 +331,7 @@ def test_a_path_that_cannot_be_a_file_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LATER_ATTRIBUTES)
-def test_a_file_of_before_an_attribute_is_read_as_one_that_says_nothing_of_it(path: Path, name: str) -> None:
+def test_a_file_older_than_an_attribute_is_read_with_its_default(path: Path, name: str) -> None:
     with changing(path) as file:
         del file.attrs[name]
     assert not header.read(path).attributes[name]
@@ -365,24 +367,24 @@ def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
         ("packages", "[1]", "attribute packages is not a JSON object"),
         ("packages", "{", "attribute packages is not a JSON object"),
         ("packages", "[]", "attribute packages is not a JSON object"),
-        ("settings", '[["dataset", 1]]', "(attribute settings is not a JSON object|its settings say nothing)"),
-        ("format", "another", "attributes format and version do not fit its first bytes"),
-        ("version", 0, "attributes format and version do not fit its first bytes"),
-        ("capture", "everything", "attributes capture, vocab_size and top_k do not fit together"),
-        ("capture", "full", "attributes capture, vocab_size and top_k do not fit together"),
-        ("vocab_size", -1, "attributes capture, vocab_size and top_k do not fit together"),
-        ("vocab_size", 1, "attributes capture, vocab_size and top_k do not fit together"),
-        ("top_k", 0, "attributes capture, vocab_size and top_k do not fit together"),
-        ("top_k", 11, "attributes capture, vocab_size and top_k do not fit together"),
-        ("top_k", -(2**63), "attributes capture, vocab_size and top_k do not fit together"),
+        ("settings", '[["dataset", 1]]', "(attribute settings is not a JSON object|its settings lack)"),
+        ("format", "another", "attributes format and version do not match its first bytes"),
+        ("version", 0, "attributes format and version do not match its first bytes"),
+        ("capture", "everything", "attributes capture, vocab_size and top_k contradict one another"),
+        ("capture", "full", "attributes capture, vocab_size and top_k contradict one another"),
+        ("vocab_size", -1, "attributes capture, vocab_size and top_k contradict one another"),
+        ("vocab_size", 1, "attributes capture, vocab_size and top_k contradict one another"),
+        ("top_k", 0, "attributes capture, vocab_size and top_k contradict one another"),
+        ("top_k", 11, "attributes capture, vocab_size and top_k contradict one another"),
+        ("top_k", -(2**63), "attributes capture, vocab_size and top_k contradict one another"),
         ("capture", "sample", "dataset threshold is missing"),
         ("encoding", "", "encoding must be one of plain, packed, packed16"),
         ("encoding", "packed", "dataset kept is missing"),
         ("vocab_size", np.uint64(2**64 - 1), "attribute vocab_size is missing or not int"),
         ("vocab_size", 2**63 - 1, r"input_ids is uint16\[9\], expected uint32\[9\]"),
         ("vocab_size", np.True_, "attribute vocab_size is missing or not int"),
-        ("settings", {}, "its settings say nothing of teacher"),
-        ("settings", SETTINGS | {"split": 5}, "its settings say nothing of split"),
+        ("settings", {}, "its settings lack teacher"),
+        ("settings", SETTINGS | {"split": 5}, "its settings lack split"),
     ],
 )
 def test_an_attribute_that_cannot_be_is_named(tmp_path: Path, name: str, value: Any, message: str) -> None:
@@ -516,7 +518,7 @@ def test_a_dataset_that_has_no_place_yet_is_refused(path: Path, name: str) -> No
         shape, dtype = file[name].shape, file[name].dtype
         del file[name]
         file.create_dataset(name, shape, dtype)  # HDF5 gives it a place when it is written to
-    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: {name} is not where it belongs\. Copy it again\.$"):
+    with pytest.raises(FormatError, match=rf"out\.h5 is damaged: {name} starts at the wrong byte\. Copy it again\.$"):
         header.read(path)
 
 
@@ -587,7 +589,7 @@ def test_a_dataset_that_begins_inside_the_head_is_refused(tmp_path: Path) -> Non
     assert content[512:head_bytes].count(noted) == 1
     path.write_bytes(content.replace(noted, (0).to_bytes(8, "little"), 1))
     seal(path, head_bytes)
-    with pytest.raises(FormatError, match=r"out\.h5 is damaged: crc32 is not where it belongs\. Copy it again\.$"):
+    with pytest.raises(FormatError, match=r"out\.h5 is damaged: crc32 starts at the wrong byte\. Copy it again\.$"):
         header.read(path)
 
 
@@ -598,7 +600,7 @@ def test_a_head_of_an_impossible_size_is_refused_without_reading_the_file(made: 
     seal_as_is(made, head_bytes)
     tracemalloc.start()
     try:
-        with pytest.raises(FormatError, match=r"made\.h5 is (damaged|cut off|not a file of logitgen)"):
+        with pytest.raises(FormatError, match=r"made\.h5 is (damaged|truncated|not a logitgen file)"):
             header.read(made)
         assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
@@ -618,7 +620,7 @@ def test_bytes_that_belong_to_nothing_are_refused(made: Path, extra: int) -> Non
     size = made.stat().st_size
     with made.open("ab") as file:
         file.write(bytes(extra))
-    message = rf"made\.h5 has {size + extra:,} bytes, {size:,} belong to it\. Copy it again\.$"
+    message = rf"made\.h5 must have {size:,} bytes, got {size + extra:,}\. Copy it again\.$"
     with pytest.raises(FormatError, match=message):
         header.read(made)
 
@@ -632,7 +634,7 @@ def test_datasets_that_lie_over_one_another_are_refused(made: Path) -> None:
     assert content[512:head_bytes].count(noted) == 1
     made.write_bytes(content.replace(noted, (first - 512).to_bytes(8, "little"), 1))
     seal(made, head_bytes)
-    with pytest.raises(FormatError, match=r"is damaged: target_logprob is not where it belongs\. Copy it again\.$"):
+    with pytest.raises(FormatError, match=r"is damaged: target_logprob starts at the wrong byte\. Copy it again\.$"):
         header.read(made)
 
 
@@ -641,7 +643,7 @@ def test_a_gap_between_the_datasets_is_refused(tmp_path: Path) -> None:
     arrays = dict(ARRAYS)
     arrays = {"done": arrays.pop("done"), "foreign": np.zeros(5, "u1")} | arrays
     path = write_file(tmp_path / "out.h5", arrays)
-    with pytest.raises(FormatError, match=r"out\.h5 is damaged: crc32 is not where it belongs\. Copy it again\.$"):
+    with pytest.raises(FormatError, match=r"out\.h5 is damaged: crc32 starts at the wrong byte\. Copy it again\.$"):
         header.read(path)
 
 

@@ -99,7 +99,7 @@ def test_names_order_shapes_dtypes_and_adapters_count() -> None:
     assert len(set(prints)) == len(prints)
 
 
-def test_a_configuration_is_all_of_it_but_names_versions_and_what_has_no_effect() -> None:
+def test_a_configuration_omits_names_versions_and_entries_without_effect() -> None:
     config = LlamaConfig(vocab_size=100, id2label={0: "x"}, num_hidden_layers=3)
     before = describe_config(config)
     assert before["vocab_size"] == 100
@@ -207,4 +207,4 @@ def test_verify_names_what_a_teachers_configuration_has_otherwise(
     )  # nobody would see it in numbers
     assert main(["verify", str(tmp_path / "out.h5"), "--teacher", str(inputs["teacher"])]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the teacher's rms_norm_eps is 1.1e-06, that of the file 1e-06" in shown
+    assert "the teacher's rms_norm_eps is 1.1e-06, in the file 1e-06" in shown

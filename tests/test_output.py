@@ -240,12 +240,10 @@ def test_only_the_file_that_was_created_is_cut_and_renamed(
     elif instead == "another run's":
         created(path)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    with pytest.raises(
-        CaptureError, match=rf"not the file of this run any more.* rows are in {re.escape(str(moved))}\."
-    ):
+    with pytest.raises(CaptureError, match=rf"no longer this run's file.* rows are in {re.escape(str(moved))}\."):
         output.complete()
     if resumed:
-        with pytest.raises(CaptureError, match="not the file of this run any more"):
+        with pytest.raises(CaptureError, match="no longer this run's file"):
             output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
@@ -254,7 +252,7 @@ def test_only_the_file_that_was_created_is_cut_and_renamed(
 def test_a_file_that_has_come_to_be_meanwhile_is_not_replaced(path: Path, partial: Path, overwrite: bool) -> None:
     output = created(path, overwrite, done=(1, 1, 1))
     path.write_bytes(b"precious")
-    with pytest.raises(CaptureError, match=rf"has come to be meanwhile.* All rows are in {re.escape(str(partial))}"):
+    with pytest.raises(CaptureError, match=rf"appeared during the run.* All rows are in {re.escape(str(partial))}"):
         output.complete()
     assert path.read_bytes() == b"precious"
     assert partial.exists()
@@ -270,13 +268,13 @@ def test_the_done_flags_of_no_file_are_not_asked_for(path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_is_no_output(tmp_path: Path, overwrite: bool) -> None:
-    with pytest.raises(UsageError, match=r"--output .* is not a plain file\. Give the name of one\.$"):
+    with pytest.raises(UsageError, match=r"--output .* is not a regular file\. Choose another name\.$"):
         claimed(tmp_path, overwrite)
 
 
 def test_a_folder_in_the_partial_files_place_is_refused(path: Path, partial: Path) -> None:
     partial.mkdir()
-    with pytest.raises(UsageError, match=r"--output .*out\.h5: .*out\.h5\.partial is not a plain file\. Give"):
+    with pytest.raises(UsageError, match=r"--output .*out\.h5: .*out\.h5\.partial is not a regular file\. Choose"):
         claimed(path)
 
 
@@ -297,7 +295,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--output .* (cannot be written: .*\. Choose another|is not a plain file)"):
+    with pytest.raises(UsageError, match=r"--output .* (cannot be written: .*\. Choose another|is not a regular file)"):
         claimed(Path(place), overwrite=True)
 
 
@@ -339,7 +337,7 @@ def test_a_link_is_never_followed(path: Path, tmp_path: Path, name: str, overwri
     if not dangling:
         elsewhere.write_text("precious")
     (tmp_path / name).symlink_to(elsewhere)
-    with pytest.raises(UsageError, match=rf"{name} is not a plain file\. Give the name of one\."):
+    with pytest.raises(UsageError, match=rf"{name} is not a regular file\. Choose another name\."):
         created(path, overwrite)
     assert (tmp_path / name).is_symlink()
     assert not elsewhere.exists() if dangling else elsewhere.read_text() == "precious"
@@ -353,7 +351,7 @@ def test_a_file_that_is_not_ours_is_never_touched(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     message = (
-        rf"--output .*out\.h5: .*/{name} exists and is no file of logitgen, so it is not touched\. "
+        rf"--output .*out\.h5: .*/{name} exists and is not a logitgen file\. "
         r"Choose another name, or remove it\.$"
     )
     with pytest.raises(UsageError, match=message):
@@ -373,7 +371,7 @@ def cut_off(path: Path) -> bytes:
 def test_a_damaged_file_is_refused_and_kept(path: Path, tmp_path: Path, name: str) -> None:
     content = cut_off(tmp_path / name)
     message = (
-        rf"{name} exists, and is nothing to go on with: .*{name} is cut off: its end is missing\. Copy it again\. "
+        rf"{name} exists but is unusable: .*{name} is truncated\. Copy it again\. "
         r"Choose another --output, or replace it with --overwrite\.$"
     )
     with pytest.raises(UsageError, match=message):
@@ -389,8 +387,8 @@ def test_a_damaged_file_is_replaced_on_request(
     with caplog.at_level(logging.WARNING):
         output = claimed(path, overwrite=True)
     (message,) = caplog.messages
-    assert "out.h5.partial exists, and is nothing to go on with: " in message
-    assert message.endswith(" It will be replaced.")
+    assert "out.h5.partial exists but is unusable: " in message
+    assert message.endswith(" This run replaces it.")
     assert (path.read_bytes(), partial.read_bytes()) == contents
     output.create(LAYOUT, ABOUT, write_done([1, 1, 1]))
     assert path.read_bytes() == contents[0]
@@ -521,7 +519,7 @@ def test_another_runs_file_is_refused_with_every_difference(path: Path, tmp_path
     with pytest.raises(UsageError) as caught:
         output.check(plain_attributes(**changes))
     assert str(caught.value) == (
-        f"{tmp_path / name} is of another run. There and here differ: {differences}. "
+        f"{tmp_path / name} belongs to another run. Its values and this run's differ: {differences}. "
         "Choose another --output, or replace it with --overwrite."
     )
     assert names(tmp_path) == [name]
@@ -546,7 +544,8 @@ def test_with_overwrite_a_partial_file_of_another_run_is_replaced(
     output = claimed(path, overwrite=True)
     with caplog.at_level(logging.WARNING):
         output.check(ABOUT)
-    assert [message.endswith("another and some/teacher. It will be replaced.") for message in caplog.messages] == [True]
+    (message,) = caplog.messages
+    assert message.endswith("another and some/teacher. This run replaces it.")
     assert output.found is None
     assert not output.is_complete()
     assert partial.read_bytes() == content  # until the new one is there
@@ -562,7 +561,7 @@ def test_with_overwrite_a_partial_file_of_another_run_is_replaced(
 def test_a_partial_file_that_another_process_writes_is_refused(path: Path, partial: Path, tmp_path: Path) -> None:
     write_file(partial, UNFINISHED)
     content = partial.read_bytes()
-    message = r"out\.h5\.partial is being written by another run\. Wait for it, or choose another name\.$"
+    message = r"Another run is writing .*out\.h5\.partial\. Wait for it, or choose another --output\.$"
     with locked_elsewhere(partial):
         for overwrite in (False, True):
             with pytest.raises(UsageError, match=message):
@@ -585,7 +584,7 @@ def test_a_file_is_locked_from_its_creation_to_the_end_of_the_run(path: Path, pa
 
 def test_a_second_output_of_the_same_process_is_refused_too(path: Path) -> None:
     first = created(path)
-    with pytest.raises(UsageError, match=r"out\.h5\.partial is being written by another run"):
+    with pytest.raises(UsageError, match=r"Another run is writing .*out\.h5\.partial\."):
         claimed(path)
     assert first.done().tolist() == [False, True, False]
 
@@ -602,11 +601,11 @@ def test_what_a_killed_run_left_while_it_created_the_file_is_no_obstacle(path: P
     assert size_bytes == other.partial.stat().st_size
 
 
-def test_a_run_that_creates_the_file_already_is_seen_before_anything_expensive(path: Path, tmp_path: Path) -> None:
+def test_a_run_that_creates_the_file_is_seen_before_anything_expensive(path: Path, tmp_path: Path) -> None:
     new = tmp_path / "out.h5.partial.new"
     with (
         locked_elsewhere(new, create=True),
-        pytest.raises(UsageError, match=r"partial\.new is being written by another run\. Wait for it"),
+        pytest.raises(UsageError, match=r"Another run is writing .*partial\.new\. Wait for it"),
     ):
         claimed(path)
     assert names(tmp_path) == ["out.h5.partial.new"]
@@ -618,7 +617,7 @@ def test_a_run_that_creates_the_file_at_the_same_time_is_not_disturbed(path: Pat
     output = claimed(path)
     with (
         locked_elsewhere(new, create=True),
-        pytest.raises(UsageError, match=r"partial\.new is being written by another run\. Wait for it"),
+        pytest.raises(UsageError, match=r"Another run is writing .*partial\.new\. Wait for it"),
     ):
         output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
     assert names(tmp_path) == ["out.h5.partial.new"]
@@ -630,7 +629,7 @@ def test_a_run_that_was_faster_is_not_disturbed(path: Path, tmp_path: Path, name
     output = claimed(path)
     write_file(tmp_path / name, UNFINISHED)
     content = (tmp_path / name).read_bytes()
-    message = r"Another run has begun to write .*out\.h5\. Wait for it, or choose another name\.$"
+    message = r"Another run is writing .*out\.h5\. Wait for it, or choose another --output\.$"
     with pytest.raises(UsageError, match=message):
         output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
     assert names(tmp_path) == [name]
@@ -640,7 +639,7 @@ def test_a_run_that_was_faster_is_not_disturbed(path: Path, tmp_path: Path, name
 def test_with_overwrite_a_run_that_was_faster_is_not_disturbed_either(path: Path, partial: Path) -> None:
     output = claimed(path, overwrite=True)
     first = created(path)
-    with pytest.raises(UsageError, match=r"Another run has begun to write .*out\.h5\."):
+    with pytest.raises(UsageError, match=r"Another run is writing .*out\.h5\."):
         output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
     assert first.done().tolist() == [False, True, False]
     assert partial.exists()
@@ -656,7 +655,7 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(
     write_file(partial, UNFINISHED)
     with caplog.at_level(logging.WARNING):
         assert claimed(path).found
-    assert caplog.messages == [f"{partial} cannot be locked here: start only one run at a time that writes it."]
+    assert caplog.messages == [f"{partial} cannot be locked here. Start only one run at a time with this --output."]
 
 
 def test_another_trouble_with_the_lock_is_an_error(path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,9 +712,7 @@ def test_a_file_that_does_not_fit_on_the_disk_is_refused(path: Path, monkeypatch
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     output = claimed(path)
-    message = (
-        rf"--output .*out\.h5 needs 270\.1 MB, {path.parent} has 269\.9 MB free\. Free some space, .*--top_k.*--limit"
-    )
+    message = rf"--output .*out\.h5 needs 270\.1 MB, but {path.parent} has 269\.9 MB free\. Free .*--top_k.*--limit"
     with pytest.raises(UsageError, match=message):
         output.check_space(270_100_000)
     assert set(asked) == {path.parent}

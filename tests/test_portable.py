@@ -63,7 +63,7 @@ def test_a_capture_on_windows_has_the_same_bytes(
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out.h5").read_bytes() == expected
     assert [path.name for path in tmp_path.glob("out.h5*")] == ["out.h5"]
-    assert "out.h5.partial.new cannot be locked here: start only one run at a time that writes it." in ended.stderr
+    assert "out.h5.partial.new cannot be locked here. Start only one run at a time with this --output." in ended.stderr
 
 
 def test_a_run_that_was_stopped_goes_on_on_windows_over_a_file_it_overwrites(

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,6 @@ from conftest import ROOT
 
 import logitgen
 from logitgen.__main__ import main
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKE_TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -55,13 +51,23 @@ def test_ci_and_hooks_call_make_targets_that_exist() -> None:
     assert called | told <= set(MAKE_TARGETS)
 
 
-def test_ci_runs_the_oldest_python_that_the_package_allows_and_the_newest() -> None:
-    versions = {version for job in jobs().values() for version in job["strategy"]["matrix"]["python"]}
-    numbers = {tuple(map(int, version.split("."))) for version in versions}
-    oldest = re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["project"]["requires-python"])
-    assert oldest
-    assert min(numbers) == tuple(map(int, oldest.groups()))
-    assert max(numbers) >= (3, 14)
+OLDEST_PYTHON = PROJECT["project"]["requires-python"].removeprefix(">=")
+
+
+def test_every_job_of_ci_runs_the_oldest_python_that_the_package_allows_and_the_newest() -> None:
+    for job in jobs().values():
+        versions = job["strategy"]["matrix"]["python"]
+        assert versions[0] == OLDEST_PYTHON
+        assert int(versions[-1].removeprefix("3.")) >= 14
+
+
+def test_all_name_the_same_oldest_python() -> None:
+    assert PROJECT["tool"]["mypy"]["python_version"] == OLDEST_PYTHON
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{OLDEST_PYTHON.replace('.', '')}"
+    classifiers = "\n".join(PROJECT["project"]["classifiers"])
+    assert re.findall(r"Python :: (3\.\d+)", classifiers)[0] == OLDEST_PYTHON
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert re.findall(r"Python (3\.\d+)", (ROOT / page).read_text(encoding="utf-8")) == [OLDEST_PYTHON]
 
 
 def test_ci_tests_several_pythons_and_the_installed_wheel() -> None:

@@ -130,7 +130,7 @@ def test_a_killed_rank_is_named_even_if_the_leader_is_busy(teacher: Path, ragged
     )
     result = launch_changed(tmp_path, change, teacher=teacher, dataset=ragged, batch_tokens=40)
     assert len(error_lines(result)) == 1
-    assert "Rank 1 ended without a word" in error_lines(result)[0]
+    assert "Rank 1 ended without an error message" in error_lines(result)[0]
 
 
 def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, ragged: Path, tmp_path: Path) -> None:
@@ -180,7 +180,8 @@ def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended
 
 
 @pytest.mark.parametrize(
-    ("rank", "message"), [(1, "Rank 1 ended without a word"), (0, "The leader ended without a word")]
+    ("rank", "message"),
+    [(1, "Rank 1 ended without an error message"), (0, "The leader ended without an error message")],
 )
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(
     long_run: subprocess.Popen[str], tmp_path: Path, rank: int, message: str
@@ -238,7 +239,7 @@ def test_a_partial_file_that_is_not_ours_is_refused_and_kept(teacher: Path, ragg
     partial.write_text("half of it")
     result = launch(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
     assert len(error_lines(result)) == 1
-    assert "out.h5.partial exists and is no file of logitgen, so it is not touched." in error_lines(result)[0]
+    assert "out.h5.partial exists and is not a logitgen file." in error_lines(result)[0]
     assert exit_statuses(result) == [2, 2]
     assert partial.read_text() == "half of it"
 
@@ -270,9 +271,9 @@ def test_memory_does_not_grow_with_the_rows(teacher: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("dead", "line"),
     [
-        ([0], "The leader ended without a word"),
-        ([2], "Rank 2 ended without a word"),
-        ([1, 2], "Rank 1, 2 ended without a word"),
+        ([0], "The leader ended without an error message"),
+        ([2], "Rank 2 ended without an error message"),
+        ([1, 2], "Rank 1, 2 ended without an error message"),
         ([], "stopped by SIGTERM"),
     ],
 )

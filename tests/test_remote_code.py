@@ -143,7 +143,7 @@ def test_verifying_runs_a_teachers_code_only_if_trusted(
     for teacher in (["--teacher"], ["--teacher", str(own)]):
         assert main(["verify", str(path), *teacher]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == "error: The file was made with the teacher's own code. Add --trust_remote_code if you trust it."
+        assert line == "error: The file's teacher needs its own code. Add --trust_remote_code if you trust it."
     assert not marker.exists()
     assert main(["verify", str(path), "--teacher", "--trust_remote_code"]) == 0
     assert marker.exists()

@@ -263,7 +263,7 @@ def test_an_estimate_says_what_a_run_would_take() -> None:
         "tokens": "50,000, 49,000 positions captured, 3,400 tokens dropped",
         "batches": "77, 12.5% padding",
         "file": "13,000,000 bytes, 260.0 per token; 450.0 GB free",
-        "memory per rank": "1.1 GB; the leader 5.6 MB of buffers more",
+        "memory per rank": "1.1 GB, and 5.6 MB of buffers on the leader",
         "speed": "2,500 tokens/s per rank, 2 measured at once",
     }
     assert [words(line).split(" ") for line in lines[blank + 1 :]] == [
@@ -276,19 +276,19 @@ def test_an_estimate_says_what_a_run_would_take() -> None:
 def test_an_estimate_of_gpus_names_the_memory_of_the_largest() -> None:
     pilots = [Pilot(0.5, 900_000_000, 7_000_000_000), Pilot(0.75, 800_000_000, 9_000_000_000)]
     lines = drawn(estimate_view(make_estimate(pilots=pilots), 1))
-    assert definitions(lines)["memory per rank"].startswith("900.0 MB and 9.0 GB on the GPU; the leader 5.6 MB")
+    assert definitions(lines)["memory per rank"].startswith("900.0 MB and 9.0 GB on the GPU, and 5.6 MB of buffers")
 
 
 def test_an_estimate_does_not_make_up_memory_that_the_system_does_not_tell() -> None:
     lines = drawn(estimate_view(make_estimate(pilots=[Pilot(0.5, 0, 0)]), 1))
-    assert definitions(lines)["memory per rank"] == "unknown on this system; the leader 5.6 MB of buffers more"
+    assert definitions(lines)["memory per rank"] == "unknown on this system, and 5.6 MB of buffers on the leader"
 
 
 def test_a_verdict_is_one_line_if_nothing_is_wrong(path: Path) -> None:
     assert definitions(drawn(verdict_view(LogitsFile(path), [], False, None))) == {
         "file": str(path),
         "rows": "3 expected, 3 present",
-        "verdict": "verified: every row is there once, its checksum and its values are right",
+        "verdict": "verified: every row is present once, with the right checksum and values",
     }
 
 
@@ -317,7 +317,7 @@ def test_a_verdict_counts_the_problems(path: Path, found: list[str], more: bool,
 
 def test_a_verdict_says_how_far_the_teacher_is(path: Path) -> None:
     compared = Rerun(
-        num_positions=4_321, largest=0.0213, mean=0.00123, top1_agreement=0.9951, most_mean=0.005, least_agreement=0.99
+        num_positions=4_321, largest=0.0213, mean=0.00123, top1_agreement=0.9951, max_mean=0.005, min_agreement=0.99
     )
     assert definitions(drawn(verdict_view(LogitsFile(path), [], False, compared)))["teacher"] == (
         "over 4,321 positions largest difference 0.0213 nats beyond rounding, mean 0.00123 (at most 0.005), "
@@ -331,7 +331,7 @@ def test_a_damaged_row_is_not_shown(tmp_path: Path) -> None:
     path = write_file(tmp_path / "out.h5", ARRAYS | {"input_ids": wrong})
     file = LogitsFile(path)
     for row in (2, -1):
-        message = r"out\.h5 is damaged: row 2 has checksum [0-9a-f]{8}, written was [0-9a-f]{8}\. Copy it again\.$"
+        message = r"out\.h5 is damaged: row 2 has checksum [0-9a-f]{8}, expected [0-9a-f]{8}\. Copy it again\.$"
         with pytest.raises(FormatError, match=message):
             row_facts(file, row, Letters())
     assert row_facts(file, 0, Letters())["tokens"] == 3

@@ -95,7 +95,7 @@ def test_a_shift_of_what_is_stored_is_the_difference(capture: Capture, teacher: 
     compared = rerun(file, own, np.array([4]))
     assert compared.mean == pytest.approx(0.25, abs=0.01)  # less what rounding explains
     assert compared.top1_agreement == 1
-    assert compared.problems == ["the teacher says something else than what is stored"]
+    assert compared.problems == ["the teacher's log-probs differ from the stored ones"]
 
 
 @pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])
@@ -139,13 +139,13 @@ def test_a_captured_file_agrees_with_its_own_teacher(
     status = main(["verify", str(path), "--teacher"])
     out = printed(capsys)
     assert status == 0, out
-    most_mean, least_agreement = TOLERANCES[dtype]
+    max_mean, min_agreement = TOLERANCES[dtype]
     assert re.search(
         r"over [1-9][\d,]* positions largest difference \d\.\d{4} nats beyond rounding, mean \d\.\d{5}", out
     )
-    assert f"(at most {most_mean})" in out
-    assert f"(at least {least_agreement:.0%})" in out
-    assert "verified: every row is there once" in out
+    assert f"(at most {max_mean})" in out
+    assert f"(at least {min_agreement:.0%})" in out
+    assert "verified: every row is present once" in out
 
 
 def test_a_teacher_saved_in_float64_can_be_run_again(capture: Capture, tmp_path: Path, data: Path) -> None:
@@ -165,8 +165,8 @@ def test_a_slightly_changed_teacher_is_too_far_for_any_precision(
     assert main(["verify", str(path), "--teacher", str(other)]) == 1
     out = printed(capsys)
     assert "NOT verified, 2 problems" in out
-    assert "the teacher's weights are not those of the file" in out
-    assert "the teacher says something else than what is stored" in out
+    assert "the teacher's weights differ from the file's" in out
+    assert "the teacher's log-probs differ from the stored ones" in out
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_a_slightly_changed_teacher_is_too_far_for_any_precision(
     [(0.01, 0.9, True), (0.0101, 0.9, False), (0.01, 0.8999, False), (0.0, 1.0, True), (float("nan"), 1.0, False)],
 )
 def test_a_teacher_is_right_up_to_both_tolerances(mean: float, agreement: float, right: bool) -> None:
-    compared = Rerun(5, largest=3.0, mean=mean, top1_agreement=agreement, most_mean=0.01, least_agreement=0.9)
-    assert compared.problems == ([] if right else ["the teacher says something else than what is stored"])
+    compared = Rerun(5, largest=3.0, mean=mean, top1_agreement=agreement, max_mean=0.01, min_agreement=0.9)
+    assert compared.problems == ([] if right else ["the teacher's log-probs differ from the stored ones"])
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
@@ -183,7 +183,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
 ) -> None:
     path = capture(teacher=teacher, dataset=data, top_k=4)
     other = save_teacher(tmp_path / "other", make_llama(448), tokenizer)
-    message = "has a vocabulary of 448, the file's teacher one of 384. Give the teacher of the file."
+    message = "must have the file's vocabulary of 384 tokens, got 448. Give the file's teacher."
     with pytest.raises(UsageError, match=re.escape(f"--teacher {other} {message}")):
         load_teacher_of(LogitsFile(path), str(other), trust_remote_code=False)
     capsys.readouterr()

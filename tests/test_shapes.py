@@ -298,7 +298,7 @@ def test_only_completions_of_messages_need_a_fast_tokenizer(with_tools: Any, mon
         run(rows, with_tools, completion_only=True)
 
 
-def test_a_completion_begins_where_a_generation_prompt_that_opens_a_block_parts() -> None:
+def test_a_completion_begins_where_it_parts_from_the_generation_prompt() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     found = run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
@@ -315,7 +315,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenize", "tokenizer", "index", "chat"])
-def test_options_that_are_not_the_templates_end_in_one_line_or_change_nothing(with_tools: Any, name: str) -> None:
+def test_unknown_template_options_end_in_one_line_or_change_nothing(with_tools: Any, name: str) -> None:
     row = {"messages": [HELLO], "chat_template_kwargs": {name: True}}
     if name == "tokenize":
         with pytest.raises(UsageError, match=r"^Row 0: the chat template refuses the messages: .*'tokenize'"):

@@ -40,7 +40,7 @@ Capture = Callable[..., Path]
 
 UNFINISHED = ARRAYS | {"done": np.array([0, 1, 0], "u1")}
 SNAPSHOT = Snapshot(
-    seconds=65.0, rate_of_late=15.0, tokens_before=100, source_tokens=[500, 150], source_totals=[1000, 300]
+    seconds=65.0, recent_rate=15.0, tokens_before=100, stream_tokens=[500, 150], stream_totals=[1000, 300]
 )
 """650 of 1,300 tokens in 65 s: 10 a second, so 65 s more."""
 
@@ -74,7 +74,7 @@ def test_a_line_is_read_back_whatever_follows_it() -> None:
 def test_a_torn_line_is_none() -> None:
     line = encode(SNAPSHOT)
     assert all(decode(line[:size]) is None for size in range(len(line)))
-    other = encode(replace(SNAPSHOT, seconds=70.0, source_tokens=[519, 168]))
+    other = encode(replace(SNAPSHOT, seconds=70.0, stream_tokens=[519, 168]))
     assert len(other) == len(line)
     torn = [line[:size] + other[size:] for size in range(len(line))]
     assert {decode(data) for data in torn if data not in (line, other)} == {None}
@@ -87,16 +87,16 @@ def test_a_torn_line_is_none() -> None:
         {"seconds": 0},
         {"seconds": "long"},
         {"seconds": math.inf},
-        {"rate_of_late": math.nan},
-        {"rate_of_late": math.inf},
+        {"recent_rate": math.nan},
+        {"recent_rate": math.inf},
         {"tokens_before": -1},
         {"tokens_before": None},
-        {"source_tokens": [500]},
-        {"source_tokens": [500, 301]},
-        {"source_tokens": [500, -1]},
-        {"source_tokens": 7},
-        {"source_tokens": [], "source_totals": [], "tokens_before": 0},
-        {"source_totals": [1000, 10**30]},
+        {"stream_tokens": [500]},
+        {"stream_tokens": [500, 301]},
+        {"stream_tokens": [500, -1]},
+        {"stream_tokens": 7},
+        {"stream_tokens": [], "stream_totals": [], "tokens_before": 0},
+        {"stream_totals": [1000, 10**30]},
         {"of_another_version": 1},
     ],
 )
@@ -111,9 +111,9 @@ def test_a_line_of_other_json_is_none(text: bytes) -> None:
 
 def test_there_is_room_for_a_thousand_ranks_and_no_line_for_more_than_fit() -> None:
     of_each = [123_456_789_012] * 1000
-    many = replace(SNAPSHOT, source_tokens=of_each, source_totals=of_each)
+    many = replace(SNAPSHOT, stream_tokens=of_each, stream_totals=of_each)
     assert decode(encode(many)) == many
-    assert encode(replace(many, source_tokens=of_each * 9, source_totals=of_each * 9)) == b""
+    assert encode(replace(many, stream_tokens=of_each * 9, stream_totals=of_each * 9)) == b""
 
 
 # What is found.
@@ -130,7 +130,7 @@ def test_a_folder_that_may_not_be_looked_into_is_reported(path: Path, monkeypatc
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "exists", refuse)
-    with pytest.raises(UsageError, match=r"out\.h5 cannot be looked at: Permission denied\.$"):
+    with pytest.raises(UsageError, match=r"out\.h5 cannot be read: Permission denied\.$"):
         Watch(path).look()
 
 
@@ -177,7 +177,7 @@ def test_a_full_file_without_a_line_is_about_to_be_renamed(path: Path) -> None:
         (SNAPSHOT, 20, 60),  # 2 ranks of 5 tokens a second take 4 s for a batch each: a minute is more than three
         (SNAPSHOT, 1000, 600),  # 200 s for a batch each
         (SNAPSHOT, "many", 600),
-        (replace(SNAPSHOT, source_tokens=[0, 0]), 20, 600),  # the first batch is not there yet
+        (replace(SNAPSHOT, stream_tokens=[0, 0]), 20, 600),  # the first batch is not there yet
     ],
 )
 def test_a_run_is_stalled_once_several_batches_are_overdue(
@@ -231,7 +231,7 @@ def test_what_is_no_file_of_logitgen_is_refused(path: Path, capsys: pytest.Captu
     for make in (lambda: found.write_bytes(b"precious" * 99), found.mkdir):
         make()
         assert main(["status", str(path)]) == 2
-        assert re.fullmatch(rf"error: \S*{name} is not a file.*\n", capsys.readouterr().err)
+        assert re.fullmatch(rf"error: \S*{name} is not a (logitgen )?file.*\n", capsys.readouterr().err)
         found.unlink() if found.is_file() else found.rmdir()
 
 
@@ -244,7 +244,7 @@ def test_a_complete_name_with_rows_missing_is_refused(path: Path) -> None:
 def test_only_an_unfinished_file_may_have_a_line(path: Path) -> None:
     with write_file(path).open("ab") as file:
         file.write(encode(SNAPSHOT))
-    with pytest.raises(FormatError, match=r"out\.h5 has [\d,]+ bytes, [\d,]+ belong to it"):
+    with pytest.raises(FormatError, match=r"out\.h5 must have [\d,]+ bytes, got [\d,]+\."):
         Watch(path).look()
 
 
@@ -252,7 +252,7 @@ def test_an_unfinished_file_has_no_more_than_the_room_of_a_line(path: Path) -> N
     write_unfinished(path, bytes(2**16))
     assert Watch(path).look().num_done == 1
     write_unfinished(path, bytes(2**16 + 1))
-    with pytest.raises(FormatError, match=r"out\.h5\.partial has [\d,]+ bytes, [\d,]+ belong to it"):
+    with pytest.raises(FormatError, match=r"out\.h5\.partial must have [\d,]+ bytes, got [\d,]+\."):
         Watch(path).look()
 
 
@@ -276,7 +276,7 @@ def test_a_run_is_shown_whole_at_any_width(width: int) -> None:
     assert all(len(line) <= width for line in lines)
     text = " ".join(" ".join(lines).split())
     for words in (
-        "out.h5: running, last written to 0:02 ago",
+        "out.h5: running, last write 0:02 ago",
         "1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, 15 tok/s recent",
     ):
         assert words in text
@@ -286,7 +286,7 @@ def test_a_run_is_shown_whole_at_any_width(width: int) -> None:
 
 
 def test_the_slowest_of_many_ranks_are_shown_where_lines_are_few() -> None:
-    many = replace(SNAPSHOT, source_tokens=[*range(40, 72)], source_totals=[100] * 32)
+    many = replace(SNAPSHOT, stream_tokens=[*range(40, 72)], stream_totals=[100] * 32)
     lines = drawn(replace(RUNNING, snapshot=many), height=12)
     assert len(lines) <= 12
     assert [line.split()[1] for line in lines if line.startswith("rank")] == list("0123456")
@@ -295,9 +295,9 @@ def test_the_slowest_of_many_ranks_are_shown_where_lines_are_few() -> None:
 
 
 def test_the_plain_line_names_the_slowest_rank() -> None:
-    slower = replace(SNAPSHOT, source_tokens=[560, 90])
+    slower = replace(SNAPSHOT, stream_tokens=[560, 90])
     assert status_line(replace(RUNNING, snapshot=slower)) == (
-        "out.h5: running, last written to 0:02 ago, 1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, "
+        "out.h5: running, last write 0:02 ago, 1,000/3,000 rows, 750/1,400 tokens, 10 tok/s over 1:05, "
         "15 tok/s recent, ETA 1:05, slowest rank 1 at 30%"
     )
 
@@ -305,14 +305,14 @@ def test_the_plain_line_names_the_slowest_rank() -> None:
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
-        (Status(path=Path("out.h5"), state="not started"), "out.h5: not started: there is no file yet"),
+        (Status(path=Path("out.h5"), state="not started"), "out.h5: not started: no file yet"),
         (
             Status(path=Path("out.h5"), state="being created", idle_seconds=3),
-            "out.h5: being created, last written to 0:03 ago",
+            "out.h5: being created, last write 0:03 ago",
         ),
         (
             replace(RUNNING, state="stopped", snapshot=None),
-            "out.h5: stopped or starting (the same command goes on), last written to 0:02 ago, 1,000/3,000 rows (33%)",
+            "out.h5: stopped or starting (the same command resumes it), last write 0:02 ago, 1,000/3,000 rows (33%)",
         ),
         (
             Status(path=Path("out.h5"), state="complete", num_rows=3000, num_done=3000),
@@ -327,7 +327,7 @@ def test_every_state_is_said_in_words(shown: Status, words: str) -> None:
 
 def test_a_stalled_run_is_not_said_to_arrive() -> None:
     stalled = replace(RUNNING, state="stalled", idle_seconds=700)
-    words = "out.h5: stalled or killed (the same command goes on), last written to 11:40 ago"
+    words = "out.h5: stalled or killed (the same command resumes it), last write 11:40 ago"
     assert drawn(stalled)[0] == words
     assert status_line(stalled).startswith(words)
     assert "ETA -:--" in status_line(stalled)
@@ -345,7 +345,7 @@ def test_facts_worked_by_hand() -> None:
         "tokens_done": 750,
         "tokens": 1400,
         "tokens_per_second": 10.0,
-        "tokens_per_second_of_late": 15.0,
+        "recent_tokens_per_second": 15.0,
         "eta_seconds": 65.0,
         "ranks": [{"tokens_done": 500, "tokens": 1000}, {"tokens_done": 150, "tokens": 300}],
     }
@@ -471,7 +471,7 @@ def test_status_shows_the_numbers_of_the_flags_and_the_plan(
 
     def both_wait(found: Status) -> bool:
         """Both ranks have done what they may, and nothing is about to be written."""
-        return found.snapshot is not None and found.idle_seconds > 2 and all(found.snapshot.source_tokens)
+        return found.snapshot is not None and found.idle_seconds > 2 and all(found.snapshot.stream_tokens)
 
     wait_for(path, both_wait, tmp_path / "run.log")
     before = partial.read_bytes(), partial.stat()
@@ -532,7 +532,7 @@ def test_a_run_that_is_watched_has_the_same_bytes(
         def look(self) -> Status:
             assert gated.poll() in (None, 0), (tmp_path / "run.log").read_text()
             found = super().look()
-            if found.snapshot and all(found.snapshot.source_tokens):
+            if found.snapshot and all(found.snapshot.stream_tokens):
                 (tmp_path / "gate").touch()
             return found
 

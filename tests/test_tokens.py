@@ -333,7 +333,7 @@ def test_such_a_template_is_good_as_long_as_it_changes_nothing(tokenizer: Tokeni
     assert (found["input_ids"][0], found["completion_mask"][0]) == chat_by_hand(tokenizer, spoken)
 
 
-def test_a_turn_begins_where_it_parts_from_a_generation_prompt_it_does_not_repeat(tokenizer: Tokenizer) -> None:
+def test_a_turn_begins_where_it_parts_from_the_generation_prompt(tokenizer: Tokenizer) -> None:
     template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>think:{% endif %}")
     spoken = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     found = run([chat(*spoken)], with_template(tokenizer, template), completion_only=True)
@@ -692,9 +692,7 @@ def test_tokens_that_were_not_finished_are_made_anew(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "save_to_disk"])
-def test_other_content_of_the_same_size_and_time_is_not_served_from_the_cache(
-    tokenizer: Tokenizer, tmp_path: Path, kind: str
-) -> None:
+def test_other_content_of_equal_size_and_time_misses_the_cache(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
     source = tmp_path / "data"
     texts = ["before", "behind"]
     seen = []

@@ -16,7 +16,7 @@ import torch
 from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 
 from logitgen import CaptureError, FormatError, LogitsFile, generate
-from logitgen.__main__ import MOST_PROBLEMS, main
+from logitgen.__main__ import MAX_PROBLEMS, main
 from logitgen.file import layout as schema
 from logitgen.file.verify import problems
 
@@ -152,7 +152,7 @@ def test_a_captured_file_is_proved_right(
     assert main(["verify", str(path)]) == 0
     out = printed(capsys)
     assert f"{num_rows} expected, {num_rows} present" in out
-    assert "verified: every row is there once, its checksum and its values are right" in out
+    assert "verified: every row is present once, with the right checksum and values" in out
 
 
 def test_a_file_of_completions_is_proved_right(capture: Capture, teacher: Path, tmp_path: Path) -> None:
@@ -208,11 +208,11 @@ def test_a_file_that_ends_too_early_is_found(topk: Path, tmp_path: Path, capsys:
     good, bad = topk.read_bytes(), tmp_path / "bad.h5"
     for size in (*range(0, len(good) - 100, 1009), *range(len(good) - 100, len(good))):
         bad.write_bytes(good[:size])
-        with pytest.raises(FormatError, match=r"is cut off: its end is missing|is not a file of logitgen"):
+        with pytest.raises(FormatError, match=r"is truncated|is not a logitgen file"):
             LogitsFile(bad, partial=True)
     capsys.readouterr()
     assert main(["verify", str(bad)]) == 2
-    assert f"error: {bad} is cut off: its end is missing. Copy it again." in printed(capsys)
+    assert f"error: {bad} is truncated. Copy it again." in printed(capsys)
 
 
 @pytest.mark.parametrize("also", [[], ["source_row"]], ids=["", "with the rows they come from"])
@@ -229,13 +229,13 @@ def test_a_row_that_is_said_to_come_from_elsewhere_is_found(topk: Path) -> None:
     writable(topk)["source_row"][1] = 7
     (line,) = found(topk)
     assert line.startswith("row 1 has checksum ")
-    assert line.endswith(f", written was {writable(topk)['crc32'][1]:08x}")
+    assert line.endswith(f", expected {writable(topk)['crc32'][1]:08x}")
 
 
 def test_offsets_that_run_backwards_are_found(topk: Path) -> None:
     writable(topk)["offsets"][2] = 9
     writable(topk)["position_offsets"][4] = 0
-    assert found(topk) == ["offsets runs backwards", "position_offsets runs backwards"]
+    assert found(topk) == ["offsets is not ascending", "position_offsets is not ascending"]
 
 
 def test_a_done_flag_that_is_neither_0_nor_1_is_found(topk: Path) -> None:
@@ -250,7 +250,7 @@ def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest
         bad.write_bytes(topk.read_bytes())
         with h5py.File(bad, "r+") as file:
             file.attrs.modify(name, np.bytes_(value[:-1] + b"~") if isinstance(value, bytes) else value + 1)
-        with pytest.raises(FormatError, match=r"is damaged: its attributes or structures were changed\. Copy"):
+        with pytest.raises(FormatError, match=r"is damaged: its head does not match its checksum\. Copy"):
             LogitsFile(bad, partial=True)
         assert main(["verify", str(bad)]) == 2
     assert set(attributes) == set(schema.ATTRIBUTES)
@@ -259,7 +259,7 @@ def test_every_attribute_is_protected(topk: Path, tmp_path: Path, capsys: pytest
 def test_an_attribute_that_was_added_is_found(topk: Path) -> None:
     with h5py.File(topk, "r+") as file:
         file.attrs["note"] = "mine"
-    with pytest.raises(FormatError, match="is damaged: its attributes or structures were changed"):
+    with pytest.raises(FormatError, match="is damaged: its head does not match its checksum"):
         LogitsFile(topk, partial=True)
 
 
@@ -273,7 +273,7 @@ def test_a_file_written_by_hdf5_alone_is_no_proof(tmp_path: Path, capsys: pytest
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file.attrs["format"] = "logitgen"
     assert main(["verify", str(tmp_path / "foreign.h5")]) == 2
-    assert "is not a file of logitgen: it does not begin as one" in printed(capsys)
+    assert "is not a logitgen file: it has another signature" in printed(capsys)
 
 
 def put(name: str, place: Any, value: Any) -> Callable[[Arrays], None]:
@@ -298,10 +298,11 @@ def exchange_kept(arrays: Arrays) -> None:
 
 ROW = slice(POSITION, POSITION + 4)
 KEPT_RANGE = "has kept_logprobs that are not finite, above 0 or not descending"
-KEPT_IDS = "has kept_ids that repeat, or are beyond the vocabulary's 383"
-POSITIONS = "has positions that do not ascend from 0 to 3"
+TOO_MUCH_MASS = "has a position whose probabilities sum to more than 1"
+KEPT_IDS = "has kept_ids that repeat or exceed 383"
+POSITIONS = "has positions that are not ascending between 0 and 3"
 TARGET = "has a target_logprob that is not finite or above 0"
-NOT_ITS_TARGET = "has a target_logprob that is not the one in kept_logprobs"
+NOT_ITS_TARGET = "has a target_logprob that differs from kept_logprobs"
 OTHERS = put("kept_ids", POSITION, [100, 101, 102])
 """What is kept at row 3's first position, the target 8 not among it."""
 
@@ -317,8 +318,8 @@ def with_target(kept: float, target: float) -> Callable[[Arrays], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("input_ids", TOKEN, 384), "has token 384, the vocabulary ends at 383"),
-        (put("input_ids", TOKEN, 65535), "has token 65535, the vocabulary ends at 383"),
+        (put("input_ids", TOKEN, 384), "has token 384, expected at most 383"),
+        (put("input_ids", TOKEN, 65535), "has token 65535, expected at most 383"),
         (put("positions", ROW, [0, 2, 1, 3]), POSITIONS),
         (put("positions", ROW, [0, 1, 1, 3]), POSITIONS),
         (put("positions", ROW, [-1, 1, 2, 3]), POSITIONS),
@@ -336,8 +337,8 @@ def with_target(kept: float, target: float) -> Callable[[Arrays], None]:
         (put("kept_logprobs", (POSITION, 2), np.nan), KEPT_RANGE),
         (put("kept_logprobs", (POSITION, 2), -np.inf), KEPT_RANGE),
         (exchange_kept, KEPT_RANGE),
-        (put_all(OTHERS, put("kept_logprobs", POSITION, -0.5)), "has more probability than 1 at a position"),
-        (put_all(OTHERS, put("kept_logprobs", POSITION, np.log(0.335))), "has more probability than 1 at a position"),
+        (put_all(OTHERS, put("kept_logprobs", POSITION, -0.5)), TOO_MUCH_MASS),
+        (put_all(OTHERS, put("kept_logprobs", POSITION, np.log(0.335))), TOO_MUCH_MASS),
         (with_target(kept=-1.0, target=-1.5), NOT_ITS_TARGET),
         (with_target(kept=-1.0, target=-0.99), NOT_ITS_TARGET),
     ],
@@ -387,7 +388,7 @@ def test_a_value_at_the_edge_of_what_can_be_is_no_problem(change: Callable[[Arra
         ),
     ],
 )
-def test_logits_that_do_not_fit_their_scalars_are_found_behind_a_right_checksum(
+def test_logits_that_contradict_their_scalars_fail_despite_a_right_checksum(
     change: Callable[[Arrays], None], message: str, full: Path
 ) -> None:
     edit(full, change)
@@ -429,13 +430,13 @@ def test_a_drawn_token_no_tokenizer_has_is_found(drawn: Path) -> None:
     assert found(drawn) == []
     file = LogitsFile(drawn)
     file.layout = dataclasses.replace(file.layout, tokenizer_size=383)
-    assert f"row {EDITED} has kept_ids that repeat, or are beyond the vocabulary's 382" in list(problems(file))
+    assert f"row {EDITED} has kept_ids that repeat or exceed 382" in list(problems(file))
 
 
 def test_a_changed_weight_of_the_head_is_found(hidden: Path) -> None:
     writable(hidden)["head_weight"][15, 3] += 1
     (line,) = found(hidden)
-    assert re.fullmatch(r"the head has checksum [0-9a-f]{8}, written was [0-9a-f]{8}", line)
+    assert re.fullmatch(r"the head has checksum [0-9a-f]{8}, expected [0-9a-f]{8}", line)
 
 
 def test_a_hidden_state_that_is_not_finite_is_found(hidden: Path) -> None:
@@ -498,7 +499,7 @@ def test_no_more_than_so_many_problems_are_listed(
     capsys.readouterr()
     assert main(["verify", str(path)]) == 1
     out = printed(capsys)
-    assert out.count("is missing") == MOST_PROBLEMS == 20
+    assert out.count("is missing") == MAX_PROBLEMS == 20
     assert "53 expected, 0 present" in out
 
 
@@ -512,7 +513,7 @@ def test_a_teacher_with_other_weights_is_found(
     capsys.readouterr()
     assert main(["verify", str(topk), "--teacher", str(other)]) == 1
     out = printed(capsys)
-    assert "the teacher's weights are not those of the file" in out
+    assert "the teacher's weights differ from the file's" in out
     assert "tokenizer" not in out
 
 
@@ -523,7 +524,7 @@ def test_a_teacher_with_another_tokenizer_is_found(
     capsys.readouterr()
     assert main(["verify", str(topk), "--teacher", str(other)]) == 1
     out = printed(capsys)
-    assert "the teacher's tokenizer is not that of the file" in out
+    assert "the teacher's tokenizer differs from the file's" in out
     assert "weights" not in out
 
 
@@ -544,8 +545,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rows", "3"], "--rows and --trust_remote_code are for running the teacher again: add --teacher."),
-        (["--trust_remote_code"], "--rows and --trust_remote_code are for running the teacher again: add --teacher."),
+        (["--rows", "3"], "--rows and --trust_remote_code need --teacher. Add it."),
+        (["--trust_remote_code"], "--rows and --trust_remote_code need --teacher. Add it."),
         (["--teacher", "--rows", "0"], "--rows must be at least 1, got 0."),
         (["--teacher", "--rows", "few"], "Argument --rows: invalid int value: 'few'. See --help."),
     ],

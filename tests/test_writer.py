@@ -374,7 +374,7 @@ def test_a_missing_batch_is_reported_and_the_rest_is_kept(job: Job, tmp_path: Pa
     made = job.writer(tmp_path / "out.h5")
     made.submit(0, job.payloads[0])
     made.submit(2, job.payloads[2])
-    with pytest.raises(CaptureError, match=r"2 rows are missing and 0 written twice; .*out\.h5 is kept\.$"):
+    with pytest.raises(CaptureError, match=r"2 rows are missing and 0 are duplicates\. .* in .*out\.h5\.$"):
         made.finish()
     assert flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0]
 
@@ -383,7 +383,7 @@ def test_a_batch_written_twice_is_reported(job: Job, tmp_path: Path) -> None:
     made = job.writer(tmp_path / "out.h5")
     for batch in (0, 1, 2, 1):
         made.submit(batch, job.payloads[batch])
-    with pytest.raises(CaptureError, match=r"0 rows are missing and 2 written twice; .*out\.h5 is kept\.$"):
+    with pytest.raises(CaptureError, match=r"0 rows are missing and 2 are duplicates\. .* in .*out\.h5\.$"):
         made.finish()
     assert made.num_twice == 2
 
@@ -662,7 +662,7 @@ def test_a_block_that_fails_keeps_what_was_written_and_says_how_much(
         stop(job.writer(tmp_path / "out.h5"), job, [0, 2])
     assert flags(tmp_path / "out.h5") == [0, 1, 1, 1, 0]
     assert disk.events[-2:] == [("fsync", 0, 0), ("synced", 0, 0)]
-    assert caplog.messages == [f"3 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to go on."]
+    assert caplog.messages == [f"3 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to resume."]
 
 
 def test_a_block_that_is_interrupted_keeps_what_was_written(job: Job, tmp_path: Path) -> None:
@@ -684,7 +684,7 @@ def test_a_failing_disk_raises_its_first_error_and_counts_only_safe_rows(
     message = r"out\.h5 cannot be written: Input/output error\.$"
     with caplog.at_level(logging.INFO), pytest.raises(CaptureError, match=message):
         run()
-    assert caplog.messages == [f"1 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to go on."]
+    assert caplog.messages == [f"1 of 5 rows are safe in {tmp_path / 'out.h5'}. Run the same command again to resume."]
     assert flags(tmp_path / "out.h5") == [0, 1, 0, 0, 0]
 
 

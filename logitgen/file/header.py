@@ -50,8 +50,8 @@ _TEXT_PATTERN = re.compile(_TEXT.format(version=r"(\d{1,9})", size=r"(\d{1,9})",
 _METADATA_BYTES = 2**13
 """Room for HDF5's structures, and unit of the room for the attributes: so HDF5 never takes a second block."""
 _DTYPE_KINDS = {str: "S", int: "i", float: "f"}
-_MOST_HEAD_BYTES = 2**20
-_GARBLED = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+_MAX_HEAD_BYTES = 2**20
+_H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 """Errors of h5py over garbled structures."""
 
 
@@ -121,8 +121,8 @@ def file_bytes(layout: Layout, attributes: Attributes) -> int:
     return head_bytes + layout.data_bytes
 
 
-def begins_as_ours(path: Path, *, unfinished: bool = False) -> bool:
-    """Tell whether a file begins as logitgen's, damaged or not. An unfinished file may still lack its text."""
+def has_signature(path: Path, *, unfinished: bool = False) -> bool:
+    """Tell whether a file begins with logitgen's text, damaged or not. An unfinished file may still lack it."""
     with path.open("rb") as file:
         text = file.read(_TEXT_BYTES)
     return text.startswith(_TEXT.partition("{")[0].encode()) or (unfinished and not text.strip(b"\0"))
@@ -136,7 +136,7 @@ def read(path: Path) -> Header:
     """
     if "\0" in str(path) or not os.path.isfile(path):  # noqa: PTH113 (which is False for names too long)
         left = os.path.isfile(f"{path}{PARTIAL_SUFFIX}")  # noqa: PTH113
-        hint = " A capture that has not finished left its .partial; finish it first." if left else ""
+        hint = " Its .partial exists. Finish that capture first." if left else ""
         raise FormatError(f"{path} is not a file.{hint}")
     try:
         head_bytes = _check_head(path)
@@ -144,20 +144,20 @@ def read(path: Path) -> Header:
             attributes = _attributes(file, path)
             layout = _layout(file, attributes, path)
             places = {name: _place(file, name, field, path) for name, field in layout.datasets.items()}
-    except _GARBLED as error:
+    except _H5PY_ERRORS as error:
         if "truncated file" in str(error):
-            raise _cut_off(path) from error
+            raise _truncated(path) from error
         if isinstance(error, PermissionError):
             raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
         raise FormatError(f"{path} is damaged: {error}. Copy it again.") from error
     end = head_bytes
     for name, field in layout.datasets.items():
         if places[name] != end:
-            raise FormatError(f"{path} is damaged: {name} is not where it belongs. Copy it again.")
+            raise FormatError(f"{path} is damaged: {name} starts at the wrong byte. Copy it again.")
         end += nbytes(field)
     most_bytes = end + STATUS_BYTES if path.suffix == PARTIAL_SUFFIX else end
     if not end <= path.stat().st_size <= most_bytes:
-        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, {end:,} belong to it. Copy it again.")
+        raise FormatError(f"{path} must have {end:,} bytes, got {path.stat().st_size:,}. Copy it again.")
     return Header(attributes, layout, places)
 
 
@@ -173,26 +173,27 @@ def _check_head(path: Path) -> int:
         found = _TEXT_PATTERN.match(text.decode("latin-1"))
         if not found:
             raise FormatError(
-                f"{path} is not a file of logitgen: it does not begin as one. "
-                "Give one as it was captured; a copy made by another HDF5 program is none."
+                f"{path} is not a logitgen file: it has another signature. "
+                "Give the original, not a copy that another HDF5 program made."
             )
         version, head_bytes = int(found[1]), int(found[2])
         if version > FORMAT_VERSION:
             raise FormatError(
-                f"{path} has format version {version}, this logitgen reads up to {FORMAT_VERSION}. Update logitgen."
+                f"{path} has format version {version}, this logitgen reads versions up to {FORMAT_VERSION}. "
+                "Update logitgen."
             )
         if head_bytes <= _TEXT_BYTES:
             raise FormatError(f"{path} is damaged: its head cannot have {head_bytes} bytes. Copy it again.")
-        head = file.read(min(head_bytes, _MOST_HEAD_BYTES) - _TEXT_BYTES)
+        head = file.read(min(head_bytes, _MAX_HEAD_BYTES) - _TEXT_BYTES)
     if len(head) < head_bytes - _TEXT_BYTES:
-        raise _cut_off(path)
+        raise _truncated(path)
     if _text(head_bytes, head).ljust(_TEXT_BYTES, b"\0") != text:
-        raise FormatError(f"{path} is damaged: its attributes or structures were changed. Copy it again.")
+        raise FormatError(f"{path} is damaged: its head does not match its checksum. Copy it again.")
     return head_bytes
 
 
-def _cut_off(path: Path) -> FormatError:
-    return FormatError(f"{path} is cut off: its end is missing. Copy it again.")
+def _truncated(path: Path) -> FormatError:
+    return FormatError(f"{path} is truncated. Copy it again.")
 
 
 def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     if unknown := sorted(set(file.attrs) - set(plain)):
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
-        raise FormatError(f"{path} is damaged: attributes format and version do not fit its first bytes.")
+        raise FormatError(f"{path} is damaged: attributes format and version do not match its first bytes.")
     _check_capture(plain, path)
     for name in JSON_ATTRIBUTES:
         try:
@@ -213,7 +214,7 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
             raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.")
     for name in SETTINGS_READ:
         if not isinstance(plain["settings"].get(name, False), str | None):
-            raise FormatError(f"{path} is damaged: its settings say nothing of {name}.")
+            raise FormatError(f"{path} is damaged: its settings lack {name}.")
     return plain
 
 
@@ -237,14 +238,14 @@ def _check_capture(plain: dict[str, Any], path: Path) -> None:
     capture, vocab_size = plain["capture"], plain["vocab_size"]
     least, most = {"topk": (1, vocab_size), "sample": (1, vocab_size - 1)}.get(capture, (0, 0))
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
-        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k do not fit together.")
+        raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k contradict one another.")
     encodings = get_args(Encoding) if capture in WITH_KEPT_IDS else ("plain",)
     dtypes = STORED_DTYPES if capture == "hidden" else TEACHER_DTYPES
     for name, allowed in (("encoding", encodings), ("teacher_dtype", dtypes)):
         if plain[name] not in allowed:
             raise FormatError(f"{path} is damaged: {name} must be one of {', '.join(allowed)}.")
     if not (math.isfinite(plain.get("head_scale", 1)) and 0 <= plain.get("head_soft_cap", 0) < math.inf):
-        raise FormatError(f"{path} is damaged: head_scale must be finite, head_soft_cap too and not below 0.")
+        raise FormatError(f"{path} is damaged: head_scale must be finite, and head_soft_cap finite and at least 0.")
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

@@ -27,12 +27,12 @@ def problems(file: LogitsFile) -> Iterator[str]:
     1. Hidden states are only checked to be finite. `rerun` shows that they give the log-probs.
     """
     descending = [name for name in ("offsets", "position_offsets") if (np.diff(file.arrays[name]) < 0).any()]
-    yield from (f"{name} runs backwards" for name in descending)
+    yield from (f"{name} is not ascending" for name in descending)
     if descending:
         return
     checksum, written = crc32(file.arrays[name] for name in file.layout.of_head), file.attributes.get("head_crc32", 0)
     if checksum != written:
-        yield f"the head has checksum {checksum:08x}, written was {written:08x}"
+        yield f"the head has checksum {checksum:08x}, expected {written:08x}"
     for row in range(len(file)):
         yield from (f"row {row} {problem}" for problem in row_problems(file, row))
 
@@ -46,7 +46,7 @@ def row_problems(file: LogitsFile, row: int) -> Iterator[str]:
     arrays = file.stored(row).values()
     checksum, written = row_crc32(row, file.arrays["source_row"][row], arrays), file.arrays["crc32"][row]
     if checksum != written:
-        yield f"has checksum {checksum:08x}, written was {written:08x}"
+        yield f"has checksum {checksum:08x}, expected {written:08x}"
         return
     try:
         data = file.row(row)
@@ -60,9 +60,9 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
     vocab_size = layout.vocab_size
     ids, positions, target_logprob = (data[name] for name in ("input_ids", "positions", "target_logprob"))
     if (ids >= vocab_size).any():
-        yield f"has token {ids.max()}, the vocabulary ends at {vocab_size - 1}"
+        yield f"has token {ids.max()}, expected at most {vocab_size - 1}"
     if len(positions) and (positions[0] < 0 or positions[-1] > len(ids) - 2 or (np.diff(positions) < 1).any()):
-        yield f"has positions that do not ascend from 0 to {len(ids) - 2}"
+        yield f"has positions that are not ascending between 0 and {len(ids) - 2}"
         return
     if not np.isfinite(data["logsumexp"]).all():
         yield "has a logsumexp that is not finite"
@@ -82,7 +82,7 @@ def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
     num_ids = layout.num_drawable if layout.capture == "sample" else layout.vocab_size
     if (ids_PK >= num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
-        yield f"has kept_ids that repeat, or are beyond the vocabulary's {num_ids - 1}"
+        yield f"has kept_ids that repeat or exceed {num_ids - 1}"
     if "threshold" in data and not np.isfinite(data["threshold"]).all():
         yield "has a threshold that is not finite"
     if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
@@ -90,16 +90,16 @@ def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
         return
     rounding_PK = layout.rounding(logprobs_PK)
     if (np.exp(logprobs_PK - rounding_PK).sum(1) > 1 + _NATS_ERROR).any():
-        yield "has more probability than 1 at a position"
+        yield "has a position whose probabilities sum to more than 1"
     target_P = data["input_ids"][data["positions"] + 1]
     where = np.nonzero(ids_PK == target_P[:, None])
     if (np.abs(logprobs_PK[where] - data["target_logprob"][where[0]]) > rounding_PK[where] + _NATS_ERROR).any():
-        yield "has a target_logprob that is not the one in kept_logprobs"
+        yield "has a target_logprob that differs from kept_logprobs"
     if layout.capture == "sample":
         return
     least_P = logprobs_PK[:, -1] + rounding_PK[:, -1] + _NATS_ERROR
     if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
-        yield "has a target that is not kept, but likelier than tokens that are"
+        yield "has a target that is likelier than a kept token, but is not kept"
 
 
 def _logits_problems(data: Row, layout: Layout) -> Iterator[str]:
@@ -119,10 +119,10 @@ def _logits_problems(data: Row, layout: Layout) -> Iterator[str]:
         sum_C = np.exp(logits_CV - largest_C[:, None]).sum(1)
         rounding_C = layout.rounding(largest_C) + _NATS_ERROR
         if (np.abs(largest_C + np.log(sum_C) - logsumexp_C) > 2 * rounding_C).any():
-            yield "has a logsumexp that is not the one of its logits"
+            yield "has a logsumexp that differs from its logits"
             return
         logit_C = np.take_along_axis(logits_CV, target_P[span][usual_C][:, None], axis=1)[:, 0]
         off_C = np.abs(logit_C - logsumexp_C - data["target_logprob"][span][usual_C])
         if (off_C > layout.rounding(logit_C) + _NATS_ERROR)[logit_C > -FLOAT16_MAX].any():
-            yield "has a target_logprob that is not the one of its logits"
+            yield "has a target_logprob that differs from its logits"
             return

@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
-_UNLOCKED = "%s cannot be locked here: start only one run at a time that writes it."
+_UNLOCKED = "%s cannot be locked here. Start only one run at a time with this --output."
 
 
 def locked(path: Path, flags: int) -> BinaryIO:
@@ -45,7 +45,7 @@ def locked(path: Path, flags: int) -> BinaryIO:
         logger.warning(_UNLOCKED, path)
         taken = False
     if taken:
-        raise UsageError(f"{path} is being written by another run. Wait for it, or choose another name.")
+        raise UsageError(f"Another run is writing {path}. Wait for it, or choose another --output.")
     return file
 
 

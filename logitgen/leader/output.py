@@ -30,7 +30,7 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_CALLED = {
+_READABLE_NAMES = {
     "teacher_fingerprint": "the teacher's weights",
     "tokenizer_fingerprint": "the tokenizer",
     "chat_template_fingerprint": "the chat template or its options",
@@ -88,7 +88,7 @@ class Output:
         try:
             self.found = header.read(self._place)
         except FormatError as error:
-            self._refuse(f"{self._place} exists, and is nothing to go on with: {error}")
+            self._refuse(f"{self._place} exists but is unusable: {error}")
         if self._place == self.path and not self.is_complete():
             self._refuse(f"{self.path} has the name of a complete file, but lacks rows.")
 
@@ -97,11 +97,11 @@ class Output:
             raise UsageError(f"--output {self.path}: the folder {self.path.parent} does not exist. Create it.")
         for path in (self.path, self.partial, self.new):
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise UsageError(f"--output {self.path}: {path} is not a plain file. Give the name of one.")
+                raise UsageError(f"--output {self.path}: {path} is not a regular file. Choose another name.")
         for path in (self.path, self.partial, self.new):
-            if path.exists() and not header.begins_as_ours(path, unfinished=path == self.new):
+            if path.exists() and not header.has_signature(path, unfinished=path == self.new):
                 raise UsageError(
-                    f"--output {self.path}: {path} exists and is no file of logitgen, so it is not touched. "
+                    f"--output {self.path}: {path} exists and is not a logitgen file. "
                     "Choose another name, or remove it."
                 )
 
@@ -115,7 +115,7 @@ class Output:
     def _refuse(self, why: str) -> None:
         if not (self._overwrite or self._dry_run):
             raise UsageError(f"{why} Choose another --output, or replace it with --overwrite.")
-        hint = "It will be replaced." if self._overwrite else "A run without --overwrite ends here."
+        hint = "This run replaces it." if self._overwrite else "Without --overwrite, the run stops here."
         logger.warning("%s %s", why, hint)
         self.found = None
 
@@ -152,7 +152,9 @@ class Output:
             UsageError: They differ, and `overwrite` does not allow to start anew.
         """
         if self.found and (differences := list(_differences(self.found.attributes, attributes))):
-            self._refuse(f"{self._place} is of another run. There and here differ: {'; '.join(differences)}.")
+            self._refuse(
+                f"{self._place} belongs to another run. Its values and this run's differ: {'; '.join(differences)}."
+            )
 
     def done(self) -> Array:
         """Read the `done` flags of the file found, bool[N]."""
@@ -178,7 +180,7 @@ class Output:
         """
         if self.found is None and size_bytes > self.free_bytes:
             raise UsageError(
-                f"--output {self.path} needs {format_bytes(size_bytes)}, {self.path.parent} has "
+                f"--output {self.path} needs {format_bytes(size_bytes)}, but {self.path.parent} has "
                 f"{format_bytes(self.free_bytes)} free. Free some space, "
                 "or keep less per position (--top_k) or fewer rows (--limit)."
             )
@@ -222,7 +224,7 @@ class Output:
     def _check_still_free(self) -> None:
         """Check again, now that nobody else can create the file."""
         if (self.partial.exists() and self._lock is None) or (self.path.exists() and not self._overwrite):
-            raise UsageError(f"Another run has begun to write {self.path}. Wait for it, or choose another name.")
+            raise UsageError(f"Another run is writing {self.path}. Wait for it, or choose another --output.")
 
     def _check_own(self) -> None:
         """Check that the partial file's name still belongs to the file this run has open.
@@ -236,8 +238,8 @@ class Output:
             if os.path.samestat(os.fstat(self._lock.fileno()), self.partial.stat()):
                 return
         raise CaptureError(
-            f"{self.partial} is not the file of this run any more: it was moved or removed. Nothing there is touched; "
-            f"the run's rows are in {_where(self._lock)}."
+            f"{self.partial} is no longer this run's file: something moved, removed or replaced it. "
+            f"The run's rows are in {_present_path(self._lock)}."
         )
 
     def complete(self) -> None:
@@ -249,9 +251,9 @@ class Output:
         if self._place == self.path:
             return
         self._check_own()
-        if self.path.exists() and not (self._overwrite and header.begins_as_ours(self.path)):
+        if self.path.exists() and not (self._overwrite and header.has_signature(self.path)):
             raise CaptureError(
-                f"{self.path} has come to be meanwhile, and is not replaced. All rows are in {self.partial}: rename it."
+                f"{self.path} appeared during the run, and is not replaced. All rows are in {self.partial}. Rename it."
             )
         try:
             with self.partial.open("r+b") as file:  # a killed run may have left flags that are in memory only
@@ -277,15 +279,15 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
                     named.add(key)
                     yield f"{_PREFIXES.get(name, '')}{key} {there[name].get(key)} and {wanted.get(key)}"
         elif there[name] != here[name] and name not in named:
-            yield _CALLED.get(name, f"{name} {there[name]} and {here[name]}")
+            yield _READABLE_NAMES.get(name, f"{name} {there[name]} and {here[name]}")
 
 
-def _where(file: BinaryIO) -> Path | str:
+def _present_path(file: BinaryIO) -> Path | str:
     """Find the present path of an open file, which only Linux tells."""
     try:
         return Path(f"/proc/self/fd/{file.fileno()}").readlink()
     except OSError:
-        return "the file that was moved, if it still is"
+        return "the moved file, if it still exists"
 
 
 @contextmanager

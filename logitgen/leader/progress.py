@@ -32,34 +32,34 @@ class Snapshot:
 
     Attributes:
         seconds: Since this run's first forward pass.
-        rate_of_late: Recent tokens per second, over the last ten to twenty seconds.
+        recent_rate: Recent tokens per second, over the last ten to twenty seconds.
         tokens_before: Tokens that were in the file when this run began.
-        source_tokens: Tokens of each source that this run has added to the file.
-        source_totals: Tokens of each source in all, of this run.
-        ranks_of_source: Number of ranks that compute one source together.
+        stream_tokens: Tokens of each stream that this run has added to the file.
+        stream_totals: Tokens of each stream in all, of this run.
+        ranks_of_stream: Number of ranks that compute one stream together.
     """
 
     seconds: float
-    rate_of_late: float
+    recent_rate: float
     tokens_before: int
-    source_tokens: list[int]
-    source_totals: list[int]
-    ranks_of_source: int = 1
+    stream_tokens: list[int]
+    stream_totals: list[int]
+    ranks_of_stream: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens that are in the file."""
-        return self.tokens_before + sum(self.source_tokens)
+        return self.tokens_before + sum(self.stream_tokens)
 
     @property
     def total(self) -> int:
         """Tokens in all."""
-        return self.tokens_before + sum(self.source_totals)
+        return self.tokens_before + sum(self.stream_totals)
 
     @property
     def rate(self) -> float:
         """Tokens per second of this run."""
-        return sum(self.source_tokens) / self.seconds
+        return sum(self.stream_tokens) / self.seconds
 
     @property
     def speed(self) -> str:
@@ -76,48 +76,48 @@ class Snapshot:
         """Time left, in words."""
         return "ETA -:--" if self.eta_seconds is None else f"ETA {format_seconds(self.eta_seconds)}"
 
-    def share(self, source: int) -> float:
-        """Share of its tokens that a source has done, 0 to 1."""
-        return self.source_tokens[source] / self.source_totals[source] if self.source_totals[source] else 1.0
+    def share(self, stream: int) -> float:
+        """Share of its tokens that a stream has done, 0 to 1."""
+        return self.stream_tokens[stream] / self.stream_totals[stream] if self.stream_totals[stream] else 1.0
 
     @property
     def slowest(self) -> str:
-        """The end of a sentence that names the source with the least of its share done. Empty if there is only one."""
-        slowest = min(range(len(self.source_totals)), key=self.share)
-        return f", slowest {self.name(slowest)} at {self.share(slowest):.0%}" if len(self.source_totals) > 1 else ""
+        """The end of a sentence that names the stream with the least of its share done. Empty if there is only one."""
+        slowest = min(range(len(self.stream_totals)), key=self.share)
+        return f", slowest {self.name(slowest)} at {self.share(slowest):.0%}" if len(self.stream_totals) > 1 else ""
 
-    def name(self, source: int) -> str:
-        """Name of a source: the rank that sends its payloads."""
-        return f"rank {source * self.ranks_of_source}"
+    def name(self, stream: int) -> str:
+        """Name of a stream: the rank that sends its payloads."""
+        return f"rank {stream * self.ranks_of_stream}"
 
 
-def bars(known: Snapshot, eta: str, most_sources: int) -> RenderableType:
-    """Draw a bar for the whole and one for each source, or only for the slowest if there are too many."""
+def bars(known: Snapshot, eta: str, max_streams: int) -> RenderableType:
+    """Draw a bar for the whole and one for each stream, or only for the slowest if there are too many."""
     table = Table.grid(padding=(0, 1), expand=True)
     for ratio in (0, 1, 0, 0):
         table.add_column(ratio=ratio or None, no_wrap=True)
     table.add_row("capture", ProgressBar(known.total, known.tokens), f"{known.tokens / known.total:4.0%}", eta)
-    num_sources = len(known.source_totals)
-    for source in sorted(sorted(range(num_sources), key=known.share)[:most_sources]):
-        done, goal = known.source_tokens[source], known.source_totals[source]
+    num_streams = len(known.stream_totals)
+    for stream in sorted(sorted(range(num_streams), key=known.share)[:max_streams]):
+        done, goal = known.stream_tokens[stream], known.stream_totals[stream]
         table.add_row(
-            known.name(source),
+            known.name(stream),
             ProgressBar(max(goal, 1), done if goal else 1),
-            f"{known.share(source):4.0%}",
+            f"{known.share(stream):4.0%}",
             f"{done / known.seconds:,.0f} tok/s",
         )
-    hidden = num_sources - most_sources
+    hidden = num_streams - max_streams
     return Group(table, Text(f"and {hidden} faster ranks", style="dim")) if hidden > 0 else table
 
 
 class Progress:
-    """The leader's live display: totals, and a line for each source that exposes a straggler.
+    """The leader's live display: totals, and a line for each stream that exposes a straggler.
 
     Without a terminal it logs one plain line now and then.
     """
 
     def __init__(
-        self, rows: Array, tokens: Array, written_bytes: Array, shares: Sequence[Array], ranks_of_source: int = 1
+        self, rows: Array, tokens: Array, written_bytes: Array, shares: Sequence[Array], ranks_of_stream: int = 1
     ) -> None:
         """Prepare the display.
 
@@ -125,19 +125,19 @@ class Progress:
             rows: Rows of every batch of the plan, [num_batches].
             tokens: Tokens of every batch that go through the teacher.
             written_bytes: Bytes that every batch adds to the file.
-            shares: Numbers of the batches of each source. The others are in the file already.
-            ranks_of_source: Number of ranks that compute one source together.
+            shares: Numbers of the batches of each stream. The others are in the file already.
+            ranks_of_stream: Number of ranks that compute one stream together.
         """
         self._batches = rows, tokens, written_bytes
-        self._ranks_of_source = ranks_of_source
-        self._source_of = np.zeros(len(rows), dtype=np.int32)
-        for source, share in enumerate(shares):
-            self._source_of[share] = source
+        self._ranks_of_stream = ranks_of_stream
+        self._stream_of = np.zeros(len(rows), dtype=np.int32)
+        for stream, share in enumerate(shares):
+            self._stream_of[share] = stream
         pending = np.concatenate(shares)
         self._num_rows = int(rows.sum())
         self._tokens_before = int(tokens.sum() - tokens[pending].sum())
-        self._source_totals = [int(tokens[share].sum()) for share in shares]
-        self._source_tokens = [0] * len(shares)
+        self._stream_totals = [int(tokens[share].sum()) for share in shares]
+        self._stream_tokens = [0] * len(shares)
         self._rows = self._num_rows - int(rows[pending].sum())
         self._written_bytes = int(written_bytes.sum() - written_bytes[pending].sum())
         self._waited_seconds = [0.0] * len(shares)
@@ -165,28 +165,28 @@ class Progress:
             batch: Its number in the plan.
             writer_seconds: Seconds the writer has been busy so far.
         """
-        if not any(self._source_tokens):
+        if not any(self._stream_tokens):
             logger.debug("First rows are in the file.")
         rows, tokens, written_bytes = (int(values[batch]) for values in self._batches)
         self._rows += rows
-        self._source_tokens[self._source_of[batch]] += tokens
+        self._stream_tokens[self._stream_of[batch]] += tokens
         self._written_bytes += written_bytes
         self._writer_seconds = writer_seconds
         now = time.monotonic()
         if now - self._marks[1][0] > PLAIN_SECONDS:
-            waited, tokens = sum(self._waited_seconds), sum(self._source_tokens)
+            waited, tokens = sum(self._waited_seconds), sum(self._stream_tokens)
             self._marks = [self._marks[1], (now, waited, writer_seconds, tokens)]
         if not console.messages.is_terminal and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             logger.info("%s", self._plain())
 
-    def waited(self, source: int, seconds: float) -> None:
-        """Record the seconds a source has waited so far for a free buffer."""
-        self._waited_seconds[source] = seconds
+    def waited(self, stream: int, seconds: float) -> None:
+        """Record the seconds a stream has waited so far for a free buffer."""
+        self._waited_seconds[stream] = seconds
 
     @property
     def waited_share(self) -> float:
-        """Share of their time that the sources have spent waiting so far, 0 to 1."""
+        """Share of their time that the streams have spent waiting so far, 0 to 1."""
         return sum(self._waited_seconds) / (self.seconds * len(self._waited_seconds))
 
     @property
@@ -209,24 +209,24 @@ class Progress:
         since, _, _, tokens_before = self._marks[0]
         return Snapshot(
             seconds=self.seconds,
-            rate_of_late=(sum(self._source_tokens) - tokens_before) / max(time.monotonic() - since, 1e-9),
+            recent_rate=(sum(self._stream_tokens) - tokens_before) / max(time.monotonic() - since, 1e-9),
             tokens_before=self._tokens_before,
-            source_tokens=list(self._source_tokens),
-            source_totals=self._source_totals,
-            ranks_of_source=self._ranks_of_source,
+            stream_tokens=list(self._stream_tokens),
+            stream_totals=self._stream_totals,
+            ranks_of_stream=self._ranks_of_stream,
         )
 
     def _plain(self) -> str:
         known = self.snapshot()
-        return f"{self._numbers(known)}, {known.eta}, {self._last_words()}{known.slowest}"
+        return f"{self._numbers(known)}, {known.eta}, {self._disk_numbers()}{known.slowest}"
 
     def _numbers(self, known: Snapshot) -> str:
         return f"{self._rows:,}/{self._num_rows:,} rows, {known.speed}"
 
-    def _last_words(self) -> str:
+    def _disk_numbers(self) -> str:
         return f"{format_bytes(self._written_bytes)} written, bottleneck {self.bottleneck}"
 
     def _render(self) -> RenderableType:
         known = self.snapshot()
         lines = max(1, console.messages.height - 3 - -(-120 // console.messages.width))  # the numbers may wrap
-        return Group(Text(f"{self._numbers(known)}, {self._last_words()}"), bars(known, known.eta, lines))
+        return Group(Text(f"{self._numbers(known)}, {self._disk_numbers()}"), bars(known, known.eta, lines))

@@ -71,9 +71,9 @@ def decode(data: bytes) -> Snapshot | None:
         return None
     try:
         snapshot = Snapshot(**json.loads(line[2]))
-        numbers = [snapshot.rate_of_late, snapshot.tokens_before, *snapshot.source_tokens, *snapshot.source_totals]
-        pairs = zip(snapshot.source_tokens, snapshot.source_totals, strict=True)
-        numbers.append(snapshot.ranks_of_source)
+        numbers = [snapshot.recent_rate, snapshot.tokens_before, *snapshot.stream_tokens, *snapshot.stream_totals]
+        pairs = zip(snapshot.stream_tokens, snapshot.stream_totals, strict=True)
+        numbers.append(snapshot.ranks_of_stream)
         sane = 0 < snapshot.seconds < 2**63 and snapshot.total > 0 and all(done <= goal for done, goal in pairs)
         return snapshot if sane and all(0 <= number < 2**63 for number in numbers) else None
     except (TypeError, ValueError, RecursionError):  # of another version, or forged
@@ -113,15 +113,15 @@ class Watch:
                     raise
                 return self.look()  # the file got its next name meanwhile
         except OSError as error:
-            raise UsageError(f"{output.path} cannot be looked at: {reason(error)}.") from error
+            raise UsageError(f"{output.path} cannot be read: {reason(error)}.") from error
 
     def _look(self, found: Path | None) -> Status:
         path = self._output.path
         if found is None:
             return Status(path=path, state="not started")
         if found == self._output.new:
-            if not (found.is_file() and header.begins_as_ours(found, unfinished=True)):
-                raise FormatError(f"{found} is not a file of logitgen. Give the run's --output.")
+            if not (found.is_file() and header.has_signature(found, unfinished=True)):
+                raise FormatError(f"{found} is not a logitgen file. Give the run's --output.")
             return Status(path=path, state="being created", idle_seconds=self._idle_seconds(found))
         head = header.read(found)
         num_rows, num_done = head.layout.num_rows, _num_done(found, head)
@@ -158,7 +158,7 @@ def _state(snapshot: Snapshot | None, is_full: bool, head: Header, idle_seconds:
     patience = _FIRST_BATCH_SECONDS
     batch_tokens = head.attributes["settings"].get("batch_tokens")
     if snapshot and snapshot.rate and isinstance(batch_tokens, int):
-        batch_seconds = batch_tokens * len(snapshot.source_totals) / snapshot.rate
+        batch_seconds = batch_tokens * len(snapshot.stream_totals) / snapshot.rate
         patience = max(_STALLED_SECONDS, _STALLED_BATCHES * batch_seconds)
     return "stalled" if idle_seconds > patience else "running"
 

@@ -88,7 +88,7 @@ class Writer:
         self._error: BaseException | None = None  # after an error nothing more goes into the file
         self._work: queue.SimpleQueue[tuple[Work, Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._say_how_far()
+        self._store_snapshot()
         self._thread.start()
 
     def __enter__(self) -> "Writer":
@@ -98,10 +98,10 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error:
-            self._submit(self._keep).exception()
+            self._submit(self._commit_all).exception()
             num_done, num_rows = int(np.count_nonzero(self._done)), len(self._done)
             logger.info(
-                f"{num_done:,} of {num_rows:,} rows are safe in {self._partial}. Run the same command again to go on."
+                f"{num_done:,} of {num_rows:,} rows are safe in {self._partial}. Run the same command again to resume."
             )
         self._work.put(None)
         self._thread.join()
@@ -125,11 +125,12 @@ class Writer:
         Raises:
             CaptureError: A row is missing or was written twice, or the disk failed.
         """
-        self._submit(self._keep).result()
+        self._submit(self._commit_all).result()
         missing = int(np.count_nonzero(self._times_written == 0))
         if missing or self.num_twice:
             raise CaptureError(
-                f"{missing} rows are missing and {self.num_twice} written twice; {self._partial} is kept."
+                f"{missing} rows are missing and {self.num_twice} are duplicates. "
+                f"All written rows are in {self._partial}."
             )
 
     def _submit(self, work: Work) -> Future[None]:
@@ -204,9 +205,9 @@ class Writer:
             self._done[rows] = True
         self._sync = None
         self._busy_seconds += time.monotonic() - start
-        self._say_how_far()
+        self._store_snapshot()
 
-    def _say_how_far(self) -> None:
+    def _store_snapshot(self) -> None:
         """Store the progress for watchers of the run."""
         if self._snapshot:
             self._put_line(encode(self._snapshot()))
@@ -216,7 +217,7 @@ class Writer:
         with suppress(OSError):
             write_at(self._file, self._header.size_bytes, memoryview(line))
 
-    def _keep(self) -> None:
+    def _commit_all(self) -> None:
         """Commit, and sync even the `done` flags."""
         self._begin_commit()
         self._end_commit(self._sync)

@@ -31,12 +31,12 @@ from logitgen.ranks.environment import (
 
 logger = logging.getLogger(__name__)
 
-HUNG = "{} has not moved for {:,.0f} s (--rank_timeout). It hangs, or its machine is gone."
+HUNG = "{} made no progress for {:,.0f} s (--rank_timeout). It hangs, or its machine is down."
 
-GONE = "{} ended without a word: it was killed, or its machine or connection was lost."
+GONE = "{} ended without an error message: it was killed, or its machine or connection failed."
 
-_RUN_ME_AGAIN = 75
-"""Exit status EX_TEMPFAIL of sysexits.h: the same command may succeed later."""
+_EX_TEMPFAIL = 75
+"""Exit status of sysexits.h: the same command may succeed later."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
@@ -52,7 +52,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = 128 + signal_number if signal_number == signal.SIGINT else _RUN_ME_AGAIN
+        self.exit_status = 128 + signal_number if signal_number == signal.SIGINT else _EX_TEMPFAIL
 
 
 def end_run(error: BaseException, thread_failures: list[BaseException]) -> NoReturn:

@@ -107,7 +107,7 @@ def counter(key: str, more: int = 0) -> int:
         return int(launch_store().add(key, more))
     except RuntimeError as error:
         raise LostRankError(
-            "The leader's launcher is out of reach: it has ended, or its machine or the network to it is down."
+            "The leader's launcher is unreachable: it has ended, or its machine or the network is down."
         ) from error
 
 
@@ -149,8 +149,8 @@ def check_launch(num_ranks: int) -> None:
     for engine in _TRAINING_ENGINES:
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
             raise UsageError(
-                f"The launch profile turns on {engine}, with which Accelerate trains. For teachers larger than a "
-                "GPU use accelerate_configs/tensor_parallel.yaml or fsdp.yaml."
+                f"The launch profile turns on {engine}, which Accelerate uses for training only. For a teacher larger "
+                "than a GPU, use accelerate_configs/tensor_parallel.yaml or fsdp.yaml."
             )
     if launched_ranks() != num_ranks:
         raise UsageError(
@@ -163,12 +163,12 @@ def check_replicas(num_ranks: int, tp_size: int, fsdp_size: int, device_map: str
     """Refuse a number of ranks that does not make whole replicas, see `Ranks.form_replicas`."""
     if device_map and num_ranks > 1:
         raise UsageError(
-            f"--device_map has one rank use all GPUs of the machine, the launcher started {num_ranks} ranks. "
-            "Use accelerate_configs/single_gpu.yaml; for several ranks there are --tp_size and --fsdp_size."
+            f"--device_map must run on one rank, got {num_ranks}. "
+            "Use accelerate_configs/single_gpu.yaml, or share the teacher with --tp_size or --fsdp_size."
         )
     size = tp_size * fsdp_size
     if num_ranks % size:
         raise UsageError(
-            f"--tp_size {tp_size} and --fsdp_size {fsdp_size} make replicas of {size} ranks, the launcher started "
-            f"{num_ranks}. Start a multiple of {size}: accelerate launch --num_processes {size} ..."
+            f"--tp_size {tp_size} and --fsdp_size {fsdp_size} need a multiple of {size} ranks, got {num_ranks}. "
+            f"Use accelerate launch --num_processes {size} ..."
         )

@@ -26,7 +26,7 @@ def launched() -> Iterator[Ranks]:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP this way
             signal.signal(number, raise_stopped)
     if _started_by_launcher():
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher watch", daemon=True).start()
+        threading.Thread(target=_stop_with, args=(os.getppid(),), name="launcher watch", daemon=True).start()
     thread_failures: list[BaseException] = []
     try:
         _check_gpus()
@@ -47,11 +47,11 @@ def _started_by_launcher() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _end_with(launcher: int) -> None:
+def _stop_with(launcher: int) -> None:
     """Stop this rank when its launcher is gone: a killed launcher cannot stop its ranks itself."""
     while os.getppid() == launcher:
         time.sleep(LOOK_SECONDS)
-    logger.warning("The launcher is gone; its ranks stop too.")
+    logger.warning("The launcher ended, so its ranks stop.")
     interrupt_main(signal.SIGTERM)
 
 

@@ -55,7 +55,7 @@ class LogitsDataset(Dataset[Row]):
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
-            raise FormatError("A dataset needs at least one file, got none. Name it.")
+            raise FormatError("A dataset needs at least one file, got none. Give a path.")
         self._paths = [Path(name).absolute() for name in paths]  # a worker may be started in another folder
         self._files = [LogitsFile(name) for name in self._paths]
         for file in self._files[1:]:
@@ -102,12 +102,12 @@ def head_of(file: LogitsFile) -> Head | None:
     """Read the teacher's output head, if the file has one."""
     if not file.layout.of_head:
         return None
-    said, arrays = file.attributes, file.arrays
+    attributes, arrays = file.attributes, file.arrays
     return Head(
-        weight_VD=restored(arrays["head_weight"], said["teacher_dtype"]),
-        bias_V=restored(arrays["head_bias"], said["teacher_dtype"]) if "head_bias" in arrays else None,
-        scale=said["head_scale"],
-        soft_cap=said["head_soft_cap"],
+        weight_VD=restored(arrays["head_weight"], attributes["teacher_dtype"]),
+        bias_V=restored(arrays["head_bias"], attributes["teacher_dtype"]) if "head_bias" in arrays else None,
+        scale=attributes["head_scale"],
+        soft_cap=attributes["head_soft_cap"],
     )
 
 
@@ -120,8 +120,8 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
             key = min(key for key in value.keys() | expected if value.get(key) != expected.get(key))
             name, value, expected = f"{key} ({name})", value.get(key), expected.get(key)
         raise FormatError(
-            f"{file.path} has another {name} than {first.path}: {value}, not {expected}. "
-            "Files are read as one only if they were captured in the same way."
+            f"{file.path} must have the {name} of {first.path}: expected {expected}, got {value}. "
+            "Capture all files of a dataset in the same way."
         )
 
 

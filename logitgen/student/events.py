@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 
 from logitgen.file.layout import FLOAT16_MAX
 
-LEAST_LOGPROB = -FLOAT16_MAX
+MIN_LOGPROB = -FLOAT16_MAX
 """Log-prob of impossible tokens: finite, so that 0 times it is 0, and as the file stores it."""
 
 
@@ -29,7 +29,7 @@ def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghos
     num_columns = student_CV.shape[-1]
     both = logprobs_CK, student_CV.log_softmax(-1).gather(-1, ids_CK.clamp(max=num_columns - 1))
     known_CK = ids_CK < num_columns
-    kept = [torch.where(known_CK, logprobs, LEAST_LOGPROB).clamp(min=LEAST_LOGPROB) for logprobs in both]
+    kept = [torch.where(known_CK, logprobs, MIN_LOGPROB).clamp(min=MIN_LOGPROB) for logprobs in both]
     if ghost:
         kept = [torch.cat([logprobs, _tail_logprob(logprobs)], dim=-1) for logprobs in kept]
     return kept[0], kept[1]
@@ -58,7 +58,7 @@ def sample_weights(logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
     Source: Vieira 2017, "Estimating means in a finite universe"; Kool et al. 2019, "Stochastic Beams and Where to Find
     Them", section 4.
     """
-    logprobs_CK = logprobs_CK.clamp(min=LEAST_LOGPROB)
+    logprobs_CK = logprobs_CK.clamp(min=MIN_LOGPROB)
     inclusion_CK = -torch.expm1(-(logprobs_CK - threshold_C[:, None]).exp())
     # A masked token, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
     return logprobs_CK.exp() / inclusion_CK.clamp(min=torch.finfo(inclusion_CK.dtype).tiny)
@@ -81,7 +81,7 @@ def common_columns(student_CV: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tens
 
 def normalised(logits_CE: Tensor) -> Tensor:
     """Turn logits into finite log-probs."""
-    return logits_CE.log_softmax(-1).clamp(min=LEAST_LOGPROB)
+    return logits_CE.log_softmax(-1).clamp(min=MIN_LOGPROB)
 
 
 def kl_sum(of_CE: Tensor, from_CE: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def export(file: LogitsFile, output: Path) -> None:
     """
     if file.layout.capture not in WITH_KEPT_IDS:
         raise UsageError(
-            f"Only files of --capture {' or '.join(WITH_KEPT_IDS)} can be exported, {file.path} is of --capture "
+            f"The export needs a file of --capture {' or '.join(WITH_KEPT_IDS)}, {file.path} has --capture "
             f"{file.layout.capture}. Train from it with LogitsDataset."
         )
     if output.suffix not in ("", ".parquet"):

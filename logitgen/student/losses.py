@@ -109,7 +109,7 @@ class DistillationLoss:
         if not 0 < self.beta < 1:
             raise UsageError(
                 f"beta must be between 0 and 1, both excluded, got {self.beta}. "
-                "For the ends take divergence='forward_kl' or 'reverse_kl'."
+                "For the ends, use divergence='forward_kl' or 'reverse_kl'."
             )
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"temperature must be a number above 0, got {self.temperature}. 1 leaves it as it is.")
@@ -203,7 +203,7 @@ class DistillationLoss:
         if device not in self._heads:
             head = self.dataset.head
             if head is None:
-                raise UsageError("A loss from hidden states needs the teacher's head, the dataset has none.")
+                raise UsageError("A loss from hidden states needs the teacher's head, but the dataset has none.")
             self._heads[device] = head.to(device, head.weight_VD.dtype)
         return self._heads[device]
 
@@ -216,7 +216,7 @@ class DistillationLoss:
         if logits_BTV.shape[:-1] != captured_BT.shape:
             raise UsageError(
                 f"The student's logits must have the shape {[*captured_BT.shape, 'vocabulary']}, as the batch has, got "
-                f"{list(logits_BTV.shape)}. Give it the batch's input_ids, and its logits uncut to the loss."
+                f"{list(logits_BTV.shape)}. Run the student on the batch's input_ids, and pass all its logits."
             )
         num_columns = logits_BTV.shape[-1]
         vocab_size, tokenizer_size = (self.dataset.attributes[name] for name in ("vocab_size", "tokenizer_size"))
@@ -224,9 +224,9 @@ class DistillationLoss:
         most = max(vocab_size, tokenizer_size) + MAX_PADDED_ROWS
         if not least <= num_columns <= most:
             raise UsageError(
-                f"The vocabularies differ: the student's logits have {num_columns} columns, the teacher's {vocab_size} "
-                f"with a tokenizer of {tokenizer_size or 'unknown'} size; {least} to {most} would fit. Train a student "
-                "that has the teacher's tokenizer."
+                f"The student's logits must have {least} to {most} columns to fit the teacher's vocabulary of "
+                f"{vocab_size} and its tokenizer of {tokenizer_size or 'unknown'} size, got {num_columns}. "
+                "Train a student with the teacher's tokenizer."
             )
 
 
