@@ -172,8 +172,14 @@ def test_rows_are_cut_as_plain_lists_would_be(
     expected = cut_lists(split, max_length, cut)
     positions = [[at for at in range(len(row) - 1) if row[at + 1][1] or not completion_only] for _, row in expected]
     starts = tuple(start for start in chunk_starts if start < len(ids))
+    emptied = [
+        not found and any(marked for _, marked in row[max_length:])
+        for row, found in zip(split, positions, strict=False)
+        if completion_only and cut == "truncate"
+    ]
     if not any(positions):
-        with pytest.raises(UsageError, match=r"no position to capture|--packing with --max_length"):
+        reason = "cuts off every completion" if any(emptied) else "no position to capture|--packing with --max_length"
+        with pytest.raises(UsageError, match=reason):
             make_rows(ids, masks, max_length, starts, **options)
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -194,6 +200,7 @@ def test_rows_are_cut_as_plain_lists_would_be(
     assert rows.num_tokens == sum(len(row) for _, row in expected)
     assert rows.num_captured == sum(map(len, positions))
     assert rows.num_dropped_tokens == sum(map(len, ids)) - sum(len(row) for _, row in expected)
+    assert rows.num_emptied == sum(emptied)
     assert rows.num_cut == (0 if cut == "packing" else sum(len(row) > max_length for row in ids))
 
 

@@ -208,8 +208,8 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     for name in JSON_ATTRIBUTES:
         try:
             plain[name] = json.loads(plain[name])
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.") from error
+        except (ValueError, RecursionError):
+            plain[name] = None
         if not isinstance(plain[name], dict):
             raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.")
     for name in SETTINGS_READ:
