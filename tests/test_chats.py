@@ -3,15 +3,21 @@
 import importlib.util
 import json
 import logging
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
 import jinja2
+import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, ROOT, make_tokenizer
+import torch
+from conftest import CHAT_TEMPLATE, ROOT, make_llama, make_tokenizer, save_teacher, write_jsonl
+from families import assert_row_is_right
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logitgen import LogitsFile
 from logitgen.config import Config, JsonObject
 from logitgen.errors import UsageError
 from logitgen.split.tokens import tokenize
@@ -421,3 +427,74 @@ def test_the_table_of_templates_in_the_documentation_is_true() -> None:
     lines = (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines()
     start = lines.index(f"| templates | {' | '.join(kinds)} |")
     assert lines[start + 2 : start + 2 + len(expected) + 1] == [*expected, ""]
+
+
+# Through to the file.
+
+
+def save_with_template(folder: Path, name: str) -> Path:
+    return save_teacher(folder / "teacher", make_llama(), with_template(name))
+
+
+def assert_row_is_a_direct_pass(teacher: Path, row: Row) -> None:
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        logits_TV = model(torch.from_numpy(row["input_ids"].astype(np.int64))[None]).logits[0]
+    assert_row_is_right(row, logits_TV.log_softmax(-1))
+
+
+def test_the_rows_of_a_conversation_are_captured_as_direct_forward_passes(
+    capture: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = save_with_template(tmp_path, "qwen3")
+    rows = write_jsonl(tmp_path / "d.jsonl", [{"messages": SINGLE}, {"messages": REASONED}])
+    file = LogitsFile(capture(teacher=teacher, dataset=rows, completion_only=True))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    expected = [rendered(tokenizer, chat) for chat in (SINGLE, REASONED[:2], REASONED)]
+    assert [file.row(number)["input_ids"].tolist() for number in range(len(file))] == expected
+    assert file.arrays["source_row"].tolist() == [0, 1, 1]
+    for number in range(len(file)):
+        assert len(file.row(number)["positions"])
+        assert_row_is_a_direct_pass(teacher, file.row(number))
+
+
+def test_packed_documents_are_captured_as_direct_forward_passes(
+    capture: Callable[..., Path], teacher: Path, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]}]
+    file = LogitsFile(capture(teacher=teacher, dataset=write_jsonl(tmp_path / "d.jsonl", rows)))
+    assert [file.row(number)["input_ids"].tolist() for number in (0, 1)] == [[5, 6, 7], [8, 9]]
+    assert file.arrays["source_row"].tolist() == [0, 0]
+    for number in (0, 1):
+        assert_row_is_a_direct_pass(teacher, file.row(number))
+
+
+def test_a_run_that_goes_on_another_day_keeps_the_date_of_its_first_start(
+    capture: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = save_with_template(tmp_path, "llama3_2")
+    rows = write_jsonl(tmp_path / "d.jsonl", [{"messages": SINGLE}])
+    path = capture(teacher=teacher, dataset=rows, chat_template_date="2020-02-29")
+    before = path.read_bytes()
+    assert LogitsFile(path).attributes["chat_template_date"] == "2020-02-29"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "elsewhere"))
+    with caplog.at_level(logging.INFO):
+        assert capture(teacher=teacher, dataset=rows).read_bytes() == before
+    assert "Nothing is left to do." in caplog.text
+    with pytest.raises(UsageError, match=r"chat_template_date 2020-02-29 and 2020-03-01"):
+        capture(teacher=teacher, dataset=rows, chat_template_date="2020-03-01")
+
+
+def test_a_file_whose_rows_print_no_date_holds_none(capture: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = save_with_template(tmp_path, "llama3_2")
+    texts = write_jsonl(tmp_path / "d.jsonl", [{"text": "some words"}])
+    attributes = LogitsFile(capture(teacher=teacher, dataset=texts)).attributes
+    assert (attributes["chat_template_date"], attributes["chat_template_fingerprint"]) == ("", "")
+
+
+def test_other_options_of_the_template_are_another_run(capture: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = save_with_template(tmp_path, "qwen3")
+    rows = write_jsonl(tmp_path / "d.jsonl", [{"messages": SINGLE}])
+    capture(teacher=teacher, dataset=rows)
+    with pytest.raises(UsageError, match=r"the chat template or its options"):
+        capture(teacher=teacher, dataset=rows, chat_template=TEMPLATES / "qwen2_5.jinja")
