@@ -116,3 +116,14 @@ def test_every_file_that_contributors_are_told_of_exists() -> None:
     named = re.findall(r"`([\w./]+(?:/|\.\w+))`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert len(named) > 20
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_contributors_are_told_of_every_helper_of_the_tests() -> None:
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    helpers = {path.name for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")}
+    assert {name for name in helpers if f"`tests/{name}`" not in told} == set()
+
+
+def test_a_test_file_says_what_it_covers() -> None:
+    for path in (ROOT / "tests").glob("*.py"):
+        assert re.match(r'"""\S.*[.:"]', path.read_text(encoding="utf-8")), path.name
