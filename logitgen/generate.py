@@ -237,7 +237,7 @@ def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: T
     if writer:
         with only_shows(f"{output.path} is complete, but its summary"):
             file, waited = LogitsFile(output.path), progress.waited_share
-            print_result(summary(file, writer.num_twice, num_tokens, job.plan.padding_share, progress.seconds, waited))
+            print_result(summary(file, writer.num_duplicates, num_tokens, job.plan.padding_share, progress.seconds, waited))
 
 
 def compute(teacher: Teacher, job: Job, share: np.ndarray, num_steps: int, outbox: Outbox) -> None:

@@ -57,7 +57,7 @@ def _quantized(how: str) -> str:
 
 def summary(
     file: LogitsFile,
-    num_twice: int,
+    num_duplicates: int,
     num_forward_tokens: int,
     padding_share: float,
     seconds: float,
@@ -67,7 +67,7 @@ def summary(
 
     Args:
         file: The complete file.
-        num_twice: Rows that were written more than once.
+        num_duplicates: Rows that were written more than once.
         num_forward_tokens: Tokens that went through the teacher, without padding.
         padding_share: Share of padding among all that went through the teacher.
         seconds: Time from the first forward pass to the last row written.
@@ -77,7 +77,7 @@ def summary(
     present = int(np.count_nonzero(file.arrays["done"]))
     lines = {
         "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, "
-        f"{num_twice:,} duplicates",
+        f"{num_duplicates:,} duplicates",
         "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
         "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, "
         f"{padding_share:.1%} padding, {waited_share:.1%} waiting",

@@ -385,7 +385,7 @@ def test_a_batch_written_twice_is_reported(job: Job, tmp_path: Path) -> None:
         made.submit(batch, job.payloads[batch])
     with pytest.raises(CaptureError, match=r"0 rows are missing and 2 are duplicates\. .* in .*out\.h5\.$"):
         made.finish()
-    assert made.num_twice == 2
+    assert made.num_duplicates == 2
 
 
 def test_a_batch_that_is_done_already_counts_as_written_once(job: Job, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_batch_that_is_done_already_counts_as_written_once(job: Job, tmp_path:
     for batch in (0, 1, 2):
         made.submit(batch, job.payloads[batch])
     made.finish()
-    assert made.num_twice == 0
+    assert made.num_duplicates == 0
     assert_file_holds(tmp_path / "out.h5", job.expected)
 
 

@@ -111,7 +111,7 @@ class Writer:
         self._file.close()
 
     @property
-    def num_twice(self) -> int:
+    def num_duplicates(self) -> int:
         """Rows written more than once."""
         return int(np.count_nonzero(self._times_written > 1))
 
@@ -127,9 +127,9 @@ class Writer:
         """
         self._submit(self._commit_all).result()
         missing = int(np.count_nonzero(self._times_written == 0))
-        if missing or self.num_twice:
+        if missing or self.num_duplicates:
             raise CaptureError(
-                f"{missing} rows are missing and {self.num_twice} are duplicates. "
+                f"{missing} rows are missing and {self.num_duplicates} are duplicates. "
                 f"All written rows are in {self._partial}."
             )
 
