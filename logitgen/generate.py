@@ -236,8 +236,9 @@ def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: T
             output.complete()
     if writer:
         with only_shows(f"{output.path} is complete, but its summary"):
-            file, waited = LogitsFile(output.path), progress.waited_share
-            print_result(summary(file, writer.num_duplicates, num_tokens, job.plan.padding_share, progress.seconds, waited))
+            file = LogitsFile(output.path)
+            padding, waited = job.plan.padding_share, progress.waited_share
+            print_result(summary(file, writer.num_duplicates, num_tokens, padding, progress.seconds, waited))
 
 
 def compute(teacher: Teacher, job: Job, share: np.ndarray, num_steps: int, outbox: Outbox) -> None:
