@@ -80,7 +80,9 @@ class Config:
 
     teacher: str = _option("required", "Hub id or folder of a causal language model.")
     dataset: str = _option(
-        "required", "Hub id, .json/.jsonl/.parquet/.csv/.txt/.arrow file, folder of such files, or save_to_disk folder."
+        "required",
+        "Hub id, .json/.jsonl/.csv/.tsv/.txt (or with .gz/.zst), .parquet or .arrow file, pattern such as "
+        "'data/*.jsonl', folder of such files, or save_to_disk folder.",
     )
     output: str = _option("required", "The HDF5 file to write.")
     revision: str | None = _option("teacher", "Branch, tag or commit of the teacher on the hub.", None)

@@ -1,7 +1,9 @@
 """Where rows come from: every file format, folders, saved datasets, slices, and what is refused."""
 
+import base64
 import csv
 import errno
+import gzip
 import json
 import os
 import re
@@ -39,6 +41,23 @@ def write_csv(path: Path) -> None:
         writer = csv.DictWriter(file, ["text", "number"])
         writer.writeheader()
         writer.writerows(ROWS)
+
+
+def write_tsv(path: Path) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "number"], dialect="excel-tab")
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return bytes(sink.getvalue())
+
+
+COMPRESS = {".gz": gzip.compress, ".zst": zstd}
 
 
 def write_arrow_stream(path: Path) -> None:
@@ -79,10 +98,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("rows.jsonl", lambda path: write_jsonl(path, ROWS)),
         ("rows.parquet", lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path)),
         ("rows.csv", write_csv),
+        ("rows.tsv", write_tsv),
         ("rows.arrow", write_arrow_stream),
         ("rows_file.arrow", write_arrow_file),
         ("ROWS.JSONL", lambda path: write_jsonl(path, ROWS)),
         ("rows [1]*.jsonl", lambda path: write_jsonl(path, ROWS)),
+        ("模型 ü.jsonl", lambda path: write_jsonl(path, ROWS)),
     ],
 )
 def test_a_file_gives_its_rows_in_order(tmp_path: Path, name: str, write: Callable[[Path], object]) -> None:
@@ -94,6 +115,234 @@ def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("first\n\n third \nfou\u2028rth\nlast without end", encoding="utf-8")
     expected = ["first", "", " third ", "fou\u2028rth", "last without end"]
     assert load(tmp_path / "lines.txt").to_list() == [{"text": text} for text in expected]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rows.json", write_json),
+        ("rows.jsonl", lambda path: write_jsonl(path, ROWS)),
+        ("rows.csv", write_csv),
+        ("rows.tsv", write_tsv),
+        ("ROWS.JSONL", lambda path: write_jsonl(path, ROWS)),
+        ("模型 (1)*.jsonl", lambda path: write_jsonl(path, ROWS)),
+    ],
+)
+def test_a_compressed_file_gives_the_rows_of_its_content(
+    tmp_path: Path, name: str, write: Callable[[Path], object], ending: str
+) -> None:
+    write(tmp_path / name)
+    path = tmp_path / (name + (ending.upper() if name.isupper() else ending))
+    path.write_bytes(COMPRESS[ending]((tmp_path / name).read_bytes()))
+    (tmp_path / name).unlink()
+    assert load(path).to_list() == ROWS
+    if not name.isupper():  # `datasets` finds no such files in a folder
+        assert load(tmp_path).to_list() == ROWS
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_compressed_text_file_gives_one_row_per_line(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"lines.txt{ending}"
+    path.write_bytes(COMPRESS[ending]("first\n\nfou\u2028rth\nlast without end".encode()))
+    assert [row["text"] for row in load(path)] == ["first", "", "fou\u2028rth", "last without end"]
+
+
+def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    """Made with the program `zstd`: a frame with a checksum and one without."""
+    frames = "KLUv/SQlDQEA2HsidGV4dCI6ICJmaXJzdCJ9Cnp3w7ZsZiJ9CgEAapthB0Si4ii1L/0gEpEAAHsidGV4dCI6ICJ0aGlyZCJ9Cg=="
+    (tmp_path / "rows.jsonl.zst").write_bytes(base64.b64decode(frames))
+    assert [row["text"] for row in load(tmp_path / "rows.jsonl.zst")] == ["first", "zwölf", "third"]
+
+
+def test_a_gz_file_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt.gz"
+    path.write_bytes(gzip.compress(b"first\n") + gzip.compress(b"second\n"))
+    assert load(path).to_list() == [{"text": "first"}, {"text": "second"}]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b'{"text": "%d"}\n'), ("a.csv", b"%d,b\n"), ("a.txt", b"%d\n")]
+)
+def test_a_compressed_file_that_was_cut_off_is_refused(tmp_path: Path, name: str, content: bytes, ending: str) -> None:
+    path = tmp_path / (name + ending)
+    whole = COMPRESS[ending](b"".join(content % (number**9) for number in range(2000)))
+    for length in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            UsageError, match=rf"^--dataset .*{name}{ending} cannot be loaded .*(ended before|Truncated)"
+        ):
+            load(path)
+
+
+@pytest.mark.parametrize(("ending", "reason"), [(".gz", "Not a gzipped file"), (".zst", "ZSTD decompress failed")])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(tmp_path: Path, ending: str, reason: str) -> None:
+    path = write_jsonl(tmp_path / f"rows.jsonl{ending}", ROWS)
+    with pytest.raises(UsageError, match=rf"^--dataset .*rows\.jsonl{ending} cannot be loaded .*{reason}") as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.tsv", "rows.txt"])
+def test_a_compressed_file_without_content_has_no_rows(tmp_path: Path, name: str, ending: str) -> None:
+    (tmp_path / (name + ending)).write_bytes(COMPRESS[ending](b""))
+    with pytest.raises(UsageError, match=rf"^--split train of .*{name}{ending} has no rows\.$"):
+        load(tmp_path / (name + ending))
+
+
+def test_brackets_in_the_name_of_a_compressed_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows[1].jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    for path in (tmp_path / "rows[1].jsonl.gz", tmp_path):
+        with pytest.raises(
+            UsageError, match=r"rows\[1\]\.jsonl\.gz: the name .* cannot have brackets. Rename the file\.$"
+        ):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz", "rows.tsv.zst"])
+def test_na_is_a_word_in_a_table_of_text(tmp_path: Path, name: str) -> None:
+    separator = "\t" if ".tsv" in name else ","
+    content = f"text{separator}number\nNA{separator}1\nnull{separator}2\n".encode()
+    (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(content))
+    for path in (tmp_path / name, tmp_path):
+        assert load(path).to_list() == [{"text": "NA", "number": 1}, {"text": "null", "number": 2}]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Files with one row each, in two folders, beside other files."""
+    write_jsonl(tmp_path / "part-10.jsonl", [{"text": "ten"}])
+    write_jsonl(tmp_path / "part-2.jsonl", [{"text": "two"}])
+    (tmp_path / "part-3.json.gz").write_bytes(gzip.compress(b'[{"text": "three"}]'))
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "test"}])
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write_jsonl(tmp_path / "deep" / "er" / "part-1ü.jsonl", [{"text": "one"}])
+    (tmp_path / "notes.txt").write_text("a note\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("part-*", ["ten", "two", "three"]),
+        ("*.jsonl", ["ten", "two", "test"]),
+        ("part-[23].*", ["two", "three"]),
+        ("**/part-*.jsonl", ["one", "ten", "two"]),
+        ("deep/**", ["one"]),
+        ("*/er/*ü.jsonl", ["one"]),
+    ],
+)
+def test_a_pattern_gives_the_rows_of_the_files_it_matches_sorted_by_name(
+    shards: Path, pattern: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(shards / pattern).to_list() == [{"text": text} for text in expected]
+    monkeypatch.chdir(shards)
+    assert load(pattern).to_list() == [{"text": text} for text in expected]
+    assert load(pattern, split="train[-1:]", limit=5).to_list() == [{"text": expected[-1]}]
+
+
+def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "part-*.jsonl", [{"text": "literal"}])
+    write_jsonl(tmp_path / "part-1.jsonl", [{"text": "matched"}])
+    assert load(tmp_path / "part-*.jsonl").to_list() == [{"text": "literal"}]
+
+
+def test_a_file_more_that_a_pattern_matches_gives_its_rows_and_other_tokens(shards: Path) -> None:
+    before = load(shards / "part-*.jsonl")
+    write_jsonl(shards / "part-3.jsonl", [{"text": "new"}])
+    after = load(shards / "part-*.jsonl")
+    assert [row["text"] for row in after] == ["ten", "two", "new"]
+    write_jsonl(shards / "part-3.jsonl", [{"text": "anew"}])
+    changed = load(shards / "part-*.jsonl")
+    assert [row["text"] for row in changed] == ["ten", "two", "anew"]
+    assert len({rows._fingerprint for rows in (before, after, changed)}) == 3
+    assert load(shards / "part-*.jsonl")._fingerprint == changed._fingerprint
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("part-*.csv", r" does not exist, and as a pattern it matches no file\.$"),
+        ("dee[p]", r" does not exist, and as a pattern it matches no file, only folders such as .*/deep\.$"),
+        ("[np]*", r" matches files of several formats, such as .*/notes\.txt and .*/part-10\.jsonl\. Narrow it down"),
+        ("folder*", r" matches .*/folder\.jsonl, which is no file\. Narrow the pattern down to files\.$"),
+        ("link*", r" matches .*/link\.jsonl, which is no file\. Narrow the pattern down to files\.$"),
+        ("same*", r" matches .*/same-1\.jsonl and .*/same-2\.jsonl, the same file\. Narrow it down to one\.$"),
+        ("*.md", r"/read\.md must end in one of .*, got '\.md'\.$"),
+    ],
+)
+def test_a_pattern_that_matches_anything_but_files_of_one_format_is_refused(
+    shards: Path, pattern: str, message: str
+) -> None:
+    (shards / "folder.jsonl").mkdir()
+    (shards / "read.md").write_text("text")
+    (shards / "link.jsonl").symlink_to("nowhere")
+    for name in ("same-1.jsonl", "same-2.jsonl"):
+        (shards / name).symlink_to(shards / "part-2.jsonl")
+    with pytest.raises(UsageError, match=rf"^--dataset {re.escape(str(shards))}.*{message}"):
+        load(shards / pattern)
+
+
+def test_a_pattern_has_no_split_but_train_and_no_configurations(shards: Path) -> None:
+    with pytest.raises(UsageError, match=r"Unknown split \"test\"\. Should be one of \['train'\]"):
+        load(shards / "*.jsonl", split="test")
+    with pytest.raises(UsageError, match=r"^--dataset_config is for datasets that have several"):
+        load(shards / "*.jsonl", dataset_config="one")
+
+
+@pytest.mark.parametrize("source", ["", "*.jsonl"])
+def test_an_empty_file_among_others_is_told(tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [])
+    write_jsonl(tmp_path / "b.jsonl", ROWS)
+    assert load(tmp_path / source).to_list() == ROWS
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/a.jsonl has no rows."]
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"^--split train of .* has no rows\.$"):
+        load(tmp_path / source)
+
+
+@pytest.mark.parametrize("source", ["", "*.jsonl"])
+def test_a_broken_file_among_others_is_named(tmp_path: Path, source: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").write_text('{"text": \n')
+    with pytest.raises(UsageError, match=r"^--dataset .* cannot be loaded .*: .*/b\.jsonl: JSON parse error.* row 0"):
+        load(tmp_path / source)
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "NOTES.txt").write_text("a note\n")
+    assert load(tmp_path).to_list() == ROWS
+    told = (
+        f"Not read: {tmp_path}/NOTES.txt. Most files of {tmp_path} have another format, or its card leaves these out."
+    )
+    assert [record.getMessage() for record in caplog.records] == [told]
+
+
+CARD_OF_TYPES = "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n---\n"
+CARD_OF_TWO = """---
+configs:
+- {config_name: one, data_files: one.jsonl}
+- {config_name: two, data_files: two.csv, sep: ";"}
+---
+"""
+
+
+def test_a_card_that_gives_the_types_is_followed(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "five"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": 5}])
+    (tmp_path / "README.md").write_text(CARD_OF_TYPES)
+    assert load(tmp_path).to_list() == [{"text": "five"}, {"text": "5"}]
+
+
+def test_a_card_with_configurations_is_followed(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "one.jsonl", ROWS)
+    (tmp_path / "two.csv").write_text("text;number\nNA;1\n")
+    (tmp_path / "README.md").write_text(CARD_OF_TWO)
+    assert load(tmp_path, dataset_config="one").to_list() == ROWS
+    assert load(tmp_path, dataset_config="two").to_list() == [{"text": "NA", "number": 1}]
 
 
 def test_every_source_gives_the_rows_of_its_train_split(sources: dict[str, Path]) -> None:
@@ -181,7 +430,9 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
         load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "nowhere/none.csv", "./nowhere", "../nowhere", "a/b/c", "nowhere/"])
+@pytest.mark.parametrize(
+    "name", ["none.jsonl", "none/none.tsv.gz", "nowhere/none.csv", "./nowhere", "../nowhere", "a/b/c", "nowhere/"]
+)
 def test_a_relative_path_that_does_not_exist_is_not_taken_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -198,10 +449,20 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_quickly(name: str) -> None:
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize(("name", "ending"), [("rows.tsv", ".tsv"), ("rows", ""), ("rows.jsonl.bak", ".bak")])
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("rows.xml", ".xml"),
+        ("rows", ""),
+        ("rows.jsonl.bak", ".bak"),
+        ("rows.parquet.gz", ".parquet.gz"),
+        ("r.gz", ".gz"),
+    ],
+)
 def test_an_unknown_kind_of_file_is_told_what_there_is(tmp_path: Path, name: str, ending: str) -> None:
     (tmp_path / name).write_text("a\n")
-    message = rf"--dataset .*{name} must end in one of .json .jsonl .parquet .csv .txt .arrow, got '{ending}'\.$"
+    known = r".json .jsonl .csv .tsv .txt \(each also with .gz or .zst behind\) .parquet .arrow"
+    message = rf"--dataset .*{name} must end in one of {known}, got '{ending}'\.$"
     with pytest.raises(UsageError, match=message):
         load(tmp_path / name)
 

@@ -34,7 +34,7 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
 
     Args:
         path: The file, of the `datasets` library.
-        num_rows: Rows of the split. Each must be the `source_row` of at least one row.
+        num_rows: Number of rows it must have, or of different `source_row` values if it has that column.
         make: Returns the rows, from the file if it exists. Otherwise it writes the file, if it keeps one.
 
     Raises:
@@ -46,7 +46,7 @@ def cached(path: Path, num_rows: int, make: Callable[[], datasets.Dataset]) -> d
         path.unlink(missing_ok=True)
     is_new = not path.exists()
     rows = make()
-    num_read = len(np.unique(rows.data.column("source_row").to_numpy()))
+    num_read = len(np.unique(rows.data.column("source_row"))) if "source_row" in rows.column_names else len(rows)
     if num_read != num_rows:
         raise CaptureError(
             f"{num_rows:,} rows became {num_read:,}. The datasets cache is damaged: remove {path.parent}."

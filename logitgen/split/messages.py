@@ -35,13 +35,14 @@ def from_json(value: Any, name: str, kind: type, index: int) -> Any:
     if not isinstance(value, kind):
         expected = "a list" if kind is list else "an object"
         raise UsageError(f"Row {index}: '{name}' must be {expected}, or JSON text of it, got {kind_of(value)}.")
-    return value if is_text else _without_nulls(value)
+    return value if is_text else without_nulls(value)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """Leave out the members without a value, which Arrow fills in."""
     if isinstance(value, dict):
-        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
-    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
+        return {name: without_nulls(member) for name, member in value.items() if member is not None}
+    return [without_nulls(member) for member in value] if isinstance(value, list) else value
 
 
 def checked_chat(chat: Any, name: str, index: int) -> Chat:
@@ -73,7 +74,7 @@ def _checked(message: Any, place: str) -> dict[str, Any]:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
-    found = cast(dict[str, Any], _without_nulls(message))
+    found = cast(dict[str, Any], without_nulls(message))
     content = found.get("content", "" if found.get("tool_calls") else None)
     if isinstance(content, list):
         content = "".join(_text_of(part, place) for part in content)
