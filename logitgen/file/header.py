@@ -139,7 +139,7 @@ def read(path: Path) -> Header:
         hint = " Its .partial exists. Finish that capture first." if left else ""
         raise FormatError(f"{path} is not a file.{hint}")
     try:
-        head_bytes = _check_head(path)
+        end = _check_head(path)
         with h5py.File(path, "r", locking=False) as file:
             attributes = _attributes(file, path)
             layout = _layout(file, attributes, path)
@@ -150,7 +150,6 @@ def read(path: Path) -> Header:
         if isinstance(error, PermissionError):
             raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
         raise FormatError(f"{path} is damaged: {error}. Copy it again.") from error
-    end = head_bytes
     for name, field in layout.datasets.items():
         if places[name] != end:
             raise FormatError(f"{path} is damaged: {name} starts at the wrong byte. Copy it again.")

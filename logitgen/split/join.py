@@ -77,7 +77,8 @@ def _types(rows: datasets.Dataset) -> dict[str, pa.DataType]:
 
 def _type_of(name: str, parts: Parts, config: Config) -> Any:
     """Return the type that holds a column's values of all files unchanged."""
-    if name in _MAY_BE_JSON and len({_types(rows).get(name, pa.null()) for _, rows in parts} - {pa.null()}) > 1:
+    may_be_json = name in (*_MAY_BE_JSON, config.messages_column)
+    if may_be_json and len({_types(rows).get(name, pa.null()) for _, rows in parts} - {pa.null()}) > 1:
         return _TEXT
     common, first = _NOTHING, ""
     for file, rows in parts:
@@ -133,7 +134,7 @@ def _as_types(rows: datasets.Dataset, common: dict[str, Any], folder: Path) -> d
         options = {"features": features, "new_fingerprint": fingerprint, "cache_file_name": str(path)}
         return rows.map(convert, batched=True, **options)
 
-    texts = {name for name in rows.column_names if name in _MAY_BE_JSON and features[name] == _TEXT}
+    texts = {name for name in rows.column_names if features[name] == _TEXT}
     return cached(path, len(rows), make)
 
 

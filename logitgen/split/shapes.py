@@ -53,7 +53,7 @@ def chat_columns(columns: Mapping[str, Any], config: Config) -> list[str]:
         return found
     pair = ["prompt", "completion"]
     sides = [getattr(columns.get(name), "feature", None) for name in pair]
-    return pair if all(isinstance(side, dict) for side in sides) else []
+    return [] if any(isinstance(side, datasets.Value | None) for side in sides) else pair
 
 
 def template_of(
