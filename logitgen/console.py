@@ -125,27 +125,54 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
     logging.getLogger("logitgen").setLevel(logging.DEBUG)
     logging.captureWarnings(True)
-    quiet_libraries()
+    quiet_libraries(bars=not rank)
 
 
-def quiet_libraries() -> None:
-    """Send messages of other libraries to the log file, and turn off their progress bars."""
+def quiet_libraries(*, bars: bool = False) -> None:
+    """Send messages of other libraries to the log file.
+
+    Args:
+        bars: Draw their progress bars in a terminal, and log their progress now and then elsewhere. Otherwise there are
+            none.
+    """
     import datasets  # they take seconds, and a look into a file needs none of them
-    import tqdm
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Some of their bars have no switch, for example the GGUF loader's.
-    if not isinstance(vars(tqdm.tqdm)["__init__"], partialmethod):
-        tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    _change_bars(bars)
+    if not bars:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.disable_progress_bar()
+        disable_progress_bars()
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     datasets.utils.logging.enable_propagation()
     for name in ("transformers", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).handlers.clear()
+
+
+def _change_bars(shown: bool) -> None:
+    """Set the defaults of all progress bars: some libraries have no switch for theirs, such as the GGUF loader."""
+    import tqdm
+
+    if isinstance(vars(tqdm.tqdm)["__init__"], partialmethod):
+        return
+    tqdm.tqdm.monitor_interval = 0  # no thread of its own
+    options: dict[str, Any] = {"disable": True}
+    if shown and messages.is_terminal:
+        options = {"file": messages.file, "leave": False, "delay": 1.0}
+    elif shown:
+        options = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS, "miniters": 1, "leave": False}
+        tqdm.tqdm.display = _log_progress
+    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, **options)
+
+
+def _log_progress(bar: Any, msg: str | None = None, pos: int | None = None) -> bool:
+    """Log how far a progress bar is, in place of `tqdm.display`."""
+    if msg is None:
+        total = f" of {bar.total:,}" if bar.total else ""
+        logger.info(f"{bar.desc.rstrip(': ') or 'Progress'}: {bar.n:,}{total}.")
+    return True
 
 
 class _ConsoleHandler(logging.Handler):

@@ -458,7 +458,8 @@ LOGGING_OF = ("", "logitgen", "py.warnings", "transformers", "datasets", "huggin
 @pytest.fixture
 def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give pytest and the other tests back the logging and the progress bars they had."""
-    monkeypatch.setattr(tqdm.tqdm, "__init__", tqdm.tqdm.__init__)
+    for name in ("__init__", "display", "monitor_interval"):
+        monkeypatch.setattr(tqdm.tqdm, name, getattr(tqdm.tqdm, name))
     loggers = [logging.getLogger(name) for name in LOGGING_OF]
     before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     root = logging.getLogger()
@@ -547,11 +548,43 @@ def test_a_long_record_stays_one_line(tmp_path: Path, messages: io.StringIO) -> 
     assert messages.getvalue().strip() == "warning: " + ("word " * 50).strip()
 
 
+def far_enough(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Walk through a bar, the first step at once, each of the others so many seconds later."""
+    clock = iter(range(1000))
+    bar = tqdm.tqdm([1, 2, 3], desc="Loading weights")
+    monkeypatch.setattr(bar, "_time", lambda: bar.start_t + seconds * next(clock), raising=False)
+    return list(bar)
+
+
 @pytest.mark.usefixtures("logging_restored")
-def test_other_libraries_draw_no_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start_logging(tmp_path, 0, 1)
-    assert sum(tqdm.tqdm([1, 2, 3], mininterval=0)) == 6
+def test_only_the_leader_shows_the_progress_of_other_libraries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_logging(tmp_path, 1, 2)
+    assert far_enough(60, monkeypatch) == [1, 2, 3]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("logging_restored")
+@pytest.mark.parametrize(("seconds", "lines"), [(0.1, []), (8, [3]), (60, [2, 3])])
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    tmp_path: Path, messages: io.StringIO, monkeypatch: pytest.MonkeyPatch, seconds: float, lines: list[int]
+) -> None:
+    start_logging(tmp_path, 0, 2)
+    assert far_enough(seconds, monkeypatch) == [1, 2, 3]
+    assert messages.getvalue().splitlines() == [f"Loading weights: {done} of 3." for done in lines]
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_in_a_terminal_progress_is_a_bar_that_goes_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "messages", Console(file=screen, force_terminal=True, width=80))
+    start_logging(tmp_path, 0, 2)
+    assert far_enough(2, monkeypatch) == [1, 2, 3]
+    assert "Loading weights:  67%" in screen.getvalue()
+    assert screen.getvalue().endswith("\r")
 
 
 @pytest.mark.usefixtures("logging_restored")

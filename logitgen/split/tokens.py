@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from logitgen.config import Config
-from logitgen.console import PLAIN_SECONDS
 from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import cached, remedy
 from logitgen.split.encoded import FEATURES, remarks
@@ -72,10 +70,8 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     fingerprint = _fingerprint(split, tokenizer, config)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     needed = _needed(split, config)
-    told = _Progress(len(split))
 
     def encoded(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        told.at(indices[0])
         return encode(rows, indices).columns(names)
 
     def make() -> datasets.Dataset:
@@ -83,6 +79,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
             encoded,
             batched=True,
             with_indices=True,
+            desc="Tokenising rows",
             remove_columns=needed.column_names,
             features=datasets.Features({name: FEATURES[name] for name in names}),
             new_fingerprint=fingerprint,
@@ -124,16 +121,3 @@ def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
     if unused := [name for name in split.column_names if name not in names]:
         logger.info(f"Columns not used: {', '.join(unused)}.")
     return split.select_columns(names)
-
-
-class _Progress:
-    """Log lines now and then: a large split takes minutes."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._last = time.monotonic()
-
-    def at(self, row: int) -> None:
-        if time.monotonic() - self._last > PLAIN_SECONDS:
-            self._last = time.monotonic()
-            logger.info(f"Tokenised {row:,} of {self._num_rows:,} rows.")
