@@ -155,16 +155,14 @@ def _change_bars(shown: bool) -> None:
     """Set the defaults of all progress bars: some libraries have no switch for theirs, such as the GGUF loader."""
     import tqdm
 
-    if isinstance(vars(tqdm.tqdm)["__init__"], partialmethod):
-        return
     tqdm.tqdm.monitor_interval = 0  # no thread of its own
     options: dict[str, Any] = {"disable": True}
     if shown and messages.is_terminal:
-        options = {"file": messages.file, "leave": False, "delay": 1.0}
+        options = {"file": messages.file, "leave": False}
     elif shown:
         options = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS, "miniters": 1, "leave": False}
         tqdm.tqdm.display = _log_progress
-    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, **options)
+    tqdm.tqdm.__init__ = partialmethod(vars(tqdm.tqdm)["__init__"], **options)
 
 
 def _log_progress(bar: Any, msg: str | None = None, pos: int | None = None) -> bool:

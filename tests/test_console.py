@@ -459,7 +459,7 @@ LOGGING_OF = ("", "logitgen", "py.warnings", "transformers", "datasets", "huggin
 def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give pytest and the other tests back the logging and the progress bars they had."""
     for name in ("__init__", "display", "monitor_interval"):
-        monkeypatch.setattr(tqdm.tqdm, name, getattr(tqdm.tqdm, name))
+        monkeypatch.setattr(tqdm.tqdm, name, vars(tqdm.tqdm)[name])
     loggers = [logging.getLogger(name) for name in LOGGING_OF]
     before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     root = logging.getLogger()
