@@ -58,9 +58,8 @@ def speed(bench: Bench) -> Iterator[Row]:
         with bench.teacher(number, with_head=True) as model:
             works, tokens = _ways(bench, model)
             seconds = in_turns({way: partial(seconds_of, work) for way, work in works.items()}, ROUNDS + 1)
-            rates = {
-                way: [tokens[way] / taken for taken in found[1:]] for way, found in seconds.items()
-            }  # one warms up
+            # The first round warms up.
+            rates = {way: [tokens[way] / taken for taken in found[1:]] for way, found in seconds.items()}
             for way, found in rates.items():
                 is_profiled = bench.on_gpu and way in (ALONE, PACKED, "hidden")
                 yield {

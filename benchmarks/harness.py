@@ -31,7 +31,7 @@ _HELP = {
     "teacher": "folder of a causal language model and its tokenizer",
     "dataset": "a .jsonl file with a column `text`",
     "output": "folder of the report, and the disk that is measured",
-    "rows": "rows of the dataset, the first ones",
+    "rows": "number of rows",
     "rounds": "how often each way takes its turn",
 }
 _POLL_SECONDS = 0.15
@@ -53,9 +53,9 @@ def parse(description: str | None, **options: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (options | {"output": ROOT / ".bench"}).items():
         value: Any = {"default": default, "type": type(default)}
-        told = _HELP.get(name, "default: %(default)s")
+        told = f"{_HELP.get(name, '')} (default: %(default)s)"
         if isinstance(default, type):
-            value = {"required": True, "type": default}
+            value, told = {"required": True, "type": default}, _HELP.get(name)
         elif isinstance(default, list):
             kinds = [each for each in default if isinstance(each, type)]
             value = {"default": [] if kinds else default, "type": (kinds or [type(default[0])])[0], "nargs": "*"}

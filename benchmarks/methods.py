@@ -92,7 +92,7 @@ class Batch:
         return kept["kept_ids"], kept["kept_logprobs"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """A way to keep a position."""
 
@@ -114,16 +114,13 @@ def ours(hidden_size: int) -> Iterator[Method]:
     """Every kind of capture, in every encoding."""
 
     def method(name: str, family: str, target: Callable[[Batch, int], Target], **kind: Any) -> Method:
+        def total_bytes(_: float, vocab_size: int) -> int:
+            return layout_of(vocab_size, **kind).bytes_per_position
+
         captured = layout_of(LARGE_VOCAB, **kind).captured
-        return Method(
-            name=name,
-            family=family,
-            is_ours=True,
-            target=target,
-            total_bytes=lambda _, vocab_size: layout_of(vocab_size, **kind).bytes_per_position,
-            scalar_bytes=sum(nbytes(captured[scalar]) for scalar in SCALARS if scalar in captured),
-            is_random="threshold" in captured,
-        )
+        scalar_bytes = sum(nbytes(captured[scalar]) for scalar in SCALARS if scalar in captured)
+        is_random = "threshold" in captured
+        return Method(name, family, target, total_bytes, scalar_bytes, is_ours=True, is_random=is_random)
 
     for capture in ("topk", "sample"):
         for encoding in ENCODINGS:
@@ -167,30 +164,29 @@ def others() -> Iterator[Method]:
     """What others keep."""
     for k in KEPT:
         yield Method(
-            name=f"renormalised top {k}",
-            family="renormalised top k",
-            target=lambda batch, _, k=k: rivals.renormalised(*batch.top(k)),
-            total_bytes=lambda _, vocab_size, k=k: k * (id_dtype(vocab_size).itemsize + 2),
+            f"renormalised top {k}",
+            "renormalised top k",
+            lambda batch, _, k=k: rivals.renormalised(*batch.top(k)),
+            lambda _, vocab_size, k=k: k * (id_dtype(vocab_size).itemsize + 2),
         )
     for num_draws in DRAWS:
-        yield Method(
-            name=f"RS-KD, {num_draws} draws",
-            family="RS-KD",
-            target=lambda batch, seed, n=num_draws: rivals.with_replacement(batch.probs, n, seed),
-            total_bytes=partial(rivals.drawn_bytes, num_draws=num_draws),
-            is_random=True,
-        )
+        size = partial(rivals.drawn_bytes, num_draws=num_draws)
+
+        def draw(batch: Batch, seed: int, num_draws: int = num_draws) -> Kept:
+            return rivals.with_replacement(batch.probs, num_draws, seed)
+
+        yield Method(f"RS-KD, {num_draws} draws", "RS-KD", draw, size, is_random=True)
     for record in (rivals.BUDGET, rivals.RECOMMENDED):
         yield Method(
-            name=f"DistillKit {record.k}, tail",
-            family="DistillKit, tail",
-            target=lambda batch, _, record=record: record.target(*batch.top(record.k)),
-            total_bytes=lambda _, vocab_size, record=record: record.size_bytes(vocab_size),
+            f"DistillKit {record.k}, tail",
+            "DistillKit, tail",
+            lambda batch, _, record=record: record.target(*batch.top(record.k)),
+            lambda _, vocab_size, record=record: record.size_bytes(vocab_size),
         )
     for top_p, k in TRIMMED:
         yield Method(
-            name=f"top-p {top_p}, top {k}",
-            family=f"top-p, then top {k}",
-            target=lambda batch, _, top_p=top_p, k=k: rivals.nucleus(*batch.top(k), top_p),
-            total_bytes=rivals.nucleus_bytes,
+            f"top-p {top_p}, top {k}",
+            f"top-p, then top {k}",
+            lambda batch, _, top_p=top_p, k=k: rivals.nucleus(*batch.top(k), top_p),
+            rivals.nucleus_bytes,
         )
