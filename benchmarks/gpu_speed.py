@@ -101,9 +101,9 @@ def stages(bench: Bench) -> Iterator[Row]:
         for chunk in bench.scale.chunks:
             num_positions = max(1, chunk // model.shard.vocab_size)
             works = _steps(model, num_positions)
-            found = in_turns({step: partial(seconds_of, work) for step, work in works.items()}, 6)
-            for step, seconds in found.items():  # the first round warms up
-                microseconds = 1e6 * Spread.of(seconds[1:]).median / num_positions
+            for step, work in works.items():
+                seconds = [seconds_of(work) for _ in range(6)][1:]  # the first time warms up
+                microseconds = 1e6 * Spread.of(seconds).median / num_positions
                 taken.setdefault(step, {"step": step})[f"{num_positions:,} positions"] = microseconds
             del works
         yield from taken.values()

@@ -55,7 +55,7 @@ def parse(description: str | None, **options: Any) -> argparse.Namespace:
         value: Any = {"default": default, "type": type(default)}
         told = f"{_HELP.get(name, '')} (default: %(default)s)"
         if isinstance(default, type):
-            value, told = {"required": True, "type": default}, _HELP.get(name)
+            value, told = {"required": True, "type": default}, _HELP.get(name, "")
         elif isinstance(default, list):
             kinds = [each for each in default if isinstance(each, type)]
             value = {"default": [] if kinds else default, "type": (kinds or [type(default[0])])[0], "nargs": "*"}
