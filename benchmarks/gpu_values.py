@@ -96,7 +96,8 @@ def files(bench: Bench) -> Iterator[Row]:
         measure(bench.generate(1, output.stem))
     yield {"files": "two runs, the same bytes", "": str(once.read_bytes() == again.read_bytes())}
     command, log = bench.generate(1, "resumed"), bench.folder / "resumed" / "rank_0.log"
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    unheard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **unheard)
     while process.poll() is None and "First rows" not in (log.read_text() if log.exists() else ""):
         time.sleep(0.02)
     with suppress(ProcessLookupError):

@@ -102,6 +102,8 @@ def plot(found: dict[str, list[Row]], path: Path) -> None:
                     panel.annotate(f"{y:,.3g}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center")
                 panel.set_ylim(min(values, default=1) / 10, max(values, default=1) * 10)  # flat must look flat
                 panel.margins(x=0.15)
+                panel.minorticks_off()
+                panel.set_xticks(at, [f"{x:,}" for x in at])
         panels[0, 0].set_ylabel("seconds")
         panels[1, 0].set_ylabel("largest process, MB")
         panels[1, 2].set_ylabel("more than the lengths, MB")
