@@ -3,36 +3,30 @@
     python -m benchmarks.leader
 
 No teacher: each rank has one payload of random bytes, which stands for all of its batches. They go through the real
-transport and the real writer into a real file, and to the disk. In turns with it, over the same blocks:
-
-- `sealed`: the ranks also collect and checksum their batches, as a run does; on GPU machines, on cores of their own;
-- `wire`: plain send and recv to rank 0, which throws them away;
-- `disk`: rank 0 writes them one after the other into one file, and syncs it;
-- `both`: rank 0 receives them and writes them one after the other;
-- `places`: like `disk`, but every row's parts where they belong in the file, by one bare `pwrite` each, and synced
-  meanwhile as ours are: rows are computed by length and stored in split order, so the format asks it of any writer;
-- `bare`: rank 0 receives them and writes them to their places, which is all that a run needs of these cores.
-
-A rank is not starved if all of them are near 50 % of their batches when half of all are in the file.
+transport and the real writer into a real file, `--megabytes` in all. The comparisons, which docs/benchmarks.md
+explains, run in turns with it over the same blocks. Rows are computed by length and stored in split order, so the
+format asks of any writer to put each part of a row in its place. `--kinds` are numbers of those below, from 0.
 """
 
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Spread, launch, measure, median_and_spread, write_report
+from benchmarks.harness import Row, Spread, in_turns, launch, measure, parse, write_report
 from benchmarks.synthetic import Job, make_job, prepare_memory, random_payload
 from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.file.header import Places
@@ -43,9 +37,6 @@ from logitgen.ranks.launch import launched
 
 VOCAB_SIZE = 151_936
 GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)
-
-_BATCHES_TO_SEE_PROGRESS = 20
-"""Per rank: each has up to four on their way, two in its own buffers and two in the leader's."""
 
 
 class Kind(NamedTuple):
@@ -68,29 +59,25 @@ KINDS = (
 
 def main() -> None:
     """Start the ranks, or be one of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--kinds", type=int, nargs="+", default=[*range(len(KINDS))], help="Which, counted from 0.")
-    parser.add_argument("--megabytes", type=float, default=300.0, help="What a run puts into the file.")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(".bench"), help="Also the disk that is measured.")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parse(__doc__, ranks=[2, 4, 8, 16], kinds=[*range(len(KINDS))], megabytes=300.0, rounds=3)
     if "RANK" in os.environ:
         be_rank(options)
         return
-    found = [line for num_ranks in options.ranks for line in start_ranks(num_ranks, options)]
-    write_report(options.out, "leader", found, [summary(line) for line in found])
-    kinds = dict.fromkeys(line["kind"] for line in found)
-    write_report(options.out, "leader_gpus", found, [gpus_fed(kind, found) for kind in kinds])
-
-
-def start_ranks(num_ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Launch so many ranks, and read what the leader measured of every kind."""
-    words = ["--kinds", *map(str, options.kinds), "--megabytes", str(options.megabytes)]
-    words += ["--rounds", str(options.rounds), "--out", str(options.out.resolve())]
-    measured = measure([*launch(num_ranks), "--module", "benchmarks.leader", *words], {"OMP_NUM_THREADS": "1"})
-    return [json.loads(line) for _, line in measured.lines if line.startswith("{")]
+    words = ["--module", "benchmarks.leader", *sys.argv[1:], f"--output={options.output}"]
+    runs = [measure([*launch(num_ranks), *words], OMP_NUM_THREADS="1") for num_ranks in options.ranks]
+    table = [json.loads(line) for run in runs for _, line in run.lines if line.startswith("{")]
+    for row in table:
+        row["MB/s into the file"] = Spread(*row["MB/s into the file"])
+    write_report(options.output, "leader", table, {"of lower limit": ".0%", "of bare": ".0%"})
+    slowest: dict[str, Row] = {}
+    for row in table:
+        slowest[row["kind"]] = min(slowest.get(row["kind"], row), row, key=lambda row: row["positions/s"])
+    feeds = [
+        {"kind (computed from the slowest MB/s)": kind, "MB/s": row["MB/s into the file"].median}
+        | {f"GPUs of {speed:,} tokens/s": row["positions/s"] / speed for speed in GPU_TOKENS_PER_SECOND}
+        for kind, row in slowest.items()
+    ]
+    write_report(options.output, "leader_gpus", feeds)
 
 
 def be_rank(options: argparse.Namespace) -> None:
@@ -103,127 +90,89 @@ def be_rank(options: argparse.Namespace) -> None:
                 print(json.dumps(measured), flush=True)
 
 
-def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: argparse.Namespace) -> dict[str, Any]:
-    """Run all ways in turns, and ours once more over twice the rows; what the leader returns is for all ranks."""
-    path = options.out / "leader.h5"
-    size_bytes = int(options.megabytes * 1e6)
-    job, long_job = (
-        make_job(size, kind.top_k, VOCAB_SIZE, kind.batch_tokens, kind.row_tokens)
-        for size in (size_bytes, 2 * size_bytes)
-    )
-    payload = torch.from_numpy(random_payload(int(max(job.payload_bytes.max(), long_job.payload_bytes.max()))))
-    ways: dict[str, tuple[dist.ProcessGroup | None, type[Plain] | None]] = {
-        "wire": (wire, None),
-        "disk": (None, Plain),
-        "both": (wire, Plain),
-        "places": (None, InPlaces),
-        "bare": (wire, InPlaces),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sealed", *ways)}
-    runs = []
-    for _ in range(options.rounds):
-        runs.append(deliver(ranks, job, payload, path))
-        seconds["ours"].append(runs[-1]["seconds"])
-        seconds["sealed"].append(deliver(ranks, job, payload, path, sealed=True)["seconds"])
-        for name, way in ways.items():
-            seconds[name].append(move(ranks, job, payload, *way, path))
+def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: argparse.Namespace) -> Row:
+    """Run all ways in turns, and ours once more over twice the rows."""
+    path = options.output / "leader.h5"
+    jobs = [
+        make_job(int(times * options.megabytes * 1e6), kind.top_k, VOCAB_SIZE, kind.batch_tokens, kind.row_tokens)
+        for times in (1, 2)
+    ]
+    job, long_job = jobs
+    payload = torch.from_numpy(random_payload(max(int(job.payload_bytes.max()) for job in jobs)))
+    plain = {"wire": (True, None), "disk": (False, False), "both": (True, False)}
+    plain |= {"places": (False, True), "bare": (True, True)}
+    ways: dict[str, Callable[[], tuple[float, int]]] = {"ours": partial(deliver, ranks, job, payload, path)}
+    for name, (travels, in_places) in plain.items():
+        ways[name] = partial(move, ranks, job, payload, path, wire if travels else None, in_places)
+    found = in_turns(ways, options.rounds)
+    megabytes = job.payload_bytes.sum() / 1e6  # of the whole file: the leader's own batches do not travel, but count
+    rates = {name: Spread.of([megabytes / seconds for seconds, _ in runs]) for name, runs in found.items()}
+    ours, medians = rates.pop("ours"), {name: rate.median for name, rate in rates.items()}
     return {
         "kind": kind.name,
-        "position_bytes": job.layout.bytes_per_position,
-        "num_ranks": ranks.num_ranks,
-        "num_batches": job.plan.num_batches,
-        "num_rows": len(job.rows),
-        "num_positions": job.layout.num_positions,
-        "payload_bytes": int(job.payload_bytes.sum()),
-        "seconds": seconds,
-        "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "peak_bytes_of_twice_the_rows": deliver(ranks, long_job, payload, path)["peak_bytes"],
-        "shares_at_half": [run["shares_at_half"] for run in runs],
-        "finish_seconds": [run["finish_seconds"] for run in runs],
+        "ranks": ranks.num_ranks,
+        "B/position": job.layout.bytes_per_position,
+        "MB/s into the file": ours,
+        "positions/s": ours.median * 1e6 / job.layout.bytes_per_position,
+        **medians,
+        "of lower limit": ours.median / min(medians["wire"], medians["disk"]),
+        "of bare": ours.median / medians["bare"],
+        "leader's peak MB": max(peak for _, peak in found["ours"]) / 1e6,
+        "twice the rows": deliver(ranks, long_job, payload, path)[1] / 1e6,
     }
 
 
-def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path, *, sealed: bool = False) -> dict[str, Any]:
-    """Send every batch through transport and writer into a new file; timed from the first one until all are on disk."""
+def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> tuple[float, int]:
+    """Send every batch through transport and writer into a new file; return the seconds and the peak of memory."""
     sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
-    written: list[int] = []
-
-    def on_written(batch: int, busy_seconds: float) -> None:
-        written.append(batch)
-
     with ranks.together():
         head = job.create_file(path) if ranks.is_leader else None
-    with timed(ranks) as seconds:
-        writer = Writer(path, head, job, np.zeros(len(job.rows), bool), on_written) if head else None
+
+    def work() -> None:
+        writer = Writer(path, head, job, np.zeros(len(job.rows), bool)) if head else None
         with writer or nullcontext():
             with ranks.deliver(shares, sizes, writer.submit if writer else None, lambda *_: None) as outbox:
                 for number in shares[ranks.rank]:
-                    outbox.put(number, payload[: sizes[number]], job.sealing(number) if sealed else lambda _: None)
-            finished = seconds()
+                    outbox.put(number, payload[: sizes[number]], lambda _: None)
             with ranks.together():
                 if writer:
                     writer.finish()
-    most_bytes = peak_bytes()
-    finish_seconds = ranks.gathered(finished)
+
+    found = timed(ranks, work)
+    ranks.gathered(None)
     if ranks.is_leader:
         path.unlink()
-    at_half = set(written[: len(written) // 2])
-    return {
-        "seconds": seconds(),
-        "peak_bytes": most_bytes,
-        "shares_at_half": [len(at_half & set(own.tolist())) / max(1, len(own)) for own in shares],
-        "finish_seconds": finish_seconds,
-    }
+    return found
 
 
-class Plain:
-    """A file, its space reserved, that takes blocks one after the other."""
+class Bare:
+    """A file that takes blocks from any thread: one after the other, or every part of a block in its place of a run."""
 
-    def __init__(self, path: Path, job: Job) -> None:
-        """Make the file."""
-        self._create(path, job)
-        self._file = path.open("r+b", buffering=0)
-        self._one_by_one = threading.Lock()
-
-    def _create(self, path: Path, job: Job) -> None:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, int(job.payload_bytes.sum()))
-        prepare_memory(path)
+    def __init__(self, path: Path, job: Job, *, in_places: bool) -> None:
+        """Make the file, its space reserved."""
+        self._parts = list(parts_of(job, job.create_file(path).places)) if in_places else None
+        self._file = path.open("r+b" if in_places else "w+b", buffering=0)
+        if not in_places:
+            os.posix_fallocate(self._file.fileno(), 0, int(job.payload_bytes.sum()))
+            prepare_memory(path)
+        self._syncer, self._one_by_one = ThreadPoolExecutor(1), threading.Lock()
+        self._sync, self._end, self._unsynced = self._syncer.submit(lambda: None), 0, 0
 
     def write(self, number: int, block: Tensor) -> None:
-        """Take a block, from any thread."""
-        left = memoryview(block.numpy())
-        with self._one_by_one:
-            while len(left):
-                left = left[self._file.write(left) :]
-
-    def close(self) -> None:
-        """Have all on the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-class InPlaces(Plain):
-    """A file of a run, in which every part of a block has its place; synced while it is written."""
-
-    def _create(self, path: Path, job: Job) -> None:
-        self._parts = list(parts_of(job, job.create_file(path).places))
-        self._syncer = ThreadPoolExecutor(1)
-        self._sync, self._unsynced = self._syncer.submit(lambda: None), 0
-
-    def write(self, number: int, block: Tensor) -> None:
-        """Take a block, from any thread."""
+        """Take a block; a file of places is synced meanwhile."""
         view, descriptor = memoryview(block.numpy()), self._file.fileno()
         with self._one_by_one:
-            for place, start, end in self._parts[number]:
+            for place, start, end in self._parts[number] if self._parts else [(self._end, 0, len(view))]:
                 self._unsynced += os.pwrite(descriptor, view[start:end], place)
-            if self._unsynced > COMMIT_BYTES and self._sync.done():
+            self._end += len(view)
+            if self._parts and self._unsynced > COMMIT_BYTES and self._sync.done():
                 self._sync, self._unsynced = self._syncer.submit(os.fsync, descriptor), 0
 
     def close(self) -> None:
         """Have all on the disk."""
         self._syncer.shutdown()
-        super().close()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def parts_of(job: Job, places: Places) -> Iterator[list[tuple[int, int, int]]]:
@@ -241,105 +190,50 @@ def parts_of(job: Job, places: Places) -> Iterator[list[tuple[int, int, int]]]:
 
 
 def move(
-    ranks: Ranks,
-    job: Job,
-    payload: Tensor,
-    wire: dist.ProcessGroup | None,
-    kind: type[Plain] | None,
-    path: Path,
-) -> float:
-    """Move the same blocks with nothing around them, and return the seconds it took.
+    ranks: Ranks, job: Job, payload: Tensor, path: Path, wire: dist.ProcessGroup | None, in_places: bool | None
+) -> tuple[float, int]:
+    """Move the same blocks with nothing around them; return the seconds and the peak of memory.
 
-    Args:
-        ranks: The ranks.
-        job: Which blocks there are.
-        payload: What is in them.
-        wire: How they come to rank 0; None if it has them all.
-        kind: What file takes them on rank 0; None if it throws them away.
-        path: Where that file is, while it is.
+    Rank 0 has them all if there is no wire, and throws them away if they have no places, not even one after the other.
     """
     sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
-    file = kind(path, job) if kind and ranks.is_leader else None
+    file = None if in_places is None or not ranks.is_leader else Bare(path, job, in_places=in_places)
     write = file.write if file else lambda number, block: None
 
-    def receive(peer: int) -> None:
-        block = torch.empty_like(payload)
+    def take(peer: int) -> None:
+        block = torch.empty_like(payload) if peer else payload
         for number in shares[peer]:
-            dist.recv(block[: sizes[number]], src=peer, group=wire)
+            if peer:
+                dist.recv(block[: sizes[number]], src=peer, group=wire)
             write(number, block[: sizes[number]])
 
-    with timed(ranks) as seconds:
-        if not ranks.is_leader:
-            for number in shares[ranks.rank] if wire else ():
-                dist.send(payload[: sizes[number]], dst=0, group=wire)
-        elif wire:
+    def work() -> None:
+        if ranks.is_leader and wire:
             with ThreadPoolExecutor(ranks.num_ranks) as pool:
-                received = [pool.submit(receive, peer) for peer in range(1, ranks.num_ranks)]
-                for number in shares[0]:
-                    write(number, payload[: sizes[number]])
-            for future in received:
-                future.result()
-        else:
+                list(pool.map(take, range(ranks.num_ranks)))
+        elif ranks.is_leader:
             for number, size in enumerate(sizes):
                 write(number, payload[:size])
+        elif wire:
+            for number in shares[ranks.rank]:
+                dist.send(payload[: sizes[number]], dst=0, group=wire)
         if file:
             file.close()
         ranks.gathered(None)
+
+    found = timed(ranks, work)
     if file:
         path.unlink()
-    return seconds()
+    return found
 
 
-@contextmanager
-def timed(ranks: Ranks) -> Iterator[Callable[[], float]]:
-    """Start all ranks at once; yield how many seconds ago that was, which stands still once the block has ended."""
+def timed(ranks: Ranks, work: Callable[[], None]) -> tuple[float, int]:
+    """Start some work on all ranks at once; return the seconds it took here, and the peak of memory in bytes."""
     ranks.gathered(None)
     forget_peak()
     start = time.perf_counter()
-    end: list[float] = []
-    yield lambda: (end[0] if end else time.perf_counter()) - start
-    end.append(time.perf_counter())
-
-
-def rates(line: dict[str, Any]) -> dict[str, Spread]:
-    """Bytes per second of every way, of the whole file: the leader's own batches do not travel, but count."""
-    return {
-        name: median_and_spread([line["payload_bytes"] / found for found in line["seconds"][name]])
-        for name in line["seconds"]
-    }
-
-
-def summary(line: dict[str, Any]) -> dict[str, str]:
-    """Turn what was measured of a kind on so many ranks into a row of the table."""
-    found = {name: Spread(*(value / 1e6 for value in spread)) for name, spread in rates(line).items()}
-    ours, limit = found["ours"].median, min(found["wire"].median, found["disk"].median)
-    # Progress of the ranks says nothing where the buffers hold much of what each of them has.
-    fair = line["num_batches"] >= _BATCHES_TO_SEE_PROGRESS * line["num_ranks"]
-    at_half = [pick(map(pick, line["shares_at_half"])) for pick in (min, max)]
-    finish = min(min(seconds) / max(seconds) for seconds in line["finish_seconds"])
-    return {
-        "kind": line["kind"],
-        "B/position": f"{line['position_bytes']:,}",
-        "ranks": str(line["num_ranks"]),
-        "MB/s into the file": f"{ours:,.0f} ({found['ours'].least:,.0f}-{found['ours'].most:,.0f})",
-        "positions/s": f"{ours * 1e6 / line['position_bytes']:,.0f}",
-        **{name: f"{found[name].median:,.0f}" for name in found if name != "ours"},
-        "of lower limit": f"{ours / limit:.0%}",
-        "of bare": f"{ours / found['bare'].median:.0%}",
-        "leader's peak MB": f"{line['peak_bytes'] / 1e6:,.0f}",
-        "twice the rows": f"{line['peak_bytes_of_twice_the_rows'] / 1e6:,.0f}",
-        "least, most at half": f"{at_half[0]:.0%}, {at_half[1]:.0%}" if fair else "",
-        "first/last finish": f"{finish:.2f}" if fair else "",
-    }
-
-
-def gpus_fed(kind: str, found: list[dict[str, Any]]) -> dict[str, str]:
-    """Compute how many GPUs the slowest median of a kind is enough for, if every token is captured."""
-    lines = [line for line in found if line["kind"] == kind]
-    rate = min(rates(line)["ours"].median for line in lines)
-    positions = rate / lines[0]["position_bytes"]
-    speeds = {f"GPUs of {speed:,} tokens/s": f"{positions / speed:,.0f}" for speed in GPU_TOKENS_PER_SECOND}
-    return {"kind (computed from the slowest MB/s)": kind, "MB/s": f"{rate / 1e6:,.0f}"} | speeds
+    work()
+    return time.perf_counter() - start, peak_bytes()
 
 
 if __name__ == "__main__":

@@ -43,20 +43,19 @@ def nucleus_bytes(mean_kept: float, vocab_size: int) -> float:
     return mean_kept * (id_bits(vocab_size) + FLOAT16_BITS) / 8
 
 
-def with_replacement(probs_PV: Tensor, num_draws: int, generator: torch.Generator) -> Kept:
-    """Draw ids from the teacher's distribution; the weight of an id is the share of draws that hit it.
+def with_replacement(probs_PV: Tensor, num_draws: int, seed: int) -> Kept:
+    """Draw ids from the teacher's distribution; each draw adds the same share to the weight of its id.
 
     Source: RS-KD, "Sparse Logit Sampling" (arXiv 2503.16870).
     """
+    generator = torch.Generator().manual_seed(seed)
     drawn_PN = torch.multinomial(probs_PV, num_draws, replacement=True, generator=generator).sort(-1).values
     is_new_PN = torch.ones_like(drawn_PN, dtype=torch.bool)
     is_new_PN[:, 1:] = drawn_PN[:, 1:] != drawn_PN[:, :-1]
     place_PN = is_new_PN.cumsum(-1) - 1
     ids_PN = torch.zeros_like(drawn_PN).scatter_(-1, place_PN, drawn_PN)
-    counts_PN = torch.zeros(drawn_PN.shape, dtype=torch.float64).scatter_add_(
-        -1, place_PN, torch.ones(1).double().expand_as(place_PN)
-    )
-    return Kept(ids_PN, counts_PN / num_draws, has_tail=False)
+    share_PN = torch.full_like(drawn_PN, 1 / num_draws, dtype=torch.float64)
+    return Kept(ids_PN, torch.zeros_like(share_PN).scatter_add_(-1, place_PN, share_PN), has_tail=False)
 
 
 def drawn_bytes(mean_kept: float, vocab_size: int, num_draws: int) -> float:
@@ -73,16 +72,11 @@ class Polynomial:
 
     Source: the two configurations its README recommends, and `distillkit/compression/monotonic_logprobs.py`: a
     least-squares fit over 0, 1, 2, ... by singular values, those below 1e-5 left out, in float32.
-
-    Attributes:
-        k: Ids.
-        exact: Log-probs that are kept as bfloat16.
-        powers: Exponents of the curve's terms, whose coefficients are float32.
     """
 
     k: int
-    exact: int
-    powers: tuple[float, ...]
+    exact: int  # log-probs that are kept as bfloat16
+    powers: tuple[float, ...]  # exponents of the curve's terms, whose coefficients are float32
 
     def approximate(self, logprobs_PK: Tensor) -> Tensor:
         """Log-probs as they come out of a record, float32[P, K], of such in descending order."""
@@ -92,11 +86,9 @@ class Polynomial:
         coefficients_PM = fitted_PR @ torch.linalg.pinv(terms_RM, atol=1e-5, rtol=0).T
         return torch.cat([logprobs_PK[:, : self.exact].bfloat16().float(), coefficients_PM @ terms_RM.T], dim=-1)
 
-    def target(self, ids_PK: Tensor, logprobs_PK: Tensor, *, has_tail: bool) -> Kept:
-        """What a student is trained on: `symmetric_uniform`, which is a tail, or `zero`, which renormalises."""
-        approximate_PK = self.approximate(logprobs_PK).double()
-        ids_PK = ids_PK[:, : self.k]
-        return Kept(ids_PK, approximate_PK.exp() if has_tail else approximate_PK.softmax(-1), has_tail)
+    def target(self, ids_PK: Tensor, logprobs_PK: Tensor) -> Kept:
+        """What a student is trained on with a tail, `symmetric_uniform`."""
+        return Kept(ids_PK[:, : self.k], self.approximate(logprobs_PK).double().exp(), has_tail=True)
 
     def size_bytes(self, vocab_size: int) -> int:
         """Bytes of a record."""

@@ -3,15 +3,15 @@
 python -m benchmarks.startup --teacher FOLDER --dataset ROWS.jsonl
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator
-from datetime import datetime
 from itertools import pairwise
+from math import nan
 from pathlib import Path
+from statistics import median
 
-from benchmarks.harness import ROOT, Measured, launch, measure, median_and_spread, write_report
+from benchmarks.harness import Measured, in_turns, launch, measure, parse, scratch, write_report
 
 PHASES = {
     "Reading": "launcher, imports, options",
@@ -21,17 +21,16 @@ PHASES = {
 }
 """What a line of the leader's log begins with, and what has happened before it."""
 
+WHOLE, REST = "launcher, imports, options", "the rest"
+
 
 def phases(measured: Measured, log: Path) -> Iterator[tuple[str, float]]:
     """Yield each phase with its seconds, from the times in the leader's log."""
-    found = {"": measured.started}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        time, message = line[:23], line.partition(": ")[2]
-        if phase := next((phase for begin, phase in PHASES.items() if message.startswith(begin)), None):
-            found[phase] = datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f").timestamp()
-    for (_, start), (phase, end) in pairwise(found.items()):
+    ends = {"": 0.0}
+    for seconds, message in measured.log_lines(log):
+        ends |= {phase: seconds for begin, phase in PHASES.items() if message.startswith(begin)}
+    for (_, start), (phase, end) in pairwise((ends | {REST: measured.wall_seconds}).items()):
         yield phase, end - start
-    yield "the rest", measured.started + measured.wall_seconds - end
 
 
 _LOADING = """
@@ -59,59 +58,40 @@ def loading(teacher: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure in turns: an empty launch, a run with nothing in the caches, a run with everything, and `inspect`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=ROOT / ".bench")
-    options = parser.parse_args()
-    folder = options.output.resolve() / "startup_files"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    nothing = folder / "nothing.py"
-    nothing.touch()
-    out, logs = folder / "out.h5", folder / "logs"
-    run = [
-        *launch(options.ranks),
-        "generate.py",
-        f"--teacher={options.teacher}",
-        f"--dataset={options.dataset}",
-        "--split=train[:1%]",
-    ]
-    run += [f"--output={out}", f"--log_dir={logs}", "--batch_tokens=512", "--overwrite"]
-    seconds: dict[str, dict[str, list[float]]] = {}
-    env = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    for _ in range(options.rounds):
-        shutil.rmtree(folder / "cache", ignore_errors=True)
-        empty = measure([*launch(options.ranks), str(nothing)], env).wall_seconds
-        seconds.setdefault("empty launch", {}).setdefault("launcher, imports, options", []).append(empty)
-        for name in ("first time", "again, tokens cached"):
+    options = parse(__doc__, teacher=str, dataset=str, ranks=2, rounds=2)
+    with scratch(options) as folder:
+        nothing, out, logs, cache = (folder / name for name in ("nothing.py", "out.h5", "logs", "cache"))
+        nothing.touch()
+        run = [*launch(options.ranks), "generate.py", f"--teacher={options.teacher}", f"--dataset={options.dataset}"]
+        run += [f"--output={out}", f"--log_dir={logs}", "--split=train[:1%]", "--batch_tokens=512", "--overwrite"]
+        inspect = [sys.executable, "-m", "logitgen", "inspect", str(out)]
+
+        def whole(*command: str) -> dict[str, float]:
+            return {WHOLE: measure(command, HF_DATASETS_CACHE=str(cache), HF_HUB_OFFLINE="1").wall_seconds}
+
+        def capture() -> dict[str, float]:
             shutil.rmtree(logs, ignore_errors=True)
-            for phase, taken in phases(measure(run, env), logs / "rank_0.log"):
-                seconds.setdefault(name, {}).setdefault(phase, []).append(taken)
-        inspect = measure([sys.executable, "-m", "logitgen", "inspect", str(out)]).wall_seconds
-        seconds.setdefault("inspect", {}).setdefault("launcher, imports, options", []).append(inspect)
-    table = []
-    for name, taken in seconds.items():
-        cells = {
-            phase: f"{median_and_spread(taken[phase]).median:.2f}" if phase in taken else "-"
-            for phase in PHASES.values()
-        }
-        table.append(
-            {
-                "seconds": name,
-                **cells,
-                "the rest": f"{median_and_spread(taken['the rest']).median:.2f}" if "the rest" in taken else "-",
-            }
-        )
+            return dict(phases(measure(run, HF_DATASETS_CACHE=str(cache), HF_HUB_OFFLINE="1"), logs / "rank_0.log"))
+
+        def first_time() -> dict[str, float]:
+            shutil.rmtree(cache, ignore_errors=True)
+            return capture()
+
+        ways = {"an empty launch": lambda: whole(*launch(options.ranks), str(nothing)), "first time": first_time}
+        ways |= {"again, tokens cached": capture, "`inspect`": lambda: whole(*inspect)}
+        seconds = in_turns(ways, options.rounds)
+    table = [
+        {"seconds": name}
+        | {column: median(run.get(column, nan) for run in runs) for column in (*PHASES.values(), REST)}
+        for name, runs in seconds.items()
+    ]
     teacher = loading(options.teacher)
-    write_report(options.output, "startup", {"seconds": seconds, "loading": teacher}, table)
+    forms = dict.fromkeys(table[0], ".2f")
+    write_report(options.output, "startup", table, forms, {"seconds": seconds, "loading": teacher})
     print(
         f"Loading {teacher['weight_bytes'] / 1e6:,.0f} MB of weights took {teacher['taken_bytes'] / 1e6:,.0f} MB at "
         f"most and {teacher['load_seconds']:.2f} s, their hash {teacher['hash_seconds']:.2f} s."
     )
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

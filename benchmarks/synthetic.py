@@ -1,15 +1,14 @@
-"""Rows and payloads made up for the benchmarks, of any number in little memory; and how much memory that was."""
+"""Teachers, rows and payloads made up for the benchmarks, of any number in little memory."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitgen.config import Config
 from logitgen.file import header
@@ -19,11 +18,16 @@ from logitgen.leader.places import write_known
 from logitgen.split import job
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
-from logitgen.teacher.capture import seal
 
 _REPEATED_ROWS = 64
 _SPREAD = 0.7
 _DRAWN_AT_ONCE = 2**20
+
+
+def small_llama(vocab_size: int, **sizes: Any) -> LlamaForCausalLM:
+    """Make a Llama of random weights whose forward pass costs next to nothing, unless other sizes are given."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(small | sizes)))
 
 
 def ragged_lengths(num_rows: int, mean: float, longest: int, seed: int = 0, shortest: int = 2) -> Array:
@@ -44,10 +48,10 @@ class Job(job.Job):
         """Batches of each rank, in order."""
         return self.plan.shares(np.arange(self.plan.num_batches), num_ranks)
 
-    def create_file(self, path: Path) -> Header:
+    def create_file(self, path: Path, **attributes: Any) -> Header:
         """Make the file as a run does, its space reserved, with all that is known beforehand."""
         kinds = ATTRIBUTES | (HEAD_ATTRIBUTES if self.layout.head else {})
-        attributes: header.Attributes = {name: kind() for name, kind in kinds.items()}
+        attributes = {name: kind() for name, kind in kinds.items()} | attributes
         places = header.create(path, self.layout, attributes)
         with path.open("r+b", buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -55,9 +59,11 @@ class Job(job.Job):
         prepare_memory(path)
         return Header(attributes, self.layout, places)
 
-    def sealing(self, batch: int) -> Callable[[Array], None]:
-        """Collect a batch, as a run does before its forward pass, and return what checksums its payload."""
-        return partial(seal, batch=self.rows.batch(self.plan.rows(batch)), layout=self.layout, dtype=torch.float32)
+
+def job_of(rows: Rows, batch_tokens: int, **kind: Any) -> Job:
+    """Lay out the file of these rows, and plan their batches."""
+    sizes = {"num_rows": len(rows), "num_tokens": rows.num_tokens, "num_positions": rows.num_captured}
+    return Job(rows, Plan(rows.forward_lengths, batch_tokens), Layout(**sizes, **kind))
 
 
 def make_job(size_bytes: int, top_k: int, vocab_size: int, batch_tokens: int, row_tokens: int) -> Job:
@@ -66,11 +72,10 @@ def make_job(size_bytes: int, top_k: int, vocab_size: int, batch_tokens: int, ro
     Every 64 rows are the same: their tokens are in memory once, however large the file is to be.
     """
     lengths = ragged_lengths(_REPEATED_ROWS, row_tokens, min(4 * row_tokens, batch_tokens))
-    sizes = {"capture": "topk", "vocab_size": vocab_size, "top_k": top_k}
-    position_bytes = Layout(num_rows=1, num_tokens=1, num_positions=1, **sizes).bytes_per_position
-    rows = make_rows(lengths, vocab_size, max(1, round(size_bytes / position_bytes / int((lengths - 1).sum()))))
-    layout = Layout(num_rows=len(rows), num_tokens=rows.num_tokens, num_positions=rows.num_captured, **sizes)
-    return Job(rows, Plan(rows.forward_lengths, batch_tokens), layout)
+    kind = {"capture": "topk", "vocab_size": vocab_size, "top_k": top_k}
+    position_bytes = Layout(num_rows=1, num_tokens=1, num_positions=1, **kind).bytes_per_position
+    repeats = max(1, round(size_bytes / position_bytes / int((lengths - 1).sum())))
+    return job_of(make_rows(lengths, vocab_size, repeats), batch_tokens, **kind)
 
 
 def make_rows(lengths: Array, vocab_size: int, repeats: int = 1) -> Rows:

@@ -50,37 +50,33 @@ class SplitOrder(Plan):
         self.num_tokens = int(lengths.sum(dtype=np.int64))
 
 
-def without_plan() -> None:
-    """Let the run plan batches in split order."""
-    generate.Plan = SplitOrder
+class Whole(Teacher):
+    """A teacher that runs whole, as it does where its head cannot be run apart."""
 
-
-def without_chunks() -> None:
-    """Let the teacher run whole, as it does where its head cannot be run apart."""
-    generate.Teacher = _Whole  # type: ignore[misc]
-
-
-class _Whole(Teacher):
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Forget that the head can be run apart."""
         super().__init__(*arguments, **options)
         self._decoder = None
 
 
-class _Gathering:
-    """What stands in for the outbox: a payload leaves when all ranks have one."""
+class Gathering:
+    """Stands in for the outbox: a payload leaves when all ranks have one, and everybody waits."""
 
     def __init__(self, shares: Sequence[Array], sizes: Array, submit: Submit | None, device: torch.device) -> None:
+        """Begin with the first batch of every rank."""
         self._shares, self._sizes, self._submit, self._device = shares, sizes, submit, device
         self._num_steps = 0
         self._written: list[Future[None]] = []
 
     def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
+        """Hand a payload over."""
         on_host = payload.cpu()
         finish(on_host.numpy())
         self._exchange(on_host)
 
     def finish(self) -> None:
-        while self._num_steps < max(map(len, self._shares)):  # others still have batches
+        """Take part as long as others still have batches."""
+        while self._num_steps < max(map(len, self._shares)):
             self._exchange(torch.zeros(0, dtype=torch.uint8))
         self._wait()
 
@@ -88,9 +84,7 @@ class _Gathering:
         all_payloads = gather(pad_across_processes(payload[None].to(self._device), dim=1))
         step, self._num_steps = self._num_steps, self._num_steps + 1
         self._wait()
-        if self._submit is None:
-            return
-        for theirs, received in zip(self._shares, all_payloads.cpu(), strict=True):
+        for theirs, received in zip(self._shares, all_payloads.cpu(), strict=True) if self._submit else ():
             if step < len(theirs):
                 number = theirs[step]
                 self._written.append(self._submit(number, received[: self._sizes[number]].numpy()))
@@ -101,24 +95,27 @@ class _Gathering:
         self._written.clear()
 
 
-def without_transport() -> None:
+@contextmanager
+def deliver_in_steps(
+    ranks: Ranks, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: object
+) -> Iterator[Gathering]:
     """Let every step end in an all-gather."""
+    gathering = Gathering(shares, payload_bytes, submit, ranks.device)
+    yield gathering
+    gathering.finish()
 
-    @contextmanager
-    def deliver(
-        ranks: Ranks, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: object
-    ) -> Iterator[_Gathering]:
-        gathering = _Gathering(shares, payload_bytes, submit, ranks.device)
-        yield gathering
-        gathering.finish()
 
-    Ranks.deliver = deliver
+REPLACED = {
+    "plan": (generate, "Plan", SplitOrder),
+    "chunks": (generate, "Teacher", Whole),
+    "transport": (Ranks, "deliver", deliver_in_steps),
+}
+"""Where each piece is, and what is there instead."""
 
 
 def run_without_leader(arguments: list[str]) -> None:
     """Let every rank believe to be alone with its part of the split, then merge what they wrote."""
     config = parse_config(arguments)
-    output = Path(config.output)
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -127,14 +124,14 @@ def run_without_leader(arguments: list[str]) -> None:
     with open(config.dataset, "rb") as lines:
         num_rows = sum(1 for _ in lines)
     start, end = (num_rows * part // num_ranks for part in (rank, rank + 1))
-    parts = [output.with_name(f"rank_{number}.h5") for number in range(num_ranks)]
+    parts = [Path(config.output).with_name(f"rank_{number}.h5") for number in range(num_ranks)]
     own = [f"--split=train[{start}:{end}]", f"--output={parts[rank]}", f"--log_dir={config.log_dir}/part_{rank}"]
     sys.argv[1:] = [*arguments, *own]
     generate.main()
     if rank == 0:
         while not all(part.exists() for part in parts):  # each appears when it is complete
             time.sleep(0.05)
-        merge(parts, output)
+        merge(parts, Path(config.output))
 
 
 def merge(parts: list[Path], output: Path) -> None:
@@ -144,17 +141,15 @@ def merge(parts: list[Path], output: Path) -> None:
     sums = {name: sum(getattr(file.layout, name) for file in files) for name in counted}
     layout = replace(files[0].layout, **sums)
     with h5py.File(parts[0]) as first:
-        plain = {name: first.attrs[name] for name in first.attrs}
-    places = create(output, layout, {name: v.decode() if isinstance(v, bytes) else int(v) for name, v in plain.items()})
+        plain = {name: v.decode() if isinstance(v, bytes) else int(v) for name, v in first.attrs.items()}
+    places = create(output, layout, plain)
     for name, (shape, dtype) in layout.datasets.items():
+        values = [file.arrays[name] for file in files]
+        if name.endswith("offsets"):
+            bases = np.cumsum([part[-1] for part in values])
+            values = [values[0], *(part[1:] + base for part, base in zip(values[1:], bases, strict=False))]
         merged = np.memmap(output, dtype, "r+", places[name], shape)
-        start, base = 0, 0
-        for file in files:
-            values = file.arrays[name]
-            is_offsets = name.endswith("offsets")
-            merged[start : start + len(values)] = values + base if is_offsets else values
-            start += len(values) - is_offsets
-            base += values[-1] if is_offsets else 0
+        np.concatenate(values, out=merged)
         merged.flush()
     for part in parts:
         part.unlink()
@@ -167,7 +162,7 @@ def main() -> None:
     if name == "leader":
         run_without_leader(arguments)
         return
-    {"plan": without_plan, "chunks": without_chunks, "transport": without_transport}[name]()
+    setattr(*REPLACED[name])
     generate.main()
 
 

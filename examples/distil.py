@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from datasets import load_dataset
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_linear_schedule_with_warmup
 
-from benchmarks.harness import ROOT, launch, median_and_spread, plot_style, write_report
+from benchmarks.harness import ROOT, Spread, drawing, launch, write_report
 from logitgen import DistillationLoss, LogitsDataset, collate
 from logitgen.student.dataset import IGNORED_LABEL
 
@@ -236,7 +235,7 @@ def report(folder: Path, curves: dict[str, list[Curve]], files: dict[str, tuple[
         }
         table.append(row)
         data[name] = [{"points": run.points, "step_seconds": run.step_seconds} for run in runs]
-    write_report(folder, "distil", data, table)
+    write_report(folder, "distil", table, data=data)
     plot(curves, folder / "distil.png")
 
 
@@ -246,30 +245,26 @@ def ends(runs: Sequence[Curve], measure: str) -> list[float]:
 
 def spread(values: Sequence[float], pattern: str) -> str:
     """Write the median of the seeds, and from where to where they go."""
-    found = median_and_spread(values)
+    found = Spread.of(values)
     return f"{found.median:{pattern}} ({found.least:{pattern}} to {found.most:{pattern}})"
 
 
 def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     """Draw the divergence over steps and over seconds, and the agreement: the mean of the seeds and their range."""
-    plot_style()
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
     drawn = [("step", "divergence"), ("seconds", "divergence"), ("step", "agreement")]
-    for panel, (across, measure) in zip(panels, drawn, strict=True):
-        for name, runs in curves.items():
-            at = [mean(values) for values in zip(*(run.points[across] for run in runs), strict=True)]
-            values = list(zip(*(run.points[measure] for run in runs), strict=True))
-            (line,) = panel.plot(at, [mean(point) for point in values], marker="o", markersize=3, label=name)
-            panel.fill_between(
-                at, *zip(*((min(p), max(p)) for p in values), strict=True), alpha=0.2, color=line.get_color()
-            )
-        panel.set_xlabel({"step": "steps", "seconds": "seconds of training"}[across])
-        panel.set_title({"divergence": "KL to the teacher, nats", "agreement": "Top-1 agreement"}[measure])
-        if measure == "divergence":
-            panel.set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    with drawing(path, 1, 3, figsize=(11, 3.4)) as (_, (panels,)):
+        for panel, (across, measure) in zip(panels, drawn, strict=True):
+            for name, runs in curves.items():
+                at = [mean(values) for values in zip(*(run.points[across] for run in runs), strict=True)]
+                values = list(zip(*(run.points[measure] for run in runs), strict=True))
+                (line,) = panel.plot(at, [mean(point) for point in values], marker="o", markersize=3, label=name)
+                least, most = ([pick(point) for point in values] for pick in (min, max))
+                panel.fill_between(at, least, most, alpha=0.2, color=line.get_color())
+            panel.set_xlabel({"step": "steps", "seconds": "seconds of training"}[across])
+            panel.set_title({"divergence": "KL to the teacher, nats", "agreement": "Top-1 agreement"}[measure])
+            if measure == "divergence":
+                panel.set_yscale("log")
+        panels[0].legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks import reading, startup, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
-from benchmarks.gpu import idle_share
-from benchmarks.harness import measure, median_and_spread
-from benchmarks.leader import InPlaces
+from benchmarks.gpu_speed import ALONE, PACKED, idle_share
+from benchmarks.harness import Spread, measure
+from benchmarks.leader import Bare
 from benchmarks.synthetic import make_job, random_payload
-from logitgen import LogitsDataset, generate
+from logitgen import LogitsDataset
 from logitgen.file.reader import LogitsFile
 from logitgen.leader.writer import Writer
-from logitgen.ranks import agree
 
 OTHERS = [
     "bash, file per process",
@@ -62,7 +61,7 @@ def test_bare_code_writes_the_same_bytes_as_the_writer(tmp_path: Path):
     job = make_job(300_000, top_k=9, vocab_size=1000, batch_tokens=600, row_tokens=60)
     sizes, done = job.payload_bytes, np.zeros(len(job.rows), bool)
     payloads = [(random_payload(2 * size)[size:] + number) % 64 for number, size in enumerate(sizes)]
-    bare = InPlaces(tmp_path / "bare", job)
+    bare = Bare(tmp_path / "bare", job, in_places=True)
     with Writer(tmp_path / "ours", job.create_file(tmp_path / "ours"), job, done) as writer:
         for number, payload in enumerate(payloads):
             bare.write(number, torch.from_numpy(payload))
@@ -139,13 +138,11 @@ def test_nearly_equal_log_probs_may_come_in_another_order(ours: LogitsFile):
     assert check(rows.items(), ours) == 12
 
 
-@pytest.mark.parametrize("piece", ["plan", "chunks", "transport"])
+@pytest.mark.parametrize("piece", without.REPLACED)
 def test_our_capture_with_a_piece_replaced_yields_the_same_rows(
     ours: LogitsFile, capture, teacher: Path, ragged: Path, tmp_path: Path, monkeypatch, piece: str
 ):
-    for place, name in ((generate, "Plan"), (generate, "Teacher"), (agree.Ranks, "deliver")):
-        monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
-    getattr(without, f"without_{piece}")()
+    monkeypatch.setattr(*without.REPLACED[piece])
     path = capture(
         teacher=teacher, dataset=ragged, limit=12, top_k=8, batch_tokens=256, output=tmp_path / f"{piece}.h5"
     )
@@ -171,8 +168,8 @@ def test_lines_of_code_are_those_that_do_something(monkeypatch, tmp_path: Path):
         'def f():\n    """Doc."""\n    return (\n        x\n    )\n'
     )
     (tmp_path / "some.sh").write_text("#!/bin/bash\n# Why.\n\nwait\n")
-    assert code_lines(["some.py"]) == 6
-    assert code_lines(["some.sh"]) == 1
+    assert code_lines("some.py") == 6
+    assert code_lines("some.sh some.py") == 7
     assert COMPETITORS.is_dir()
 
 
@@ -190,7 +187,13 @@ def test_a_command_that_fails_says_what_it_printed():
 
 
 def test_the_spread_of_rounds_is_their_least_and_most():
-    assert median_and_spread([3.0, 1.0, 5.0]) == (3.0, 1.0, 5.0)
+    spread = Spread.of([3.0, 1.0, 5.0])
+    assert spread == (3.0, 1.0, 5.0)
+    assert f"{spread:.1f}" == "3.0 (1.0-5.0)"
+
+
+def test_a_ratio_is_taken_within_each_round():
+    assert Spread.of([3.0, 1.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 0.5, 3.0)
 
 
 def test_batches_of_a_made_up_file_are_read_and_trained_from(tmp_path: Path, monkeypatch):
@@ -201,10 +204,9 @@ def test_batches_of_a_made_up_file_are_read_and_trained_from(tmp_path: Path, mon
     reading.main()
     data = json.loads((tmp_path / "reading.json").read_text())["data"]
     assert data["positions"] == pytest.approx(5e6 / 264, rel=0.3)
-    (found,) = data["rounds"]
-    assert found["training"] > 0
-    assert set(found["reading"]) == {"0", "1"}
-    assert min(found["reading"].values()) > 0
+    assert min(data["training"]) > 0
+    assert set(data["reading"]) == {"0", "1"}
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in data["reading"].values())
 
 
 def test_a_made_up_file_holds_what_a_loss_accepts(tmp_path: Path):
@@ -227,16 +229,16 @@ def test_the_command_for_gpus_does_all_its_parts_on_a_cpu_with_tiny_shapes(tmp_p
     assert "failed" not in done.stdout
     data = json.loads((tmp_path / "gpu.json").read_text())["data"]
     assert list(data) == ["speed", "stages", "memory", "numbers", "attention", "files", "ranks"]
-    for ways in data["speed"].values():
-        assert set(ways) > {"forward passes", "topk 64, packed", "hidden", "synchronous copy"}
-        assert all(len(found["share"]) == 2 and min(found["tokens_per_second"]) > 0 for found in ways.values())
-    assert data["numbers"]["float32"]["largest"] < 1e-5
-    assert data["files"]["two runs, the same bytes"]
-    assert data["files"]["killed after its first rows and resumed, the same bytes"] is not False  # None: ended before
-    assert list(data["ranks"]) == ["1 ranks", "2 ranks", "--tp_size 2", "--fsdp_size 2"]
+    ways = {row["teacher, way"] for row in data["speed"]}
+    assert ways > {f"tiny Llama, {way}" for way in (ALONE, PACKED, "hidden", "head in one piece", "synchronous copy")}
+    assert all(row["tokens/s"] > 0 and min(row["forward passes = 1"]) > 0 for row in data["speed"])
+    off = {row["precision"]: row["largest, nats"] for row in data["numbers"]}
+    assert off["float32"] < 1e-5
+    assert [row[""] for row in data["files"]] in (["True", "True"], ["True", "ended before"])
+    assert [row["ranks"] for row in data["ranks"]] == ["1 ranks", "2 ranks", "--tp_size 2", "--fsdp_size 2"]
     tables = (tmp_path / "gpu.md").read_text()
     assert all(f"\n{name}:\n" in tables for name in data)
-    assert not (tmp_path / "gpu_files").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
 
 
 def test_the_gpu_is_idle_between_kernels_and_busy_in_overlapping_ones():

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import CHAT_TEMPLATE, PAGES, ROOT, make_tokenizer
 
+from benchmarks import __main__ as benchmarks
 from logitgen import DistillationLoss, LogitsFile, UsageError
 from logitgen import __main__ as program
 from logitgen.config import Config
@@ -225,9 +227,24 @@ def options_of_commands() -> dict[str, set[str]]:
 
 
 def options_in_source(path: str) -> set[str]:
-    """The options of a benchmark, as its source names them."""
-    sources = [ROOT / path, ROOT / "benchmarks" / "harness.py"]
-    return {option for source in sources for option in re.findall(r'"(--\w+)"', source.read_text(encoding="utf-8"))}
+    """The options of a script, as its source names them."""
+    return set(re.findall(r'"(--\w+)"', (ROOT / path).read_text(encoding="utf-8")))
+
+
+def options_of_benchmark(name: str) -> set[str]:
+    """The options of a benchmark: catch its parser before it parses."""
+    caught: list[argparse.ArgumentParser] = []
+
+    def catch(self: argparse.ArgumentParser) -> None:
+        caught.append(self)
+        raise UsageError("caught")
+
+    run = importlib.import_module(f"benchmarks.{name}").main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        with pytest.raises(UsageError):
+            run()
+    return {option for action in caught[0]._actions for option in action.option_strings}
 
 
 def options_of_launcher() -> set[str]:
@@ -251,10 +268,10 @@ def check(command: str) -> bool:
         case ["python", "-m", "logitgen", *rest]:
             parser_of_commands().parse_args(rest)
         case ["python", "-m", "benchmarks", *names]:
-            assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in names)
+            assert set(names) <= set(benchmarks.ALL)
         case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
-            path = f"{module.replace('.', '/')}.py"
-            assert {word for word in rest if word.startswith("--")} <= options_in_source(path)
+            words = {word for word in rest if word.startswith("--")}
+            assert words <= options_of_benchmark(module.removeprefix("benchmarks."))
         case [script, *rest] if script.endswith(".py"):
             assert {word for word in rest if word.startswith("--")} <= options_in_source(script)
         case ["sbatch", *rest]:
@@ -282,9 +299,8 @@ def test_commands_of_every_program_were_found() -> None:
 
 
 def test_an_option_in_the_text_exists_and_takes_its_value() -> None:
-    benchmarks = [path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")]
     known = {f"--{field.name}" for field in dataclasses.fields(Config)} | {"--config"} | options_of_launcher()
-    known = known.union(*options_of_commands().values(), *map(options_in_source, benchmarks))
+    known = known.union(*options_of_commands().values(), *map(options_of_benchmark, benchmarks.ALL))
     choices = {f"--{name}": typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items()}
     for page, text in CODE:
         if text.startswith("--"):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from benchmarks import rivals
 from benchmarks.fidelity import errors
-from benchmarks.methods import Method, drawn_target
-from benchmarks.targets import LEAST_TAIL, Kept, Target, Truth, Whole, angle, divergence, gradient, squared_error
+from benchmarks.methods import Method
+from benchmarks.targets import LEAST_TAIL, Kept, Target, angle, dense, divergence, gradient
 from logitgen.student.events import sample_weights
 from logitgen.student.losses import DistillationLoss
 
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_sample_is_that_of_our_loss():
 
 def test_the_gradient_of_everything_is_that_of_our_loss():
     expected = loss_gradient("full", logits=some_logits(0))
-    assert torch.allclose(closed_form(Whole(some_logits(0).softmax(-1))), expected, atol=1e-6)
+    assert torch.allclose(closed_form(some_logits(0).softmax(-1)), expected, atol=1e-6)
 
 
 def test_without_a_tail_the_gradient_is_that_of_cross_entropy_to_the_weights():
@@ -85,27 +85,25 @@ def test_padding_of_a_short_record_belongs_to_the_tail():
     short, padded = Kept(ids[:, :3], weights[:, :3], has_tail=True), weights.clone()
     padded[:, 3:] = 0
     padded = Kept(ids, padded, has_tail=True)
-    truth = Truth(some_logits(0))
+    true = some_logits(0).softmax(-1)
     assert torch.allclose(closed_form(short), closed_form(padded))
-    assert torch.allclose(squared_error(short, truth), squared_error(padded, truth))
-    assert torch.allclose(torch.stack(divergence(short, truth)), torch.stack(divergence(padded, truth)))
+    assert torch.allclose(dense(short, VOCAB), dense(padded, VOCAB))
+    assert torch.allclose(divergence(short, true), divergence(padded, true))
 
 
 @given(k=st.integers(1, VOCAB - 1), factor=st.floats(0.2, 1.0), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_errors_and_divergences_are_those_of_the_distribution_written_out(k: int, factor: float, seed: int):
+def test_a_distribution_is_written_out_with_its_tail_spread_evenly(k: int, factor: float, seed: int):
     true = some_logits(seed).double().softmax(-1)
     weights, ids = (true * factor).topk(k)
-    target, truth = Kept(ids, weights, has_tail=True), Truth(some_logits(seed))
+    target = Kept(ids, weights, has_tail=True)
     written_out = torch.empty_like(true)
     for position in range(POSITIONS):
         tail = max(1 - weights[position].sum().item(), LEAST_TAIL)
         written_out[position] = tail / (VOCAB - k)
         for token, weight in zip(ids[position].tolist(), weights[position].tolist(), strict=True):
             written_out[position, token] = weight
-    kl = (true * (true.log() - written_out.log())).sum(-1)
-    assert torch.allclose(divergence(target, truth)[1], kl, atol=1e-5)
-    assert torch.allclose(squared_error(target, truth), (written_out - true).square().sum(-1), atol=1e-6)
+    assert torch.allclose(dense(target, VOCAB).double(), written_out, atol=1e-6)
 
 
 def test_the_divergence_with_the_tail_as_one_is_that_of_one_more_token():
@@ -113,12 +111,12 @@ def test_the_divergence_with_the_tail_as_one_is_that_of_one_more_token():
     weights = logprobs.double().exp() * 0.9
     true = torch.cat([logprobs.double().exp(), 1 - logprobs.double().exp().sum(-1, keepdim=True)], dim=-1)
     found = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
-    as_one = divergence(Kept(ids, weights, has_tail=True), Truth(some_logits(0)))[0]
+    as_one = divergence(Kept(ids, weights, has_tail=True), some_logits(0).softmax(-1))
     assert torch.allclose(as_one, (true * (true / found).log()).sum(-1), atol=1e-5)
 
 
 def test_a_tail_that_is_forgotten_is_infinitely_far():
-    assert all(part.isinf().all() for part in divergence(rivals.renormalised(*top(4)), Truth(some_logits(0))))
+    assert divergence(rivals.renormalised(*top(4)), some_logits(0).softmax(-1)).isinf().all()
 
 
 def test_an_angle_is_exact_however_small():
@@ -150,7 +148,7 @@ def test_a_nucleus_has_the_fewest_ids_that_hold_the_mass():
 
 def test_draws_with_replacement_are_counted():
     probs = some_logits(0).softmax(-1)
-    kept = rivals.with_replacement(probs, 25, torch.Generator().manual_seed(3))
+    kept = rivals.with_replacement(probs, 25, 3)
     drawn = torch.multinomial(probs, 25, replacement=True, generator=torch.Generator().manual_seed(3))
     for ids, weights, expected in zip(kept.ids.tolist(), (kept.weights * 25).tolist(), drawn.tolist(), strict=True):
         assert {token: round(count) for token, count in zip(ids, weights, strict=True) if count} == Counter(expected)
@@ -163,30 +161,33 @@ def test_a_drawn_id_and_its_count_take_three_bytes_while_they_fit():
 
 
 def test_the_error_of_draws_is_what_theory_says_and_none_of_it_is_bias():
-    method = Method(name="", family="", target=lambda *given: drawn_target(20, *given), total_bytes=max, is_random=True)
-    truth = Truth(some_logits(0))
-    square, bias_square = errors(method, SimpleNamespace(truth=truth), 400)
-    expected = ((1 - truth.squares) / 20).mean().item()
+    def draw(batch: SimpleNamespace, seed: int) -> Kept:
+        return rivals.with_replacement(batch.probs, 20, seed)
+
+    method = Method(name="", family="", target=draw, total_bytes=max, is_random=True)
+    probs = some_logits(0).softmax(-1)
+    square, bias_square = errors(method, SimpleNamespace(probs=probs), 400)
+    expected = ((1 - probs.square().sum(-1)) / 20).mean().item()
     assert square == pytest.approx(expected, rel=0.1)
     assert abs(bias_square) < 0.02 * expected
 
 
 def test_the_report_has_every_method_and_knows_which_is_exact(teacher: Path, ragged: Path, tmp_path: Path):
-    options = {"teacher": teacher, "dataset": ragged, "student": "noisy", "batches": 2, "positions": 32, "seeds": 2}
+    options = {"teacher": teacher, "dataset": ragged, "batches": 2, "positions": 32, "seeds": 2}
     words = [f"--{name}={value}" for name, value in (options | {"output": tmp_path}).items()]
     command = [sys.executable, "-m", "benchmarks.fidelity", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    lines = {line["method"]: line for line in json.loads((tmp_path / "fidelity.json").read_text())["data"]["methods"]}
-    assert all(0 <= lines[name]["angle_of_all"] < 0.1 for name in ("hidden, float32", "full, float16"))
-    assert lines["hidden, float32"]["kl_tail_evenly"] < 1e-6
+    lines = {line["method"].strip("*"): line for line in json.loads((tmp_path / "fidelity.json").read_text())["data"]}
+    assert all(0 <= lines[name]["angle, all"] < 0.1 for name in ("hidden, float32", "full, float16"))
+    assert lines["hidden, float32"]["KL, tail as one"] < 1e-6
     for encoding in ("plain", "packed", "packed16"):
-        biases = [lines[f"topk {k}, {encoding}"]["bias"] for k in (8, 32, 128)]
+        biases = [lines[f"topk {k}, {encoding}"]["bias of p"] for k in (8, 32, 128)]
         assert biases == sorted(biases, reverse=True)
-        assert lines[f"sample 32, {encoding}"]["bias"] < lines[f"sample 32, {encoding}"]["rmse"]
-    assert lines["sample 32, plain"]["total_bytes"] == lines["topk 32, plain"]["total_bytes"] + 4
-    assert lines["hidden, float16"]["record_bytes"] == 2 * 32
-    assert lines["RS-KD, 50 draws"]["num_kept"] < 50
+        assert lines[f"sample 32, {encoding}"]["bias of p"] < lines[f"sample 32, {encoding}"]["RMSE of p"]
+    assert lines["sample 32, plain"]["total B"] == lines["topk 32, plain"]["total B"] + 4
+    assert lines["hidden, float16"]["record B"] == 2 * 32
+    assert lines["RS-KD, 50 draws"]["total B"] < 3 * 50
     table = (tmp_path / "fidelity.md").read_text()
     assert all(name in table for name in lines)
     assert (tmp_path / "fidelity.png").stat().st_size > 10_000

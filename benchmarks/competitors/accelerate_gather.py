@@ -3,9 +3,10 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+import h5py
 import torch
 from accelerate import Accelerator
-from flat import append, create
+from flat import append
 from recipe import BATCH_ROWS, keep_top_k, load_teacher, pad, parse_options, read_tokens, unpad
 from torch.utils.data import DataLoader
 
@@ -20,13 +21,12 @@ def main() -> None:
     loader = accelerator.prepare(DataLoader(tokens, batch_size=BATCH_ROWS, collate_fn=pad))
 
     is_writer = accelerator.is_main_process
-    path = Path(options.output) / "accelerate.h5"
-    with create(path, options.top_k, teacher.config.vocab_size) if is_writer else nullcontext() as file:
+    with h5py.File(Path(options.output) / "accelerate.h5", "w") if is_writer else nullcontext() as file:
         for batch in loader:
             block = keep_top_k(teacher, batch, options.top_k)
             block = accelerator.gather_for_metrics(accelerator.pad_across_processes(block, dim=1))
             if is_writer:
-                append(file, unpad(block))
+                append(file, unpad(block, teacher.config.vocab_size))
     accelerator.end_training()
 
 

@@ -9,17 +9,7 @@ from queue import Empty
 import h5py
 import numpy as np
 import torch.multiprocessing as mp
-from recipe import (
-    batches,
-    id_dtype,
-    keep_top_k,
-    load_teacher,
-    own_device,
-    parse_options,
-    read_tokens,
-    say_first_row,
-    unpad,
-)
+from recipe import capture, parse_options, say_first_row
 
 _MOST_WAITING = 5
 _GZIP_LEVEL = 6
@@ -28,12 +18,8 @@ _GZIP_LEVEL = 6
 def work(rank: int, options: argparse.Namespace, queue: Queue) -> None:
     """Capture a part of the split, batch by batch into the queue."""
     os.environ["LOCAL_RANK"] = str(rank)
-    tokens = read_tokens(options).shard(num_shards=options.num_ranks, index=rank)
-    teacher = load_teacher(options, own_device())
-    for batch in batches(tokens):
-        fields = unpad(keep_top_k(teacher, batch, options.top_k))
-        ids = id_dtype(teacher.config.vocab_size)
-        queue.put(fields | {name: fields[name].astype(ids) for name in ("input_ids", "kept_ids")})
+    for fields in capture(options, rank, options.num_ranks):
+        queue.put(fields)
     queue.put(None)
 
 

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 BATCH_ROWS = 8
@@ -30,13 +31,11 @@ def parse_options(**more: type) -> argparse.Namespace:
 def read_tokens(options: argparse.Namespace) -> datasets.Dataset:
     """Read the split and tokenise it: `row` and `input_ids`, one entry per row of the split."""
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    split = datasets.load_dataset("json", data_files=options.dataset, split="train")
-    return split.map(
+    return datasets.load_dataset("json", data_files=options.dataset, split="train").map(
         lambda texts, rows: {"row": rows, "input_ids": tokenizer(texts).input_ids},
         input_columns="text",
         with_indices=True,
         batched=True,
-        remove_columns=split.column_names,
     )
 
 
@@ -53,19 +52,12 @@ def load_teacher(options: argparse.Namespace, device: torch.device) -> PreTraine
 
 def pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Pad rows on the right to one batch: `row` and `num_tokens` [B], `input_ids` and `attention_mask` [B, T]."""
-    num_tokens = torch.tensor([len(row["input_ids"]) for row in rows])
-    attention_mask = (torch.arange(max(2, int(num_tokens.max()))) < num_tokens[:, None]).long()
-    input_ids = torch.zeros_like(attention_mask)
-    for padded, row in zip(input_ids, rows, strict=True):
-        padded[: len(row["input_ids"])] = torch.tensor(row["input_ids"], dtype=torch.int64)
+    ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    num_tokens = torch.tensor([len(input_ids) for input_ids in ids])
+    input_ids = pad_sequence(ids, batch_first=True)
+    attention_mask = (torch.arange(input_ids.shape[1]) < num_tokens[:, None]).long()
     row_numbers = torch.tensor([row["row"] for row in rows])
     return {"row": row_numbers, "num_tokens": num_tokens, "input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def batches(tokens: datasets.Dataset) -> Iterator[dict[str, Tensor]]:
-    """Cut rows into batches, in their order."""
-    for start in range(0, len(tokens), BATCH_ROWS):
-        yield pad(list(tokens.select(range(start, min(start + BATCH_ROWS, len(tokens))))))
 
 
 @torch.inference_mode()
@@ -85,20 +77,29 @@ def keep_top_k(teacher: PreTrainedModel, batch: dict[str, Tensor], k: int) -> di
     }
 
 
-def unpad(block: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Leave the padding behind: every field flat, row after row."""
+def unpad(block: dict[str, Tensor], vocab_size: int) -> dict[str, np.ndarray]:
+    """Leave the padding behind: every field flat, row after row, ids in the smallest dtype that holds them."""
     num_tokens = block["num_tokens"][:, None]
-    flat = {"row": block["row"], "num_tokens": block["num_tokens"]}
+    flat = {"row": block["row"].cpu().numpy(), "num_tokens": block["num_tokens"].cpu().numpy()}
     for name, values in block.items():
         if name not in flat:
             last = num_tokens if name == "input_ids" else num_tokens - 1
-            flat[name] = values[torch.arange(values.shape[1], device=values.device) < last]
-    return {name: values.cpu().numpy() for name, values in flat.items()}
+            flat[name] = values[torch.arange(values.shape[1], device=values.device) < last].cpu().numpy()
+    return flat | {name: flat[name].astype(id_dtype(vocab_size)) for name in ("input_ids", "kept_ids")}
 
 
 def id_dtype(vocab_size: int) -> str:
     """The smallest dtype that holds every token id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def capture(options: argparse.Namespace, rank: int, world_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Capture a part of the split, batch after batch."""
+    tokens = read_tokens(options).shard(num_shards=world_size, index=rank)
+    teacher = load_teacher(options, own_device())
+    for start in range(0, len(tokens), BATCH_ROWS):
+        rows = tokens.select(range(start, min(start + BATCH_ROWS, len(tokens))))
+        yield unpad(keep_top_k(teacher, pad(list(rows)), options.top_k), teacher.config.vocab_size)
 
 
 @functools.cache

@@ -3,36 +3,32 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+import h5py
 import torch
 import torch.distributed as dist
-from flat import append, create
+from flat import append
 from recipe import BATCH_ROWS, keep_top_k, load_teacher, own_device, pad, parse_options, read_tokens, unpad
 from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
 
-_NO_ROW = {"row": -1, "input_ids": []}
+_NO_ROW = {"row": -1, "input_ids": [0, 0]}
 
 
-def gather_padded(block: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Gather the blocks of all ranks on rank 0, padded to the longest row of any of them; None elsewhere."""
-    length = torch.tensor(block["input_ids"].shape[1], device=block["row"].device)
-    mine = int(length)
-    dist.all_reduce(length, dist.ReduceOp.MAX)
-    more = int(length) - mine
+def gather_padded(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gather the blocks of all ranks on rank 0, padded to the longest row of any of them; nothing elsewhere."""
+    mine = block["input_ids"].shape[1]
+    longest = torch.tensor(mine, device=block["row"].device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
     gathered = {}
     for name, values in block.items():
         if values.ndim > 1:
-            values = pad_tensor(values, (0, 0) * (values.ndim - 2) + (0, more))
+            values = pad_tensor(values, (0, 0) * (values.ndim - 2) + (0, int(longest) - mine))
         values = values.contiguous()
-        is_writer = dist.get_rank() == 0
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())] if is_writer else None
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
         dist.gather(values, parts, dst=0)
         if parts:
             gathered[name] = torch.cat(parts)
-    if not gathered:
-        return None
-    is_row = gathered["row"] >= 0
-    return {name: values[is_row] for name, values in gathered.items()}
+    return {name: values[gathered["row"] >= 0] for name, values in gathered.items()}
 
 
 def main() -> None:
@@ -50,16 +46,14 @@ def main() -> None:
     shard = tokens.shard(num_shards=world_size, index=rank)
     teacher = load_teacher(options, device)
 
-    path = Path(options.output) / "torch_distributed.h5"
-    with create(path, options.top_k, teacher.config.vocab_size) if rank == 0 else nullcontext() as file:
+    with h5py.File(Path(options.output) / "torch_distributed.h5", "w") if rank == 0 else nullcontext() as file:
         most_rows = -(-len(tokens) // world_size)
         for start in range(0, most_rows, BATCH_ROWS):  # as many steps on every rank: each one gathers
-            end = min(start + BATCH_ROWS, len(shard))
-            rows = list(shard.select(range(start, end))) if start < end else []
+            rows = [shard[row] for row in range(start, min(start + BATCH_ROWS, len(shard)))]
             rows += [_NO_ROW] * (BATCH_ROWS - len(rows))
             block = gather_padded(keep_top_k(teacher, pad(rows), options.top_k))
-            if block is not None:
-                append(file, unpad(block))
+            if block:
+                append(file, unpad(block, teacher.config.vocab_size))
     dist.destroy_process_group()
 
 
