@@ -1,4 +1,4 @@
-"""`python -m logitgen`: watch a run; inspect, verify and export a file."""
+"""`python -m logitgen`: preview and watch a run; inspect, verify and export a file."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from logitgen.facts import Decoder, facts, row_facts, status_facts
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import problems
 from logitgen.leader.status import Watch
-from logitgen.report import overview, row_view, status_line, status_view, verdict_view
+from logitgen.report import overview, preview_view, row_view, status_line, status_view, verdict_view
 
 MAX_PROBLEMS = 20
 """Number of problems after which `verify` stops."""
@@ -43,7 +43,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     try:
-        options = _parser().parse_args(arguments)
+        options, others = _parser().parse_known_args(arguments)
+        if others and options.run != _preview:
+            raise UsageError(f"Unrecognized arguments: {' '.join(others)}. See --help.")
+        options.others = others
         return cast(int, options.run(options))
     except LogitgenError as error:
         print_error(str(error))
@@ -53,14 +56,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
-        description="Watch runs. Inspect, verify and export their files.",
+        description="Preview and watch runs. Inspect, verify and export their files.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for add in (_add_status, _add_inspect, _add_verify, _add_export):
+    for add in (_add_preview, _add_status, _add_inspect, _add_verify, _add_export):
         add(commands)
     return parser
+
+
+def _add_preview(commands: Any) -> None:
+    about = (
+        "Show the rows of a run before it starts: token by token as the teacher reads them, with what is captured, and "
+        "what was dropped, split or left out. Takes the options of generate.py. Reads no weights of the teacher."
+    )
+    preview = commands.add_parser(
+        "preview",
+        help="Show the rows of a run before it starts.",
+        description=about,
+        usage="%(prog)s --teacher NAME --dataset NAME [options of generate.py] [--row N] [--json]",
+    )
+    preview.add_argument("--row", type=int, help="Row of the split to show (default: the first three rows).")
+    preview.add_argument("--json", action="store_true", help="Print JSON for scripts.")
+    preview.set_defaults(run=_preview)
 
 
 def _add_status(commands: Any) -> None:
@@ -108,6 +127,19 @@ def _add_export(commands: Any) -> None:
     export.add_argument("file", type=Path, help="A complete file.")
     export.add_argument("output", type=Path, help="A name that ends in .parquet, or a folder's name without a dot.")
     export.set_defaults(run=_export)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from logitgen.options import parse_config  # takes seconds, as does the next
+    from logitgen.preview import preview_facts
+
+    quiet_libraries()
+    known = preview_facts(parse_config(["--output", "none", *options.others]), options.row)
+    if options.json:
+        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+    else:
+        print_result(preview_view(known))
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:

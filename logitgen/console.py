@@ -122,6 +122,8 @@ def start_logging(log_dir: Path, rank: int, num_ranks: int) -> None:
     console = _ConsoleHandler(prefix=f"rank {rank}: " if num_ranks > 1 and rank else "")
     console.setLevel(logging.WARNING if rank else logging.INFO)
     console.addFilter(logging.Filter("logitgen"))
+    if rank:  # all ranks read the same rows
+        console.addFilter(lambda record: not record.name.startswith("logitgen.split"))
     logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
     logging.getLogger("logitgen").setLevel(logging.DEBUG)
     logging.captureWarnings(True)

@@ -15,6 +15,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate.utils import set_seed
@@ -42,6 +43,7 @@ from logitgen.ranks.deliver import Outbox
 from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
 from logitgen.report import estimate_view, summary
+from logitgen.split.encoded import remarks
 from logitgen.split.job import Job
 from logitgen.split.load import load_split
 from logitgen.split.plan import Plan
@@ -131,10 +133,8 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
     with ranks.together():
         rows = Rows(tokens, config, info.max_length, info.length_switch)
         rows.check_ids(info.vocab_size)
-    if rows.num_dropped_tokens:
-        logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
-    if rows.num_emptied:
-        logger.warning(f"{rows.num_emptied:,} rows lost all their completions to --max_length.")
+    if ranks.is_leader:
+        warn_of_rows(tokens, rows)
     layout = Layout(
         capture=config.capture,
         num_rows=len(rows),
@@ -148,6 +148,16 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
     with ranks.together():
         layout.check()
     return Split(rows, layout, attributes(config, info, rows, layout, tokenizer, template))
+
+
+def warn_of_rows(tokens: datasets.Dataset, rows: Rows) -> None:
+    """Log what a user may not expect of the rows."""
+    for remark in remarks(tokens):
+        logger.warning(str(remark))
+    if rows.num_dropped_tokens:
+        logger.warning(f"{rows.num_dropped_tokens:,} tokens are in no row: cut off, or too few for a block.")
+    if rows.num_emptied:
+        logger.warning(f"{rows.num_emptied:,} rows lost all their completions to --max_length.")
 
 
 def is_complete(ranks: Ranks, config: Config, output: Output, split: Split) -> bool:

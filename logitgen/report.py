@@ -48,6 +48,40 @@ def overview(known: dict[str, Any]) -> RenderableType:
     return _definitions(lines)
 
 
+def preview_view(known: dict[str, Any]) -> RenderableType:
+    """Draw `preview_facts`."""
+    unused = f"  not used: {', '.join(known['columns_not_used'])}" if known["columns_not_used"] else ""
+    emptied = f", {known['rows_emptied']:,} lost all their completions" if known["rows_emptied"] else ""
+    lines = {
+        "dataset": f"{known['dataset']} {known['split']}",
+        "columns": ", ".join(known["columns_read"]) + unused,
+        "rows": f"{known['rows_of_split']:,} of the split become {known['rows']:,}  {known['rows_cut']:,} were too long"
+        + emptied,
+        "tokens": f"{known['tokens']:,}  {known['positions']:,} positions captured, {known['tokens_dropped']:,} tokens "
+        f"dropped, longest row {known['longest_row']:,}",
+    }
+    warnings = [Text(line, style="yellow") for line in known["warnings"]]
+    legend = Text("Tokens end at │. A captured position predicts each token in ⟦ ⟧.", style="dim")
+    shown = [part for row in known["shown"] for part in (Text(), *_tokens_view(row))]
+    return Group(_definitions(lines), *warnings, Text(), legend, *shown)
+
+
+def _tokens_view(row: dict[str, Any]) -> tuple[Text, Text]:
+    """Draw the tokens of a row, the captured stretches in brackets. A line ends where a token ends one."""
+    tokens = row["tokens"]
+    num_captured = sum(token["captured"] for token in tokens)
+    title = f"row {row['row']} (row {row['source_row']} of the split), {len(tokens)} tokens, {num_captured} captured"
+    text = Text()
+    captured = [False, *(token["captured"] for token in tokens), False]
+    for before, token, after in zip(captured, tokens, captured[2:], strict=False):
+        marked = token["captured"]
+        text.append("⟦" if marked and not before else "", "bold green")
+        text.append(printable(token["text"]).replace("\n", "↵\n").removesuffix("\n"), "green" if marked else "")
+        text.append("⟧" if marked and not after else "", "bold green")
+        text.append("\n" if token["text"].endswith("\n") else "│", "dim")
+    return Text(title, style="bold"), text
+
+
 def _quantized(how: str) -> str:
     try:
         return f", quantised by {json.loads(how)['quant_method']}" if how else ""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import cached, remedy
-from logitgen.split.encoded import FEATURES, remarks
+from logitgen.split.encoded import FEATURES
 from logitgen.split.shapes import columns_read, encoder, template_of
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
         )
 
     with _refused(split, config):
-        tokens = cached(cache, len(split), make)
-    for remark in remarks(tokens):
-        logger.warning(str(remark))
-    return tokens
+        return cached(cache, len(split), make)
 
 
 @contextmanager
