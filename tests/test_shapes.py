@@ -349,3 +349,10 @@ def test_a_template_that_shows_the_teacher_no_tools_is_warned_of(caplog: pytest.
     tokenizer.chat_template = CHAT_TEMPLATE
     run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], tokenizer)
     assert "The rows have tools, but the teacher's chat template shows it none." in caplog.messages
+
+
+def test_a_template_that_shows_the_teacher_its_tools_is_not_warned_of(
+    with_tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], with_tools)
+    assert not caplog.messages
