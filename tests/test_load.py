@@ -96,6 +96,12 @@ def test_a_text_file_gives_one_row_per_line(tmp_path: Path) -> None:
     assert load(tmp_path / "lines.txt").to_list() == [{"text": text} for text in expected]
 
 
+def test_words_that_some_take_for_missing_values_are_words_in_a_csv_file(tmp_path: Path) -> None:
+    words = ["NA", "null", "None", "nan", "n/a"]
+    (tmp_path / "rows.csv").write_text("text\n" + "\n".join(words))
+    assert load(tmp_path / "rows.csv").to_list() == [{"text": word} for word in words]
+
+
 def test_every_source_gives_the_rows_of_its_train_split(sources: dict[str, Path]) -> None:
     for path in sources.values():
         assert load(path).to_list() == ROWS
