@@ -412,6 +412,18 @@ def test_a_row_that_does_not_fit_into_memory_is_named(monkeypatch: pytest.Monkey
     assert tried == [2, 1]
 
 
+def test_ranks_that_share_a_teacher_do_not_halve_a_batch_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run the teacher equally often, or wait for one another for ever."""
+    tried = limit_memory(monkeypatch, most_rows=1)
+    teacher = Teacher(make_llama(50), 50)
+    teacher.is_shared = True
+    batch = batch_of([[1, 2, 3], [4, 5, 6]])
+    message = r"^2 rows of 2 tokens do not fit into the memory of cpu, and .* Lower --batch_tokens\.$"
+    with pytest.raises(CaptureError, match=message):
+        capture_batch(teacher, batch, layout_of(batch))
+    assert tried == [2]
+
+
 @pytest.mark.parametrize("message", ["expected scalar type Float but found Half", "CUDA error: device-side assert"])
 def test_another_error_of_the_teacher_is_not_taken_for_a_lack_of_memory(message: str) -> None:
     model, tried = make_llama(50), []

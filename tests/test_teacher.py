@@ -130,6 +130,15 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> 
         describe_teacher(config(teacher=str(tmp_path)))
 
 
+def test_only_code_that_is_trusted_makes_another_model_a_causal_one(tmp_path: Path) -> None:
+    """T5 is no causal language model of transformers; the code beside it may be one."""
+    written = {"model_type": "t5", "vocab_size": 40, "auto_map": {"AutoModelForCausalLM": "model.Causal"}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UsageError, match="is a t5 model, which has no causal language model"):
+        describe_teacher(config(teacher=str(tmp_path), top_k=4))
+    assert describe_teacher(config(teacher=str(tmp_path), top_k=4, trust_remote_code=True)).vocab_size == 40
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     model = make_llama(VOCAB)
     weights = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
