@@ -180,6 +180,14 @@ def test_a_position_of_which_every_token_is_masked_is_not_finite() -> None:
         assert kept["target_logprob"][1].item() == 0
 
 
+def test_a_shard_of_which_every_token_is_masked_adds_nothing() -> None:
+    logits_CV = torch.randn((3, 8), generator=torch.Generator().manual_seed(0))
+    logits_CV[:, :4] = -torch.inf
+    parts = torch.stack([keep._logsumexp(logits_CV[:, :4]), keep._logsumexp(logits_CV[:, 4:])])
+    assert parts[0].tolist() == [-torch.inf] * 3
+    np.testing.assert_allclose(parts.logsumexp(0), logits_CV.double().logsumexp(-1), atol=1e-6)
+
+
 def test_full_keeps_the_logits_themselves() -> None:
     logits_CV = torch.tensor([[0.0, 1.0, 2.0]])
     kept = full(logits_CV, torch.tensor([1]))

@@ -24,6 +24,7 @@ from logitgen.report import overview
 from logitgen.teacher import model as teacher
 from logitgen.teacher.describe import describe_teacher
 from logitgen.teacher.model import Teacher, load_model
+from logitgen.teacher.probes import _close
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,6 +93,22 @@ def test_a_masked_token_does_not_hide_that_the_head_cannot_run_apart(
     )
     Teacher(model, VOCAB)
     assert "cannot be run in chunks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected", "same"),
+    [
+        ([4.0, 1.0, -torch.inf], [4.0, 1.0, -torch.inf], True),
+        ([4.0, 1.0, 0.5], [4.0, 1.0, -torch.inf], False),
+        ([4.0, -torch.inf, 0.5], [4.0, 1.0, 0.5], False),
+        ([4.0, 1.03, 0.5], [4.0, 1.0, 0.5], True),
+        ([4.0, 1.05, 0.5], [4.0, 1.0, 0.5], False),
+    ],
+)
+def test_logits_are_the_same_where_the_same_are_masked_and_the_rest_is_close(
+    logits: list[float], expected: list[float], same: bool
+) -> None:
+    assert _close(torch.tensor(logits), torch.tensor(expected), relative=0.01) is same
 
 
 def config(**changes: Any) -> Config:
