@@ -646,6 +646,23 @@ def test_with_overwrite_a_run_that_was_faster_is_not_disturbed_either(path: Path
     assert partial.exists()
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_a_file_that_gets_its_name_between_opening_and_locking_is_left_alone(
+    path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch, another: bool
+) -> None:
+    """The run that wrote it has ended just then, and one more may have begun under the name."""
+
+    def complete_first(file: Any, how: int) -> None:
+        partial.rename(path)
+        if another:
+            write_file(partial, UNFINISHED)
+
+    monkeypatch.setattr("fcntl.flock", complete_first)
+    write_file(partial, UNFINISHED)
+    with pytest.raises(UsageError, match=r"out\.h5\.partial is being written by another run\. Wait for it"):
+        claimed(path)
+
+
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(
     path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
