@@ -67,7 +67,7 @@ def test_the_file_gives_back_the_models_own_logits(family: str, capture: Capture
         torch.testing.assert_close(row["logsumexp"], logits_PV.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_is_the_same_in_the_file_however_many_rows_are_written_at_once(
+def test_a_head_is_the_same_however_many_of_its_rows_are_written_at_once(
     capture: Capture, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"teacher": save_teacher(tmp_path / "teacher", make("phi"), None), "dataset": data, "capture": "hidden"}

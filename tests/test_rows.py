@@ -315,7 +315,7 @@ def test_a_batch_of_completions_ends_at_the_last_position() -> None:
     assert batch.targets.tolist() == [2, 4, 9]
 
 
-def test_the_tokens_of_a_job_are_those_the_teacher_reads_and_not_its_positions() -> None:
+def test_the_tokens_of_a_job_are_those_the_teacher_reads() -> None:
     rows = make_rows([[1, 2, 3, 4, 5, 6], [7, 8, 9]], [[0, 1, 0, 1, 0, 0], [0, 0, 1]])
     layout = Layout(capture="full", num_rows=2, num_tokens=9, num_positions=3, vocab_size=10, top_k=0)
     job = Job(rows, Plan(rows.forward_lengths, batch_tokens=3), layout)
