@@ -602,6 +602,12 @@ def test_what_a_killed_run_left_while_it_created_the_file_is_no_obstacle(path: P
     assert size_bytes == other.partial.stat().st_size
 
 
+def test_what_a_killed_run_left_stays_there_in_a_dry_run(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.h5.partial.new").write_bytes(bytes(90_000))
+    Output(path, overwrite=False, dry_run=True).claim()
+    assert names(tmp_path) == ["out.h5.partial.new"]
+
+
 def test_a_run_that_creates_the_file_already_is_seen_before_anything_expensive(path: Path, tmp_path: Path) -> None:
     new = tmp_path / "out.h5.partial.new"
     with (
