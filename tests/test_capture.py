@@ -180,6 +180,14 @@ def test_a_position_of_which_every_token_is_masked_is_not_finite() -> None:
         assert kept["target_logprob"][1].item() == 0
 
 
+def test_a_shard_of_which_every_token_is_masked_adds_nothing() -> None:
+    logits_CV = torch.randn((3, 8), generator=torch.Generator().manual_seed(0))
+    logits_CV[:, :4] = -torch.inf
+    parts = torch.stack([keep._logsumexp(logits_CV[:, :4]), keep._logsumexp(logits_CV[:, 4:])])
+    assert parts[0].tolist() == [-torch.inf] * 3
+    np.testing.assert_allclose(parts.logsumexp(0), logits_CV.double().logsumexp(-1), atol=1e-6)
+
+
 def test_full_keeps_the_logits_themselves() -> None:
     logits_CV = torch.tensor([[0.0, 1.0, 2.0]])
     kept = full(logits_CV, torch.tensor([1]))
@@ -410,6 +418,18 @@ def test_a_row_that_does_not_fit_into_memory_is_named(monkeypatch: pytest.Monkey
     with pytest.raises(CaptureError, match=message):
         capture_batch(Teacher(make_llama(50), 50), batch, layout_of(batch))
     assert tried == [2, 1]
+
+
+def test_ranks_that_share_a_teacher_do_not_halve_a_batch_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run the teacher equally often, or wait for one another for ever."""
+    tried = limit_memory(monkeypatch, most_rows=1)
+    teacher = Teacher(make_llama(50), 50)
+    teacher.is_shared = True
+    batch = batch_of([[1, 2, 3], [4, 5, 6]])
+    message = r"^2 rows of 2 tokens do not fit into the memory of cpu, and .* Lower --batch_tokens\.$"
+    with pytest.raises(CaptureError, match=message):
+        capture_batch(teacher, batch, layout_of(batch))
+    assert tried == [2]
 
 
 @pytest.mark.parametrize("message", ["expected scalar type Float but found Half", "CUDA error: device-side assert"])

@@ -25,6 +25,7 @@ from logitgen.console import (
     print_error,
     print_result,
     printable,
+    redrawn,
     silence_stdout,
     start_logging,
 )
@@ -605,6 +606,17 @@ def test_a_result_goes_to_standard_output_without_escape_codes(capsys: pytest.Ca
     captured = capsys.readouterr()
     assert captured.out == "a result\n"
     assert captured.err == ""
+
+
+def test_a_view_leaves_room_for_what_the_terminal_writes_behind_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ^C behind a line as wide as the terminal would wrap, and the view could not be drawn over."""
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "40", "LINES": "20", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    with redrawn() as draw:
+        draw(Text("x" * 100), "")
+    assert max(map(len, re.findall("x+", ESCAPES.sub("", capsys.readouterr().out)))) == 38
 
 
 def test_silenced_processes_print_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The file as a torch dataset: items, batches, worker processes."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,15 @@ def test_several_files_are_read_as_one(capture: Capture, teacher: Path, ragged: 
 def test_files_of_another_teacher_are_not_joined(path: Path, tmp_path: Path, name: str) -> None:
     other = write_file(tmp_path / "other.h5", **{name: "f" * 64})
     with pytest.raises(FormatError, match=rf"other\.h5 must have the {name} of .*out\.h5: expected .*, got f{{64}}\."):
+        LogitsDataset([path, other])
+
+
+@pytest.mark.parametrize(("name", "value"), [("teacher_dtype", "float16"), ("quantization", '{"bits": 4}')])
+def test_files_of_a_teacher_that_computed_otherwise_are_not_joined(
+    path: Path, tmp_path: Path, name: str, value: str
+) -> None:
+    other = write_file(tmp_path / "other.h5", **{name: value})
+    with pytest.raises(FormatError, match=rf"other\.h5 has another {name} than .*out\.h5: {re.escape(value)}, not "):
         LogitsDataset([path, other])
 
 

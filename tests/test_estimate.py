@@ -272,6 +272,25 @@ def test_the_time_is_that_of_the_rank_with_the_most_tokens() -> None:
     assert found.seconds == {1: 26, 2: 13, 4: 6.5, 8: 5, 16: 5, 32: 5, 64: 5}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "num_streams", "seconds"),
+    [
+        ({"tp_size": 2}, 2, {2: 26, 4: 13, 8: 6.5, 16: 5, 32: 5, 64: 5}),  # two ranks do what one did
+        ({"fsdp_size": 2}, 4, {2: 14, 4: 8, 8: 5, 16: 5, 32: 5, 64: 5}),  # 10 8 6 4; then 10 6, 7 3 and 9 5, 8 4
+        ({"tp_size": 2, "fsdp_size": 2}, 2, {4: 14, 8: 8, 16: 5, 32: 5, 64: 5}),
+    ],
+)
+def test_ranks_that_share_a_teacher_take_longer_worked_by_hand(
+    sizes: dict[str, int], num_streams: int, seconds: dict[int, float]
+) -> None:
+    rows = rows_of([11, 10, 9, 8, 7, 6, 5, 4])
+    layout = Layout(capture="topk", num_rows=8, num_tokens=60, num_positions=52, vocab_size=40, top_k=2)
+    job = Job(rows, Plan(rows.forward_lengths, 1), layout)
+    found = estimate(job, {"settings": "{}"}, [Pilot(0.5, 1, 0)] * 4, **sizes)
+    assert found.seconds == seconds
+    assert found.buffer_bytes == 2 * num_streams * (4 + 10 * 16)
+
+
 def test_a_pilot_is_a_few_batches_and_the_largest_one_first(
     capture: Capture, teacher: Path, ragged: Path, forward_batches: list[tuple[int, int]], estimates: list[Estimate]
 ) -> None:

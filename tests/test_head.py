@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitgen import FormatError, LogitsDataset, LogitsFile, UsageError, collate
+from logitgen import head as head_module
 from logitgen.file.header import create
 from logitgen.file.layout import HeadForm, Layout
 from logitgen.head import Head, restored, stored
@@ -64,6 +65,15 @@ def test_the_file_gives_back_the_models_own_logits(family: str, capture: Capture
         logits_PV = dataset.head(row["hidden"])
         torch.testing.assert_close(logits_PV, expected_TV, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(row["logsumexp"], logits_PV.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_is_the_same_however_many_of_its_rows_are_written_at_once(
+    capture: Capture, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"teacher": save_teacher(tmp_path / "teacher", make("phi"), None), "dataset": data, "capture": "hidden"}
+    whole = capture(**options, output=tmp_path / "whole.h5")
+    monkeypatch.setattr(head_module, "_BLOCK_ROWS", 20)  # of 97: four blocks and a rest
+    assert capture(**options, output=tmp_path / "blocks.h5").read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 from conftest import make_llama, save_teacher, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
 from logitgen.teacher.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
+from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
 
@@ -115,22 +116,33 @@ def test_a_configuration_omits_names_versions_and_entries_without_effect() -> No
     assert longer != describe_config(LlamaConfig(some_list=list(range(999))))
 
 
+class Adapter:
+    def __init__(self, **values: Any) -> None:
+        self.values = {"target_modules": {"q", "v"}, "r": 8, "base_model_name_or_path": "there", **values}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+
+def adapted(**values: Any) -> PreTrainedModel:
+    model = make_llama()
+    model.peft_config = {"default": Adapter(**values)}
+    return model
+
+
 def test_an_adapters_scale_counts_and_where_it_came_from_does_not() -> None:
-    class Adapter:
-        def __init__(self, **values: Any) -> None:
-            self.values = {"target_modules": {"q", "v"}, "r": 8, "base_model_name_or_path": "there", **values}
-
-        def to_dict(self) -> dict[str, Any]:
-            return dict(self.values)
-
     def of(**values: Any) -> str:
-        model = make_llama()
-        model.peft_config = {"default": Adapter(**values)}
-        return describe_adapters(model)
+        return describe_adapters(adapted(**values))
 
     assert of(lora_alpha=16) == of(lora_alpha=16, base_model_name_or_path="elsewhere")
     assert of(lora_alpha=16) != of(lora_alpha=32)
     assert describe_adapters(make_llama()) == ""
+
+
+def test_a_teacher_with_another_scale_of_its_adapter_is_another_teacher() -> None:
+    vocab_size = make_llama().config.vocab_size
+    prints = [Teacher(adapted(lora_alpha=alpha), vocab_size).fingerprint for alpha in (16, 16, 32)]
+    assert prints[0] == prints[1] != prints[2]
 
 
 @pytest.fixture

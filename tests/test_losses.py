@@ -393,6 +393,16 @@ def test_a_student_in_bfloat16_is_compared_in_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_student_in_float32_is_compared_in_float32_and_nothing_less(kind: str) -> None:
+    case, logits = make_case(kind), student_logits(dtype=torch.float32)
+    exact = DistillationLoss(case.dataset)(logits.double(), case.batch)
+    if case.dataset.head:
+        case.dataset.head = case.dataset.head.to(torch.device("cpu"), torch.float32)
+    found = DistillationLoss(case.dataset)(logits, case.batch)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_autocast_does_not_lower_the_precision(kind: str) -> None:
     case, logits = make_case(kind), student_logits(dtype=torch.float32)
     if case.dataset.head:

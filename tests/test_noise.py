@@ -67,6 +67,11 @@ def test_the_draws_of_a_position_do_not_depend_on_what_is_drawn_beside_them(monk
     assert torch.equal(gumbel(keys(7, [2], [3]), 300)[0], together[13, :300])
 
 
+def test_a_shard_draws_what_the_whole_vocabulary_draws_for_its_ids() -> None:
+    key_C = keys(7, [0, 1, 2], [5, 4, 3])
+    assert torch.equal(gumbel(key_C, 200, first_id=300), gumbel(key_C, 500)[:, 300:])
+
+
 def distance_from_uniform(values: np.ndarray) -> float:
     """Kolmogorov-Smirnov statistic times the root of the number of values; beyond 2.3 with a chance of 5e-5."""
     ordered = np.sort(values.ravel())

@@ -601,6 +601,12 @@ def test_what_a_killed_run_left_while_it_created_the_file_is_no_obstacle(path: P
     assert size_bytes == other.partial.stat().st_size
 
 
+def test_what_a_killed_run_left_stays_there_in_a_dry_run(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.h5.partial.new").write_bytes(bytes(90_000))
+    Output(path, overwrite=False, dry_run=True).claim()
+    assert names(tmp_path) == ["out.h5.partial.new"]
+
+
 def test_a_run_that_creates_the_file_is_seen_before_anything_expensive(path: Path, tmp_path: Path) -> None:
     new = tmp_path / "out.h5.partial.new"
     with (
@@ -643,6 +649,23 @@ def test_with_overwrite_a_run_that_was_faster_is_not_disturbed_either(path: Path
         output.create(LAYOUT, ABOUT, write_done([0, 0, 0]))
     assert first.done().tolist() == [False, True, False]
     assert partial.exists()
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_file_that_gets_its_name_between_opening_and_locking_is_left_alone(
+    path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch, another: bool
+) -> None:
+    """The run that wrote it has ended just then, and one more may have begun under the name."""
+
+    def complete_first(file: Any, how: int) -> None:
+        partial.rename(path)
+        if another:
+            write_file(partial, UNFINISHED)
+
+    monkeypatch.setattr("fcntl.flock", complete_first)
+    write_file(partial, UNFINISHED)
+    with pytest.raises(UsageError, match=r"out\.h5\.partial is being written by another run\. Wait for it"):
+        claimed(path)
 
 
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(

@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_teacher, write_jsonl
 from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_of, ranks_that_ran
 
-from logitgen import LogitsFile
+from logitgen import LogitsFile, UsageError
 from logitgen.ranks import ending
+from logitgen.ranks.environment import check_launch
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,13 @@ def test_help_is_printed_once(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0
     assert ended.stdout.count("usage: generate.py") == 1
+
+
+def test_a_launch_is_as_large_as_its_ranks_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch(2)
+    with pytest.raises(UsageError, match=r"^The launcher started 2 processes, .* \(Accelerate reports 1\)\."):
+        check_launch(1)
 
 
 @pytest.mark.slow

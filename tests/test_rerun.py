@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
-from logitgen.rerun import TOLERANCES, Rerun, load_teacher_of, rerun, sample_rows
+from logitgen.file.layout import Layout
+from logitgen.rerun import TOLERANCES, Rerun, _compare, load_teacher_of, rerun, sample_rows
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.model import Teacher
 
@@ -111,6 +112,14 @@ def test_a_masked_token_makes_no_difference(masked: float, capture: Capture, tea
     compared = rerun(file, own, np.array([0, 4]))
     assert compared.largest < 0.02
     assert compared.problems == []
+
+
+def test_a_masked_token_is_no_value_that_would_make_the_mean_smaller() -> None:
+    layout = Layout(capture="topk", num_rows=1, num_tokens=2, num_positions=1, vocab_size=3, top_k=3)
+    stored = {"kept_ids": np.array([[2, 0, 1]], "<u2"), "kept_logprobs": np.array([[-0.25, -2.0, -65504.0]], "<f2")}
+    difference, same = _compare(stored, torch.tensor([[-2.0, -torch.inf, -0.5]]), layout)
+    assert difference.tolist() == pytest.approx([0.25 - 0.25 * 2**-11, 0])
+    assert same.tolist() == [True]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

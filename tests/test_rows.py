@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.file.layout import Layout
 from logitgen.split import rows as rows_module
+from logitgen.split.job import Job
+from logitgen.split.plan import Plan
 from logitgen.split.rows import Batch, Rows
 
 Lists = list[list[int]]
@@ -317,6 +320,15 @@ def test_a_batch_of_completions_ends_at_the_last_position() -> None:
     assert batch.row_of_position.tolist() == [0, 0, 1]
     assert batch.positions.tolist() == [0, 2, 1]
     assert batch.targets.tolist() == [2, 4, 9]
+
+
+def test_the_tokens_of_a_job_are_those_the_teacher_reads() -> None:
+    rows = make_rows([[1, 2, 3, 4, 5, 6], [7, 8, 9]], [[0, 1, 0, 1, 0, 0], [0, 0, 1]])
+    layout = Layout(capture="full", num_rows=2, num_tokens=9, num_positions=3, vocab_size=10, top_k=0)
+    job = Job(rows, Plan(rows.forward_lengths, batch_tokens=3), layout)
+    assert job.forward_tokens.tolist() == [3, 2]
+    # A checksum of 4 bytes per row; per position two scalars of 4 bytes, and ten logits of 2.
+    assert job.payload_bytes.tolist() == [4 + 2 * (8 + 20), 4 + 8 + 20]
 
 
 @settings(max_examples=40, deadline=None)

@@ -205,12 +205,27 @@ def test_members_that_arrow_fills_in_are_taken_out_again(with_tools: Any) -> Non
     assert run(split, with_tools)["input_ids"][:] == [rendered(with_tools, chat) for chat in chats]
 
 
+def test_a_null_that_json_text_itself_names_stays(with_tools: Any) -> None:
+    tools = [{"function": {"name": "weather", "parameters": {"city": {"default": None}}}}]
+    found = run([{"messages": [HELLO], "tools": json.dumps(tools)}], with_tools)["input_ids"][0]
+    assert found == rendered(with_tools, [HELLO], tools=tools)
+    assert '"default": null' in with_tools.decode(found)
+
+
 def test_arguments_that_are_json_text_are_not_encoded_twice(with_tools: Any) -> None:
     as_text, as_object = (
         [HELLO, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}]
         for given in (json.dumps({"city": "Oslo"}), {"city": "Oslo"})
     )
     assert run([{"messages": as_text}], with_tools)["input_ids"][0] == rendered(with_tools, as_object)
+
+
+@pytest.mark.parametrize("text", ["Oslo", "[1, 2]", "3", "null"])
+def test_arguments_that_are_no_object_stay_the_text_they_are(with_tools: Any, text: str) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    assert with_tools.decode(run([{"messages": [HELLO, call]}], with_tools)["input_ids"][0]) == (
+        f"<|user|>Hello<|end|><|assistant|>f {json.dumps(text)}<|end|>"
+    )
 
 
 @pytest.mark.parametrize("content", [{"content": None}, {}], ids=["nothing", "no content"])
@@ -275,6 +290,31 @@ def test_conversations_are_read_as_people_have_them(with_tools: Any, row: Row) -
     assert sum(found["completion_mask"][0]) == len(with_tools("Good day<|end|>")["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("system", "system"),
+        ("tool", "tool"),
+        ("function", "tool"),
+        ("observation", "tool"),
+    ],
+)
+def test_every_name_of_a_speaker_has_its_role(with_tools: Any, speaker: str, role: str) -> None:
+    found = run([{"conversations": [{"from": speaker, "value": "a"}]}], with_tools)["input_ids"][0]
+    assert with_tools.decode(found) == f"<|{role}|>a<|end|>"
+
+
+def test_what_a_shared_message_says_beside_its_text_counts(with_tools: Any) -> None:
+    told = [("human", "a", None), ("gpt", "Bad", 0), ("human", "b", None), ("gpt", "Good day", 1)]
+    chat = [{"from": speaker, "value": value, "weight": weight} for speaker, value, weight in told]
+    found = run([{"conversations": chat}], with_tools, completion_only=True)
+    assert sum(found["completion_mask"][0]) == len(with_tools("Good day<|end|>")["input_ids"])
+
+
 def test_a_speaker_nobody_knows_is_refused(with_tools: Any) -> None:
     message = r"^Row 0, message 1: 'from' must be one of human, .*, got str 'bing'\.$"
     with pytest.raises(UsageError, match=message):
@@ -312,6 +352,16 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
         UsageError, match=r"^Row 0, message 1: the chat template renders the messages before it differently"
     ):
         run([{"prompt": [HELLO], "completion": [ANSWER]}], tokenizer, completion_only=True)
+
+
+def test_a_template_that_rewrites_what_was_asked_is_refused() -> None:
+    """The answer is the last turn, so nothing that follows could give the template away."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
+    with pytest.raises(
+        UsageError, match=r"^Row 0: the chat template has no generation block and renders earlier turns"
+    ):
+        run([{"messages": [HELLO, ANSWER]}], tokenizer, completion_only=True)
 
 
 @pytest.mark.parametrize("name", ["tokenize", "tokenizer", "index", "chat"])
@@ -355,3 +405,10 @@ def test_a_template_that_shows_the_teacher_no_tools_is_warned_of(caplog: pytest.
     tokenizer.chat_template = CHAT_TEMPLATE
     run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], tokenizer)
     assert "The rows have tools, but the teacher's chat template shows it none." in caplog.messages
+
+
+def test_a_template_that_shows_the_teacher_its_tools_is_not_warned_of(
+    with_tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], with_tools)
+    assert not caplog.messages

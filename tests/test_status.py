@@ -157,6 +157,12 @@ def test_an_unfinished_file_tells_its_rows_and_its_line(path: Path, argument: st
     assert found.snapshot == SNAPSHOT
 
 
+def test_a_row_with_a_damaged_flag_is_not_counted_as_done(path: Path) -> None:
+    flags = np.array([2, 1, 0], "u1")
+    write_file(path.with_name("out.h5.partial"), ARRAYS | {"done": flags})
+    assert Watch(path).look().num_done == 1
+
+
 @pytest.mark.parametrize("line", [b"", bytes(10), b"\0" + encode(SNAPSHOT)[1:]])
 def test_without_a_line_no_run_is_under_way(path: Path, line: bytes) -> None:
     write_unfinished(path, line)
@@ -550,6 +556,18 @@ def test_a_run_that_is_watched_has_the_same_bytes(
     options = options_of(teacher, ragged, tmp_path)
     unwatched = capture(output=tmp_path / "unwatched.h5", **options)
     assert (tmp_path / "out.h5").read_bytes() == unwatched.read_bytes()
+
+
+def test_a_watch_goes_on_until_the_file_is_complete_whatever_the_run_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped and stalled runs go on one day, with the same command."""
+    seen = ["not started", "being created", "running", "stalled", "stopped", "running", "complete", "running"]
+    looks = iter(seen)
+    monkeypatch.setattr(Watch, "look", lambda self: Status(path=path, state=next(looks)))
+    monkeypatch.setattr(logitgen.__main__, "WATCH_SECONDS", 0)
+    assert main(["status", str(path), "--watch", "--json"]) == 0
+    assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == seen[:-1]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

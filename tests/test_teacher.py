@@ -24,6 +24,7 @@ from logitgen.report import overview
 from logitgen.teacher import model as teacher
 from logitgen.teacher.describe import describe_teacher
 from logitgen.teacher.model import Teacher, load_model
+from logitgen.teacher.probes import _close
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,6 +95,22 @@ def test_a_masked_token_does_not_hide_that_the_head_cannot_run_apart(
     assert "cannot be run in chunks" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("logits", "expected", "same"),
+    [
+        ([4.0, 1.0, -torch.inf], [4.0, 1.0, -torch.inf], True),
+        ([4.0, 1.0, 0.5], [4.0, 1.0, -torch.inf], False),
+        ([4.0, -torch.inf, 0.5], [4.0, 1.0, 0.5], False),
+        ([4.0, 1.03, 0.5], [4.0, 1.0, 0.5], True),
+        ([4.0, 1.05, 0.5], [4.0, 1.0, 0.5], False),
+    ],
+)
+def test_logits_are_the_same_where_the_same_are_masked_and_the_rest_is_close(
+    logits: list[float], expected: list[float], same: bool
+) -> None:
+    assert _close(torch.tensor(logits), torch.tensor(expected), relative=0.01) is same
+
+
 def config(**changes: Any) -> Config:
     return Config(**{"teacher": "t", "dataset": "d", "output": "o", **changes})
 
@@ -128,6 +145,15 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> 
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a vit model, which has no causal language model"):
         describe_teacher(config(teacher=str(tmp_path)))
+
+
+def test_only_code_that_is_trusted_makes_another_model_a_causal_one(tmp_path: Path) -> None:
+    """T5 is no causal language model of transformers; the code beside it may be one."""
+    written = {"model_type": "t5", "vocab_size": 40, "auto_map": {"AutoModelForCausalLM": "model.Causal"}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UsageError, match="is a t5 model, which has no causal language model"):
+        describe_teacher(config(teacher=str(tmp_path), top_k=4))
+    assert describe_teacher(config(teacher=str(tmp_path), top_k=4, trust_remote_code=True)).vocab_size == 40
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:

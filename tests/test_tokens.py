@@ -20,7 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from logitgen.config import Config
-from logitgen.errors import UsageError
+from logitgen.errors import CaptureError, UsageError
+from logitgen.split.cache import cached
 from logitgen.split.load import load_split
 from logitgen.split.tokens import load_tokenizer, tokenize, tokenizer_fingerprint
 
@@ -338,6 +339,15 @@ def test_a_turn_begins_where_it_parts_from_the_generation_prompt(tokenizer: Toke
     spoken = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     found = run([chat(*spoken)], with_template(tokenizer, template), completion_only=True)
     assert (found["input_ids"][0], found["completion_mask"][0]) == chat_by_hand(tokenizer, spoken)
+
+
+def test_an_answer_whose_tokens_the_generation_block_cannot_find_is_refused(tokenizer: Tokenizer) -> None:
+    """Its first character is none of the tokenizer's, so no token stands there."""
+    changed = with_template(tokenizer, CHAT_TEMPLATE_WITH_GENERATION)
+    changed.backend_tokenizer.normalizer = normalizers.Replace("#", "")
+    assert any(run([chat(("user", "#a"), ("assistant", "b"))], changed, completion_only=True)["completion_mask"][0])
+    with pytest.raises(UsageError, match="Row 0: the chat template's generation block marks no token"):
+        run([chat(("user", "a"), ("assistant", "#b"))], changed, completion_only=True)
 
 
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%-  generation  %}"])
@@ -689,6 +699,14 @@ def test_tokens_that_were_not_finished_are_made_anew(
         seal.write_text("{")
     assert run(loaded(path), tokenizer)["input_ids"][:] == [ids_of(tokenizer, "a b")]
     assert "they were not finished" in caplog.text
+
+
+def test_rows_that_got_lost_on_their_way_through_the_cache_are_missed(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "rows.arrow"
+    with pytest.raises(
+        CaptureError, match=re.escape(f"3 rows became 2. The datasets cache is damaged: remove {path.parent}.")
+    ):
+        cached(path, 3, lambda: datasets.Dataset.from_dict({"input_ids": [[1], [2]]}))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "save_to_disk"])

@@ -543,6 +543,7 @@ def test_the_writer_waits_for_a_sync_that_is_not_over_when_the_next_is_due(
         last.result(0.2)
     held.set()
     assert last.result(10) is None
+    made.finish()
 
 
 def test_an_idle_writer_does_not_keep_the_disk_busy(
