@@ -11,7 +11,17 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
-from families import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, assert_row_is_right, make
+from families import (
+    FAMILIES,
+    READ_BY_ANOTHER_CLASS,
+    ROWS,
+    SEEING,
+    USUAL,
+    VOCAB,
+    DoublingLlama,
+    assert_row_is_right,
+    make,
+)
 from launches import drawn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +36,7 @@ from logitgen.teacher.describe import describe_teacher
 from logitgen.teacher.model import Teacher, load_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *READ_BY_ANOTHER_CLASS])
 def test_every_kept_logprob_equals_a_direct_forward_pass(
     family: str, tmp_path: Path, capture: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +138,40 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> 
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a vit model, which has no causal language model"):
         describe_teacher(config(teacher=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("Pix2Struct", {}), ("Florence2", {})])
+def test_an_encoder_with_a_decoder_is_refused(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    getattr(transformers, f"{name}Config")(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="model, which has no causal language model"):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_refused() -> None:
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blip = transformers.BlipConfig(text_config=text | {"encoder_hidden_size": 32}, vision_config=SEEING)
+    model = enlarge_weights(transformers.BlipForConditionalGeneration(blip))
+    with pytest.raises(UsageError, match=r"cannot be run on text alone: .*'pixel_values'\. Give a model that predicts"):
+        Teacher(model, VOCAB)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5 vl with a tied head", "llava next", "qwen2 audio"])
+def test_vocabulary_and_context_of_a_model_that_sees_are_those_of_its_text(family: str, tmp_path: Path) -> None:
+    make(family).config.save_pretrained(tmp_path)
+    info = describe_teacher(config(teacher=str(tmp_path)))
+    assert (info.vocab_size, info.max_length) == (VOCAB, 64)
+    with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 97, got 98"):
+        describe_teacher(config(teacher=str(tmp_path), top_k=98))
+
+
+def test_a_token_that_stands_for_an_image_is_read_as_the_plain_forward_reads_it() -> None:
+    """Some families embed it otherwise, even in rows of text."""
+    model = make("gemma4 with embeddings per layer")
+    wrapped = Teacher(model, VOCAB)
+    ids_1T = torch.tensor([[7, model.config.image_token_id, 9, model.config.image_token_id]])
+    chunks = wrapped.logits(ids_1T, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([logits for _, logits, _ in chunks]), model(input_ids=ids_1T).logits[0])
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
