@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from families import (
 from launches import drawn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from logitgen import LogitsFile, UsageError
 from logitgen.config import Config
@@ -172,6 +173,39 @@ def test_a_token_that_stands_for_an_image_is_read_as_the_plain_forward_reads_it(
     chunks = wrapped.logits(ids_1T, torch.zeros(4, dtype=torch.int64), torch.arange(4))
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([logits for _, logits, _ in chunks]), model(input_ids=ids_1T).logits[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_checkpoint_with_another_head_is_refused(head: str, tied: bool, tmp_path: Path) -> None:
+    sizes = LlamaConfig(**USUAL | {"tie_word_embeddings": tied})
+    save_teacher(tmp_path, getattr(transformers, f"LlamaFor{head}")(sizes), None)
+    with pytest.raises(UsageError, match=f"is a LlamaFor{head} by its config.json, whose head does not predict"):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        (["LlamaForRewardModel"], True),
+        (["GPTNeoXRewardModel"], True),
+        (["Qwen2ForProcessRewardModel"], True),
+        (["LlamaForSequenceClassification", "LlamaForCausalLM"], False),
+        (["RoFormerForCausalLM"], False),
+        (["GPT2Model"], False),
+        (["GPT2LMHeadModel"], False),
+        (["IdeficsForVisionText2Text"], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_the_head_of_a_checkpoint_is_told_by_the_classes_it_names(
+    names: list[str] | None, is_refused: bool, tmp_path: Path
+) -> None:
+    LlamaConfig(**USUAL | {"tie_word_embeddings": True}, architectures=names).save_pretrained(tmp_path)
+    refused = pytest.raises(UsageError, match="whose head does not predict tokens") if is_refused else nullcontext()
+    with refused:
+        describe_teacher(config(teacher=str(tmp_path)))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:

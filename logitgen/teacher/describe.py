@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _LOADERS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """The ways to load a model that reads text and predicts the next token. The first that knows a family loads it."""
+
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|PreTraining|\w*Text2Text|[a-z])|Reward")
+"""Found in names of classes whose head does not predict tokens, such as LlamaForSequenceClassification."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def describe_teacher(config: Config) -> TeacherInfo:
     own_code = loader(config, teacher_config).__name__ in (getattr(teacher_config, "auto_map", None) or {})
     if own_code and not config.trust_remote_code:
         logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
+    _check_head(config, teacher_config)
     text_config = teacher_config.get_text_config()
     context_length = getattr(text_config, "max_position_embeddings", None)
     vocab_size = getattr(text_config, "vocab_size", 0)
@@ -89,6 +94,16 @@ def loader(config: Config, teacher_config: PreTrainedConfig) -> Any:
         f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
         "in transformers. Give a model that predicts the next token."
     )
+
+
+def _check_head(config: Config, teacher_config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint saved with another head. Tied weights would give it a head that nobody trained."""
+    names = teacher_config.architectures or []
+    if names and all(_OTHER_HEAD.search(name) for name in names):
+        raise UsageError(
+            f"--teacher {config.teacher} is a {names[0]} by its config.json, whose head does not predict tokens. Give "
+            "a model that predicts the next token."
+        )
 
 
 def read_config(config: Config) -> PreTrainedConfig:
