@@ -217,6 +217,18 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         load_model(options, torch.device("cpu"))
 
 
+def test_a_family_that_transformers_cuts_wrongly_is_told_from_a_wrong_checkpoint(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mismatch(*_: Any, **__: Any) -> None:
+        raise RuntimeError("You set `ignore_mismatched_sizes` to `False`")  # Qwen3-VL's experts, in transformers 5.23
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", mismatch)
+    for changes, end in (({}, r"says\.$"), ({"fsdp_size": 2}, "says, or transformers cannot cut them for --tp_size")):
+        with pytest.raises(UsageError, match=f"its weights have other shapes than its config.json {end}"):
+            load_model(config(teacher=str(teacher), **changes), torch.device("cpu"))
+
+
 def test_an_unknown_attention_is_refused(teacher: Path) -> None:
     options = config(teacher=str(teacher), attn_implementation="telepathy")
     with pytest.raises(UsageError, match=r"--attn_implementation must be one of .*sdpa, got telepathy\."):

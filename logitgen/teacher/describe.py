@@ -19,12 +19,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, cause_of
+from logitgen.teacher.adapter import check_adapter
 from logitgen.teacher.identity import describe_config
 
 logger = logging.getLogger(__name__)
 
 _LOADERS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """The ways to load a model that reads text and predicts the next token. The first that knows a family loads it."""
+
+_ADAPTED_TO_SOUND = ("granite_speech", "granite_speech_plus")
+"""Families whose adapter transformers turns off where they read text alone."""
 
 _OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|PreTraining|\w*Text2Text|[a-z])|Reward")
 """Found in names of classes whose head does not predict tokens, such as LlamaForSequenceClassification."""
@@ -59,7 +63,13 @@ def describe_teacher(config: Config) -> TeacherInfo:
         UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
             it can read or knows.
     """
+    check_adapter(config)
     teacher_config = read_config(config)
+    if config.adapter == config.teacher and teacher_config.model_type in _ADAPTED_TO_SOUND:
+        raise UsageError(
+            f"--teacher {config.teacher} has an adapter for sound, which text does not pass. Give a copy of the folder "
+            "without its adapter_config.json."
+        )
     own_code = loader(config, teacher_config).__name__ in (getattr(teacher_config, "auto_map", None) or {})
     if own_code and not config.trust_remote_code:
         logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
