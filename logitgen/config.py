@@ -78,7 +78,7 @@ def _option(group: str, help: str, default: Any = dataclasses.MISSING) -> Any:
 class Config:
     """The options of a run: the teacher, its rows, the values to keep and the file."""
 
-    teacher: str = _option("required", "Hub id or folder of a causal language model.")
+    teacher: str = _option("required", "Hub id or folder of a causal language model, or of an adapter.")
     dataset: str = _option(
         "required",
         "Hub id, .json/.jsonl/.csv/.tsv/.txt (or with .gz/.zst), .parquet or .arrow file, pattern such as "
@@ -89,6 +89,7 @@ class Config:
     teacher_gguf: str | None = _option(
         "teacher", "Name of a GGUF file inside the teacher's folder or repository.", None
     )
+    adapter: str | None = _option("teacher", "Hub id or folder of an adapter (LoRA), merged into the teacher.", None)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "teacher", "Precision of the teacher's forward pass; auto takes the one it was saved in.", "auto"
     )

@@ -36,5 +36,16 @@ def reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def cause_of(error: Exception) -> str:
+    """Return one line on the reason why transformers or the hub could not load something."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says."
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"KeyError {text}"
+    sentences = text.split(". ")
+    return sentences[0][:300].rstrip(".") + "." if sentences[0] else type(error).__name__
+
+
 class LostRankError(CaptureError):
     """Another rank ended without saying why."""

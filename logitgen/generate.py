@@ -50,6 +50,7 @@ from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 from logitgen.split.shapes import template_of
 from logitgen.split.tokens import load_tokenizer, tokenize
+from logitgen.teacher.adapter import with_base
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.describe import TeacherInfo, describe_teacher
 from logitgen.teacher.model import Teacher, load_model
@@ -89,7 +90,7 @@ def read_options(ranks: Ranks, arguments: list[str]) -> tuple[Config, Output]:
     if not ranks.is_leader:
         silence_stdout()
     with ranks.together():
-        config = parse_config(arguments)
+        config = with_base(parse_config(arguments))
     ranks.patience_seconds = config.rank_timeout
     ranks.form_replicas(config.tp_size, config.fsdp_size, config.device_map)
     ranks.same(facts_of_launch(config))

@@ -30,7 +30,8 @@ def overview(known: dict[str, Any]) -> RenderableType:
     lines = {
         "file": f"{known['path']}  {format_bytes(known['size_bytes'])}, format version {known['version']}",
         "teacher": f"{known['teacher']}  {known['teacher_dtype']}{_quantized(known['quantization'])}"
-        + (f", {known['commit']}" if known["commit"] else ""),
+        + (f", {known['commit']}" if known["commit"] else "")
+        + (f", adapter {settings['adapter']}" if settings.get("adapter") else ""),
         "dataset": source,
         "rows": f"{known['rows']:,}, all complete  {known['shortest_row']:,} to {known['longest_row']:,} tokens each",
         "tokens": f"{known['tokens']:,}  {known['positions']:,} positions captured",

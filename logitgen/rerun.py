@@ -5,7 +5,7 @@ Shape letters: P captured positions of a row, C positions of a chunk, K kept per
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
 from logitgen.split.tokens import load_tokenizer, tokenizer_fingerprint
 from logitgen.student.dataset import head_of
+from logitgen.teacher.adapter import with_base
 from logitgen.teacher.describe import TeacherInfo, describe_teacher
 from logitgen.teacher.model import Teacher, load_model
 
@@ -110,18 +111,21 @@ def _config_of(file: LogitsFile, name: str | None) -> Config:
     """Return the options that load the file's teacher as it was loaded, or another teacher by its name."""
     attributes, settings = file.attributes, file.attributes["settings"]
     same_name = name in (None, settings["teacher"])
-    return Config(
-        teacher=name or settings["teacher"],
-        dataset=settings["dataset"],
-        output=str(file.path),
-        revision=settings["revision"] if same_name else None,
-        teacher_gguf=settings["teacher_gguf"],
-        dtype=attributes["teacher_dtype"],
-        attn_implementation=settings["attn_implementation"],
-        trust_remote_code=bool(settings.get("trust_remote_code")),
-        top_k=1,
-        device_map="auto",
+    config = with_base(
+        Config(
+            teacher=name or settings["teacher"],
+            dataset=settings["dataset"],
+            output=str(file.path),
+            revision=settings["revision"] if same_name else None,
+            teacher_gguf=settings["teacher_gguf"],
+            dtype=attributes["teacher_dtype"],
+            attn_implementation=settings["attn_implementation"],
+            trust_remote_code=bool(settings.get("trust_remote_code")),
+            top_k=1,
+            device_map="auto",
+        )
     )
+    return config if config.adapter else replace(config, adapter=settings.get("adapter"))
 
 
 def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:

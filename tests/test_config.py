@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "output": "o.h5",
     "revision": None,
     "teacher_gguf": None,
+    "adapter": None,
     "dtype": "auto",
     "attn_implementation": None,
     "device_map": None,
@@ -58,6 +59,7 @@ OTHERS: dict[str, Any] = {
     "output": "else.h5",
     "revision": "main",
     "teacher_gguf": "q4.gguf",
+    "adapter": "org/lora",
     "dtype": "bfloat16",
     "attn_implementation": "eager",
     "tp_size": 2,
@@ -100,8 +102,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     assert stopped.value.code == 0
     shown = re.findall(r"^  (?:-h, )?--([a-z_]+)", capsys.readouterr().out, re.MULTILINE)
     assert shown == [
-        "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "dtype", "attn_implementation",
-        "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
+        "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "adapter", "dtype",
+        "attn_implementation", "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
         "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos", "max_length",
         "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding", "batch_tokens", "overwrite",
         "dry_run", "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",

@@ -22,8 +22,11 @@ from logitgen.head import Head, restored, stored
 from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
-SCALES = {"cohere with a logit scale": 0.25, "granite with a logits scaling": 0.25}
-SOFT_CAPS = {"gemma2": 3.0, "gemma3 with a soft-cap": 3.0}
+SCALES = {
+    "cohere with a logit scale": 0.25,
+    "granite with a logits scaling": 0.25,
+}
+SOFT_CAPS = {"gemma2": 3.0, "gemma3 with a soft-cap": 3.0, "gemma4": 3.0}
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_every_familys_head_is_found_with_its_scale_and_soft_cap(family: str) ->
     assert (head.bias_V is not None) == (family == "phi")
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
-        hidden_TD = model.get_decoder()(input_ids=ids).last_hidden_state[0]
+        hidden_TD = model.base_model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(head(hidden_TD), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
 
 

@@ -40,6 +40,7 @@ TP_FAMILIES = [
     "cohere with a logit scale",
     "phi",  # whose head has a bias
     "qwen2 moe",
+    "qwen2.5 vl",
 ]
 NO_TP_PLAN = "gpt2"
 BOUND = 1e-4

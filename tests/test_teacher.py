@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ import pytest
 import torch
 import transformers
 from conftest import enlarge_weights, make_llama, save_teacher, write_jsonl
-from families import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, assert_row_is_right, make
+from families import (
+    FAMILIES,
+    READ_BY_ANOTHER_CLASS,
+    ROWS,
+    SEEING,
+    USUAL,
+    VOCAB,
+    DoublingLlama,
+    assert_row_is_right,
+    make,
+)
 from launches import drawn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from logitgen import LogitsFile, UsageError
 from logitgen.config import Config
@@ -27,7 +38,7 @@ from logitgen.teacher.model import Teacher, load_model
 from logitgen.teacher.probes import _close
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *READ_BY_ANOTHER_CLASS])
 def test_every_kept_logprob_equals_a_direct_forward_pass(
     family: str, tmp_path: Path, capture: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +167,73 @@ def test_only_code_that_is_trusted_makes_another_model_a_causal_one(tmp_path: Pa
     assert describe_teacher(config(teacher=str(tmp_path), top_k=4, trust_remote_code=True)).vocab_size == 40
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("Pix2Struct", {}), ("Florence2", {})])
+def test_an_encoder_with_a_decoder_is_refused(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    getattr(transformers, f"{name}Config")(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="model, which has no causal language model"):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_refused() -> None:
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blip = transformers.BlipConfig(text_config=text | {"encoder_hidden_size": 32}, vision_config=SEEING)
+    model = enlarge_weights(transformers.BlipForConditionalGeneration(blip))
+    with pytest.raises(UsageError, match=r"cannot be run on text alone: .*'pixel_values'\. Give a model that predicts"):
+        Teacher(model, VOCAB)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5 vl with a tied head", "llava next", "qwen2 audio"])
+def test_vocabulary_and_context_of_a_model_that_sees_are_those_of_its_text(family: str, tmp_path: Path) -> None:
+    make(family).config.save_pretrained(tmp_path)
+    info = describe_teacher(config(teacher=str(tmp_path)))
+    assert (info.vocab_size, info.max_length) == (VOCAB, 64)
+    with pytest.raises(UsageError, match="--top_k must be between 1 and the vocabulary size 97, got 98"):
+        describe_teacher(config(teacher=str(tmp_path), top_k=98))
+
+
+def test_a_token_that_stands_for_an_image_is_read_as_the_plain_forward_reads_it() -> None:
+    """Some families embed it otherwise, even in rows of text."""
+    model = make("gemma4 with embeddings per layer")
+    wrapped = Teacher(model, VOCAB)
+    ids_1T = torch.tensor([[7, model.config.image_token_id, 9, model.config.image_token_id]])
+    chunks = wrapped.logits(ids_1T, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([logits for _, logits, _ in chunks]), model(input_ids=ids_1T).logits[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_checkpoint_with_another_head_is_refused(head: str, tied: bool, tmp_path: Path) -> None:
+    sizes = LlamaConfig(**USUAL | {"tie_word_embeddings": tied})
+    save_teacher(tmp_path, getattr(transformers, f"LlamaFor{head}")(sizes), None)
+    with pytest.raises(UsageError, match=f"is a LlamaFor{head} by its config.json, whose head does not predict"):
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        (["LlamaForRewardModel"], True),
+        (["GPTNeoXRewardModel"], True),
+        (["Qwen2ForProcessRewardModel"], True),
+        (["LlamaForSequenceClassification", "LlamaForCausalLM"], False),
+        (["RoFormerForCausalLM"], False),
+        (["GPT2Model"], False),
+        (["GPT2LMHeadModel"], False),
+        (["IdeficsForVisionText2Text"], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_the_head_of_a_checkpoint_is_told_by_the_classes_it_names(
+    names: list[str] | None, is_refused: bool, tmp_path: Path
+) -> None:
+    LlamaConfig(**USUAL | {"tie_word_embeddings": True}, architectures=names).save_pretrained(tmp_path)
+    refused = pytest.raises(UsageError, match="whose head does not predict tokens") if is_refused else nullcontext()
+    with refused:
+        describe_teacher(config(teacher=str(tmp_path)))
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     model = make_llama(VOCAB)
     weights = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
@@ -163,6 +241,18 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     options = config(teacher=str(tmp_path))
     with pytest.raises(UsageError, match=r"lacks 3 weights, model.layers.1.mlp.down_proj.weight the first"):
         load_model(options, torch.device("cpu"))
+
+
+def test_a_family_that_transformers_cuts_wrongly_is_told_from_a_wrong_checkpoint(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mismatch(*_: Any, **__: Any) -> None:
+        raise RuntimeError("You set `ignore_mismatched_sizes` to `False`")  # Qwen3-VL's experts, in transformers 5.23
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", mismatch)
+    for changes, end in (({}, r"says\.$"), ({"fsdp_size": 2}, "says, or transformers cannot cut them for --tp_size")):
+        with pytest.raises(UsageError, match=f"its weights have other shapes than its config.json {end}"):
+            load_model(config(teacher=str(teacher), **changes), torch.device("cpu"))
 
 
 def test_an_unknown_attention_is_refused(teacher: Path) -> None:

@@ -211,8 +211,8 @@ def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
             plain[name] = None
         if not isinstance(plain[name], dict):
             raise FormatError(f"{path} is damaged: attribute {name} is not a JSON object.")
-    for name in SETTINGS_READ:
-        if not isinstance(plain["settings"].get(name, False), str | None):
+    for name, absent in {**dict.fromkeys(SETTINGS_READ, False), "adapter": None}.items():
+        if not isinstance(plain["settings"].get(name, absent), str | None):
             raise FormatError(f"{path} is damaged: its settings lack {name}.")
     return plain
 

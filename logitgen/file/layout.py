@@ -85,7 +85,7 @@ STORED_DTYPES: dict[str, np.dtype] = {
 }
 """Storage of hidden states and the head, by the teacher's dtype: numpy and HDF5 have no bfloat16."""
 SETTINGS_READ = ("teacher", "teacher_gguf", "revision", "attn_implementation", "dataset", "dataset_config", "split")
-"""Settings needed to show a file or to run its teacher again."""
+"""Settings needed to show a file or to run its teacher again. An older file lacks `adapter`, which is one too."""
 Array = npt.NDArray[Any]
 Field = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of a dataset."""

@@ -13,6 +13,8 @@ import pyarrow as pa
 import transformers
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils.hub import cached_file
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
@@ -25,17 +27,23 @@ logger = logging.getLogger(__name__)
 _OPTIONS = ("text_column", "messages_column", "completion_only", "packing", "add_special_tokens", "append_eos")
 """Options that decide the tokens of a row."""
 
+_IF_THERE = dict.fromkeys(
+    (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
+)
+"""Options of `cached_file`: None instead of an error where there is no such file."""
+
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """Load the teacher's tokenizer, or return None where the teacher has none."""
+    """Load the tokenizer of the adapter or else of the teacher, or return None where there is none."""
+    source = {"revision": config.revision, "gguf_file": config.teacher_gguf}
+    if own := config.adapter and cached_file(config.adapter, TOKENIZER_CONFIG_FILE, **_IF_THERE):
+        logger.info(f"The tokenizer is that of the adapter: {own}")
+        source = {}
     try:
         return cast(
             PreTrainedTokenizerBase,
             AutoTokenizer.from_pretrained(
-                config.teacher,
-                revision=config.revision,
-                gguf_file=config.teacher_gguf,
-                trust_remote_code=config.trust_remote_code,
+                config.adapter if own else config.teacher, trust_remote_code=config.trust_remote_code, **source
             ),
         )
     except Exception as error:  # transformers says "no tokenizer" in many ways; only rows of text need it

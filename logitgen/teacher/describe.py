@@ -3,18 +3,35 @@
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logitgen.config import Config
-from logitgen.errors import UsageError
+from logitgen.errors import UsageError, cause_of
+from logitgen.teacher.adapter import check_adapter
 from logitgen.teacher.identity import describe_config
 
 logger = logging.getLogger(__name__)
+
+_LOADERS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""The ways to load a model that reads text and predicts the next token. The first that knows a family loads it."""
+
+_ADAPTED_TO_SOUND = ("granite_speech", "granite_speech_plus")
+"""Families whose adapter transformers turns off where they read text alone."""
+
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration|PreTraining|\w*Text2Text|[a-z])|Reward")
+"""Found in names of classes whose head does not predict tokens, such as LlamaForSequenceClassification."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +63,23 @@ def describe_teacher(config: Config) -> TeacherInfo:
         UsageError: There is no such teacher, it is no causal language model, or the options ask for more tokens than
             it can read or knows.
     """
-    teacher_config = _read_config(config)
-    text_config = teacher_config.get_text_config()
-    own_code = "AutoModelForCausalLM" in (getattr(teacher_config, "auto_map", None) or {})
-    known = type(teacher_config) in AutoModelForCausalLM._model_mapping
-    if known and own_code and not config.trust_remote_code:
-        logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
-    if not known and not (own_code and config.trust_remote_code):
+    check_adapter(config)
+    teacher_config = read_config(config)
+    if config.adapter == config.teacher and teacher_config.model_type in _ADAPTED_TO_SOUND:
         raise UsageError(
-            f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
-            "in transformers. Give a model that predicts the next token."
+            f"--teacher {config.teacher} has an adapter for sound, which text does not pass. Give a copy of the folder "
+            "without its adapter_config.json."
         )
+    own_code = loader(config, teacher_config).__name__ in (getattr(teacher_config, "auto_map", None) or {})
+    if own_code and not config.trust_remote_code:
+        logger.warning("The teacher comes with code of its own, which is not run; transformers' own is.")
+    _check_head(config, teacher_config)
+    text_config = teacher_config.get_text_config()
     context_length = getattr(text_config, "max_position_embeddings", None)
-    _check(config, text_config.vocab_size, context_length)
+    vocab_size = getattr(text_config, "vocab_size", 0)
+    _check(config, vocab_size, context_length)
     return TeacherInfo(
-        vocab_size=text_config.vocab_size,
+        vocab_size=vocab_size,
         max_length=config.max_length or context_length,
         length_switch=_length_switch(text_config),
         commit=getattr(teacher_config, "_commit_hash", None) or "",
@@ -69,7 +88,35 @@ def describe_teacher(config: Config) -> TeacherInfo:
     )
 
 
-def _read_config(config: Config) -> PreTrainedConfig:
+def loader(config: Config, teacher_config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads a teacher of this configuration, for text alone if need be.
+
+    Raises:
+        UsageError: transformers knows no such class.
+    """
+    own_code = getattr(teacher_config, "auto_map", None) or {}
+    parts = (teacher_config, getattr(teacher_config, "text_config", None))
+    one_stack = not any(getattr(part, "is_encoder_decoder", False) for part in parts)
+    for each in _LOADERS if one_stack else _LOADERS[:1]:
+        if type(teacher_config) in each._model_mapping or (config.trust_remote_code and each.__name__ in own_code):
+            return each
+    raise UsageError(
+        f"--teacher {config.teacher} is a {teacher_config.model_type} model, which has no causal language model "
+        "in transformers. Give a model that predicts the next token."
+    )
+
+
+def _check_head(config: Config, teacher_config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint saved with another head. Tied weights would give it a head that nobody trained."""
+    names = teacher_config.architectures or []
+    if names and all(_OTHER_HEAD.search(name) for name in names):
+        raise UsageError(
+            f"--teacher {config.teacher} is a {names[0]} by its config.json, whose head does not predict tokens. Give "
+            "a model that predicts the next token."
+        )
+
+
+def read_config(config: Config) -> PreTrainedConfig:
     """Read a teacher's configuration from its folder or the hub."""
     folder = Path(config.teacher)
     is_folder = os.path.isdir(folder)  # noqa: PTH112 (Path.is_dir raises for names too long)
@@ -128,14 +175,3 @@ def _check(config: Config, vocab_size: int, context_length: int | None) -> None:
             f"--max_length must be at most the teacher's context length {context_length}, got {config.max_length}. "
             "Lower it."
         )
-
-
-def cause_of(error: Exception) -> str:
-    """Return one line on the reason why transformers or the hub could not load something."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says."
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        text = f"KeyError {text}"
-    sentences = text.split(". ")
-    return sentences[0][:300].rstrip(".") + "." if sentences[0] else type(error).__name__

@@ -17,13 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from logitgen.config import Config
-from logitgen.errors import UsageError, first_line
+from logitgen.errors import UsageError, cause_of, first_line
 from logitgen.file.layout import HeadForm
-from logitgen.teacher.describe import cause_of
+from logitgen.teacher.adapter import merged
+from logitgen.teacher.describe import loader, read_config
 from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
 from logitgen.teacher.probes import probe, run_head
 
@@ -149,6 +150,8 @@ def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> P
         logger.warning(
             f"The teacher's checkpoint has {len(unused)} weights its configuration has no use for: {unused[0]}"
         )
+    if config.adapter:
+        model = merged(model, config)
     if config.fsdp_size == 1:
         _align_weights(model)
     model.config.return_dict = True  # some checkpoints ask for tuples
@@ -159,8 +162,11 @@ def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreT
     """Have transformers load a model; return it and the report on the checkpoint."""
     gguf = {"gguf_file": config.teacher_gguf} if config.teacher_gguf else {}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    # An adapter beside the base is merged later: transformers would look for one in the folder of this name.
+    apart = {"adapter_kwargs": {"subfolder": "none"}} if config.adapter else {}
+    teacher_config = read_config(config)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = loader(config, teacher_config).from_pretrained(
             config.teacher,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
@@ -169,6 +175,7 @@ def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreT
             **_placement(config, device, num_replicas),
             **gguf,
             **attention,
+            **apart,
         )
     except UsageError:
         raise
@@ -181,7 +188,10 @@ def _load(config: Config, device: torch.device, num_replicas: int) -> tuple[PreT
             raise UsageError(
                 f"--tp_size: transformers does not know how to cut {config.teacher}. Share it with --fsdp_size."
             ) from error
-        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {cause_of(error)}") from error
+        why = cause_of(error)
+        if config.replica_size > 1 and "ignore_mismatched_sizes" in str(error):
+            why = f"{why[:-1]}, or transformers cannot cut them for --tp_size and --fsdp_size. Try --device_map auto."
+        raise UsageError(f"--teacher {config.teacher} cannot be loaded: {why}") from error
     return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
 
 
