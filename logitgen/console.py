@@ -13,10 +13,13 @@ from typing import Any, TextIO, cast
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
+from tqdm import tqdm
 
 from logitgen.errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
+
+_draw = tqdm.display
 
 PLAIN_SECONDS = 10.0
 """Time between two progress lines where there is no terminal to draw in."""
@@ -155,24 +158,20 @@ def quiet_libraries(*, bars: bool = False) -> None:
 
 def _change_bars(shown: bool) -> None:
     """Set the defaults of all progress bars: some libraries have no switch for theirs, such as the GGUF loader."""
-    import tqdm
-
-    tqdm.tqdm.monitor_interval = 0  # no thread of its own
-    options: dict[str, Any] = {"disable": True}
-    if shown and messages.is_terminal:
-        options = {"file": messages.file, "leave": False}
-    elif shown:
-        options = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS, "miniters": 1, "leave": False}
-        tqdm.tqdm.display = _log_progress
-    tqdm.tqdm.__init__ = partialmethod(vars(tqdm.tqdm)["__init__"], **options)
+    as_lines = shown and not messages.is_terminal
+    seconds = PLAIN_SECONDS if as_lines else 0.1
+    options = {"disable": not shown, "file": messages.file, "leave": False, "mininterval": seconds, "miniters": 1}
+    tqdm.monitor_interval = 0  # no thread of its own
+    tqdm.display = _log_progress if as_lines else _draw
+    tqdm.__init__ = partialmethod(vars(tqdm)["__init__"], delay=PLAIN_SECONDS if as_lines else 0, **options)
 
 
 def _log_progress(bar: Any, msg: str | None = None, pos: int | None = None) -> bool:
-    """Log how far a progress bar is, in place of `tqdm.display`."""
+    """Log how far a progress bar is, in place of `tqdm.display`. Return False, because nothing is drawn."""
     if msg is None:
         total = f" of {bar.total:,}" if bar.total else ""
         logger.info(f"{bar.desc.rstrip(': ') or 'Progress'}: {bar.n:,}{total}.")
-    return True
+    return False
 
 
 class _ConsoleHandler(logging.Handler):

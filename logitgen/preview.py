@@ -11,6 +11,7 @@ from logitgen.split.load import load_split
 from logitgen.split.rows import Rows
 from logitgen.split.shapes import columns_read
 from logitgen.split.tokens import load_tokenizer, tokenize
+from logitgen.teacher.adapter import with_base
 from logitgen.teacher.describe import describe_teacher
 
 NUM_SHOWN = 3
@@ -27,6 +28,7 @@ def preview_facts(config: Config, source_row: int | None) -> dict[str, Any]:
     Raises:
         UsageError: The run would be refused, or there is no such row.
     """
+    config = with_base(config)
     info = describe_teacher(config)
     tokenizer = load_tokenizer(config)
     split = load_split(config)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from logitgen import LogitsFile
 from logitgen.config import Config, JsonObject
 from logitgen.errors import UsageError
+from logitgen.split.encoded import remarks
 from logitgen.split.tokens import tokenize
 
 Row = dict[str, Any]
@@ -77,6 +77,10 @@ def completions(found: datasets.Dataset, tokenizer: Any) -> list[list[str]]:
         bounds = [place for place in range(len(marks) - 1) if marks[place] != marks[place + 1]]
         texts.append([tokenizer.decode(ids[a:b]) for a, b in zip(bounds[::2], bounds[1::2], strict=True)])
     return texts
+
+
+def warnings_of(found: datasets.Dataset) -> list[str]:
+    return [str(remark) for remark in remarks(found)]
 
 
 def rendered(tokenizer: Any, messages: list[Row], **options: Any) -> list[int]:
@@ -143,12 +147,11 @@ def test_turns_that_stay_as_they_are_share_a_row_beside_one_that_does_not() -> N
     assert found["input_ids"][:] == [rendered(tokenizer, chat[:2]), rendered(tokenizer, chat)]
 
 
-def test_rows_that_became_several_are_counted_in_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_became_several_are_counted_in_a_warning() -> None:
     rows = [{"messages": [user("Hi"), said("Yo")]}, {"messages": REASONED}, {"messages": REASONED}]
-    with caplog.at_level(logging.WARNING):
-        found = run(rows, with_template("qwen3"), completion_only=True)
+    found = run(rows, with_template("qwen3"), completion_only=True)
     assert found["source_row"][:] == [0, 1, 1, 2, 2]
-    assert caplog.messages == [
+    assert warnings_of(found) == [
         "2 rows (first: row 1): they became 4 rows, because the chat template renders earlier turns differently "
         "once later ones follow."
     ]
@@ -217,21 +220,18 @@ def test_a_template_with_an_end_mark_gets_no_other() -> None:
 )
 @pytest.mark.parametrize("completion_only", [False, True])
 def test_what_a_template_leaves_out_is_warned_of_and_counted(
-    template: str, message: Row, warning: str, completion_only: bool, caplog: pytest.LogCaptureFixture
+    template: str, message: Row, warning: str, completion_only: bool
 ) -> None:
     rows = [{"messages": json.dumps(chat)} for chat in ([user("Hi"), said("Yo")], *[[user("Hi"), message]] * 2)]
     for _ in ("anew", "from the cache"):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            run(rows, with_template(template), completion_only=completion_only)
-        assert caplog.messages == [f"2 rows (first: row 1): the chat template {warning}."]
+        found = run(rows, with_template(template), completion_only=completion_only)
+        assert warnings_of(found) == [f"2 rows (first: row 1): the chat template {warning}."]
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_6", "glm4moe", "nemotron_3_nano"])
-def test_thoughts_a_template_only_moves_are_not_warned_of(template: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        run([{"messages": [user(" Hi "), said("<think>\nhm\n</think>\n\nYo")]}], with_template(template))
-    assert not caplog.messages
+def test_thoughts_a_template_only_moves_are_not_warned_of(template: str) -> None:
+    chat = [user(" Hi "), said("<think>\nhm\n</think>\n\nYo")]
+    assert not warnings_of(run([{"messages": chat}], with_template(template)))
 
 
 @pytest.mark.parametrize("template", ["smolvlm", "idefics3", "llava_next"])

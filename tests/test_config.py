@@ -102,11 +102,11 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
     assert stopped.value.code == 0
     shown = re.findall(r"^  (?:-h, )?--([a-z_]+)", capsys.readouterr().out, re.MULTILINE)
     assert shown == [
-        "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "adapter", "dtype",
-        "attn_implementation", "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
-        "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos", "max_length",
-        "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding", "batch_tokens", "overwrite",
-        "dry_run", "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
+        "help", "teacher", "dataset", "output", "revision", "teacher_gguf", "adapter", "dtype", "attn_implementation",
+        "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
+        "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos",
+        "max_length", "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding",
+        "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
     ]  # fmt: skip
 
 

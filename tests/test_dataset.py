@@ -211,7 +211,7 @@ def test_files_of_a_teacher_that_computed_otherwise_are_not_joined(
     path: Path, tmp_path: Path, name: str, value: str
 ) -> None:
     other = write_file(tmp_path / "other.h5", **{name: value})
-    with pytest.raises(FormatError, match=rf"other\.h5 has another {name} than .*out\.h5: {re.escape(value)}, not "):
+    with pytest.raises(FormatError, match=rf"other\.h5 must have the {name} of .*, got {re.escape(value)}\."):
         LogitsDataset([path, other])
 
 

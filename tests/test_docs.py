@@ -210,7 +210,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
         raise UsageError("caught")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program._Parser, "parse_args", catch)
+        patch.setattr(program._Parser, "parse_known_args", catch)
         program.main([])
     return caught[0]
 
@@ -265,6 +265,9 @@ def check(command: str) -> bool:
             if {"generate.py", "logitgen.generate"}.isdisjoint(rest):
                 rest = [*(word for word in rest if word != "..."), "generate.py"]
             check_capture(launch_command_parser().parse_args(rest).training_script_args)
+        case ["python", "-m", "logitgen", "preview", *rest]:
+            _, others = parser_of_commands().parse_known_args(["preview", *rest])
+            check_capture([*others, "--output", "O"])
         case ["python", "-m", "logitgen", *rest]:
             parser_of_commands().parse_args(rest)
         case ["python", "-m", "benchmarks", *names]:

@@ -101,7 +101,13 @@ def test_help_names_the_command_as_it_was_started(
     shown = capsys.readouterr().out
     command = "python -m logitgen" if started_as.endswith(".py") else "logitgen"
     assert shown.startswith(f"usage: {command} [-h] COMMAND")
-    assert re.findall(r"^    (\w+)  +\S.*\.$", shown, re.MULTILINE) == ["status", "inspect", "verify", "export"]
+    assert re.findall(r"^    (\w+)  +\S.*\.$", shown, re.MULTILINE) == [
+        "preview",
+        "status",
+        "inspect",
+        "verify",
+        "export",
+    ]
     assert f"\n  {command} inspect teacher.h5 --row 1" in shown
     assert max(map(len, shown.splitlines())) <= 80
 

@@ -10,6 +10,7 @@ from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenize
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.split.encoded import remarks
 from logitgen.split.tokens import tokenize
 
 Row = dict[str, Any]
@@ -36,6 +37,10 @@ def with_tools() -> Any:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = WITH_TOOLS
     return tokenizer
+
+
+def warnings_of(found: datasets.Dataset) -> list[str]:
+    return [str(remark) for remark in remarks(found)]
 
 
 def rendered(tokenizer: Any, messages: list[Row], **options: Any) -> list[int]:
@@ -84,13 +89,12 @@ def test_an_attention_mask_that_cannot_be_honoured_is_refused(mask: list[int], m
         {"position_ids": [0, 1, 2, 0, 1], "seq_lengths": [3, 2]},
     ],
 )
-def test_packed_documents_are_rows_of_one_row_of_the_split(columns: Row, caplog: pytest.LogCaptureFixture) -> None:
+def test_packed_documents_are_rows_of_one_row_of_the_split(columns: Row) -> None:
     other = {"input_ids": [4], **{name: [0] if name == "position_ids" else [1] for name in columns}}
-    with caplog.at_level(logging.WARNING):
-        found = run([other, {"input_ids": [5, 6, 7, 8, 9], **columns}])
+    found = run([other, {"input_ids": [5, 6, 7, 8, 9], **columns}])
     assert found["input_ids"][:] == [[4], [5, 6, 7], [8, 9]]
     assert found["source_row"][:] == [0, 1, 1]
-    assert caplog.messages == ["1 row (row 1): they became 2 rows, because they hold packed documents."]
+    assert warnings_of(found) == ["1 row (row 1): they became 2 rows, because they hold packed documents."]
 
 
 def test_packed_documents_keep_their_completions_and_lose_their_padding() -> None:
@@ -359,7 +363,7 @@ def test_a_template_that_rewrites_what_was_asked_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
     with pytest.raises(
-        UsageError, match=r"^Row 0: the chat template has no generation block and renders earlier turns"
+        UsageError, match=r"^Row 0, message 1: the chat template renders the messages before it differently"
     ):
         run([{"messages": [HELLO, ANSWER]}], tokenizer, completion_only=True)
 
