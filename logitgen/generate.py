@@ -129,8 +129,8 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
         tokenizer = load_tokenizer(config)
     with ranks.machine_by_machine(patience_seconds=UNLIMITED):
         split = load_split(config)
-        template = template_of(split, tokenizer, config)
         tokens = tokenize(split, tokenizer, config)
+        template = template_of(split, tokenizer, config)
     with ranks.together():
         rows = Rows(tokens, config, info.max_length, info.length_switch)
         rows.check_ids(info.vocab_size)

@@ -348,7 +348,9 @@ def test_a_column_of_messages_can_be_named() -> None:
     tokenizer = with_template(CHAT_TEMPLATE)
     found = run([{"dialog": [user("Hi")], "text": "no"}], tokenizer, messages_column="dialog")
     assert found["input_ids"][0] == rendered(tokenizer, [user("Hi")])
-    with pytest.raises(UsageError, match=r"^--messages_column talk is not a column; the split has columns dialog\.$"):
+    with pytest.raises(
+        UsageError, match=r"^--messages_column talk is not a column; the split has columns dialog\. Name one of them\.$"
+    ):
         run([{"dialog": [user("Hi")]}], tokenizer, messages_column="talk")
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from logitgen.config import Config
 from logitgen.errors import CaptureError, UsageError
 from logitgen.split.cache import cached
+from logitgen.split.encoded import remarks
 from logitgen.split.load import load_split
 from logitgen.split.tokens import load_tokenizer, tokenize, tokenizer_fingerprint
 
@@ -566,6 +567,65 @@ def test_packing_ends_every_text_with_the_end_token_once(tokenizer: Tokenizer) -
 
 def test_without_packing_no_end_token_is_added(tokenizer: Tokenizer) -> None:
     assert run([{"text": "a b"}], tokenizer)["input_ids"][:] == [ids_of(tokenizer, "a b")]
+
+
+def with_eos(tokenizer: Tokenizer) -> Tokenizer:
+    changed = copy.deepcopy(tokenizer)
+    changed.eos_token = "<|end|>"
+    return changed
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_an_end_token_that_is_asked_for_belongs_to_the_completion(tokenizer: Tokenizer, completion_only: bool) -> None:
+    rows = [{"prompt": "a ", "completion": "b"}, {"prompt": "c ", "completion": "d<|end|>"}]
+    ending = with_eos(tokenizer)
+    found = run(rows, ending, append_eos=True, completion_only=completion_only)
+    assert found["input_ids"][:] == [ids_of(ending, text) for text in ("a b<|end|>", "c d<|end|>")]
+    assert not remarks(found)
+    if completion_only:
+        assert [mask[-1] for mask in found["completion_mask"]] == [1, 1]
+
+
+def test_texts_and_not_conversations_get_the_end_token_that_is_asked_for(chat_tokenizer: Tokenizer) -> None:
+    ending = with_eos(chat_tokenizer)
+    assert run([{"text": "a"}], ending, append_eos=True)["input_ids"][0] == ids_of(ending, "a<|end|>")
+    spoken = [("user", "a"), ("assistant", "b")]
+    found = run([chat(*spoken)], ending, append_eos=True)
+    assert found["input_ids"][0] == chat_by_hand(chat_tokenizer, spoken)[0]
+
+
+def test_an_end_token_that_the_tokenizer_lacks_is_refused(tokenizer: Tokenizer) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    with pytest.raises(UsageError, match=r"^--append_eos needs a tokenizer with an end-of-text token"):
+        run([{"text": "a"}], bare, append_eos=True)
+
+
+@pytest.mark.parametrize(("ends", "warned"), [(("b", "d"), True), (("b", "d<|end|>"), False)])
+def test_completions_of_which_none_ends_are_warned_of(
+    tokenizer: Tokenizer, ends: tuple[str, str], warned: bool
+) -> None:
+    found = run([{"prompt": "a ", "completion": end} for end in ends], with_eos(tokenizer))
+    lines = [str(remark) for remark in remarks(found)]
+    expected = (
+        "2 rows (first: row 0): no completion ends with the end-of-text token, so a student would not learn to stop"
+    )
+    assert lines == ([f"{expected}. Add it with --append_eos."] if warned else [])
+
+
+def test_a_second_beginning_of_text_token_is_warned_of_and_can_be_left_out(tokenizer: Tokenizer) -> None:
+    doubling = with_special_tokens_around(tokenizer)
+    doubling.bos_token = "<|user|>"
+    rows = [{"text": "a"}, {"text": "<|user|>b"}]
+    found = run(rows, doubling)
+    assert found["input_ids"][1][:2] == [1, 1]
+    (line,) = map(str, remarks(found))
+    assert line.startswith(
+        "1 row (row 1): the text begins with the beginning-of-text token, and the tokenizer adds another"
+    )
+    single = run(rows, doubling, add_special_tokens=False)
+    assert single["input_ids"][:] == [tokenizer(row["text"])["input_ids"] for row in rows]
+    assert not remarks(single)
 
 
 def test_packing_without_an_end_token_adds_nothing(tokenizer: Tokenizer) -> None:

@@ -91,7 +91,7 @@ def _check_columns(columns: list[str], chat: list[str], config: Config) -> None:
     known = f"the split has columns {', '.join(columns)}" if columns else "the split has no columns"
     for option in ("text_column", "messages_column"):
         if (name := getattr(config, option)) not in (None, *columns):
-            raise UsageError(f"--{option} {name} is not a column; {known}.")
+            raise UsageError(f"--{option} {name} is not a column; {known}. Name one of them.")
     if config.text_column is None and not chat and "input_ids" in columns:
         if config.completion_only and not set(COMPLETION_COLUMNS) & set(columns):
             raise UsageError(
