@@ -11,10 +11,13 @@ import yaml
 from transformers import HfArgumentParser
 
 from logitgen.config import Config, TokenBudget
-from logitgen.errors import UsageError
+from logitgen.errors import UsageError, first_line
 
 _LARGEST_OPTIONS_FILE = 2**16
 """In characters."""
+
+_OBJECTS = ("chat_template_kwargs",)
+"""Options whose value is an object, which a file may also give as such."""
 
 _DESCRIPTION = """\
 Capture a teacher's logits over a dataset into one HDF5 file. The same command
@@ -130,10 +133,20 @@ def _file_words(path: Path) -> list[str]:
             raise UsageError(f"--config {path}: there is no option '{key.value:.80}'. See --help for the options.")
         if name in words:
             raise UsageError(f"--config {path}: '{key.value}' is there twice. Leave one out.")
-        if not isinstance(value, yaml.ScalarNode):
-            raise UsageError(f"--config {path}: '{key.value}' must be a single value, got {_kind(value)}.")
-        words[name] = "" if value.tag.endswith(":null") else f"--{name}={value.value}"
+        words[name] = _word(name, value, path)
     return [word for word in words.values() if word]
+
+
+def _word(name: str, value: yaml.Node, path: Path) -> str:
+    """Turn an option of a file into a command-line word, or into no text where it is left at its default."""
+    if name in _OBJECTS and isinstance(value, yaml.MappingNode):
+        try:
+            return f"--{name}={json.dumps(yaml.safe_load(yaml.serialize(value)))}"
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"--config {path}: '{name}' must be an object as in JSON: {first_line(error)}") from error
+    if not isinstance(value, yaml.ScalarNode):
+        raise UsageError(f"--config {path}: '{name}' must be a single value, got {_kind(value)}.")
+    return "" if value.tag.endswith(":null") else f"--{name}={value.value}"
 
 
 def _kind(node: yaml.Node | None) -> str:

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from benchmarks import reading, startup, without
+from benchmarks import chats, reading, startup, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.gpu_speed import ALONE, PACKED, idle_share
@@ -251,3 +251,11 @@ def test_loading_is_measured_in_a_process_of_its_own(teacher: Path):
     weights = AutoModelForCausalLM.from_pretrained(teacher)
     assert found["weight_bytes"] == sum(weight.nbytes for weight in weights.parameters())
     assert found["load_seconds"] > 0 < found["hash_seconds"]
+
+
+def test_chats_are_measured_with_a_template_that_keeps_and_one_that_forgets(teacher: Path, tmp_path: Path, monkeypatch):
+    words = ["chats", f"--teacher={teacher}", "--rows=6", "--turns=4", "--rounds=1", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    chats.main()
+    table = json.loads((tmp_path / "chats.json").read_text())["data"]
+    assert [row["rows"] for row in table] == [6, 6, 6, 6, 6, 12]

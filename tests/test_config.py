@@ -219,6 +219,26 @@ def test_a_switch_on_the_command_line_needs_no_value() -> None:
     assert (config.packing, config.overwrite, config.completion_only) == (True, True, False)
 
 
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_variables_of_the_chat_template_may_be_an_object_in_a_file(tmp_path: Path, suffix: str) -> None:
+    content = '{"chat_template_kwargs": {"enable_thinking": false, "a": [1, "x"]}}'
+    words = [*REQUIRED, options_file(tmp_path, content, f"options.{suffix}")]
+    found = parse_config(words).chat_template_kwargs
+    assert (
+        found
+        == parse_config(
+            [*REQUIRED, '--chat_template_kwargs={"a": [1, "x"], "enable_thinking": false}']
+        ).chat_template_kwargs
+    )
+    assert found == '{"a": [1, "x"], "enable_thinking": false}'
+
+
+def test_an_object_that_json_has_no_words_for_is_refused(tmp_path: Path) -> None:
+    file = options_file(tmp_path, "chat_template_kwargs:\n  day: 2026-01-31\n")
+    with pytest.raises(UsageError, match=r"'chat_template_kwargs' must be an object as in JSON: .*date"):
+        parse_config([*REQUIRED, file])
+
+
 def test_null_in_a_file_leaves_the_default(tmp_path: Path) -> None:
     config = parse_config([*REQUIRED, options_file(tmp_path, "text_column: null\noverflow:\ntop_k: ~\n")])
     assert dataclasses.asdict(config) == DEFAULTS

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
@@ -80,10 +81,18 @@ def encode_chats(rows: Any, indices: list[int], columns: list[str], template: Ch
     )
     for number, (row, shown) in enumerate(texts):
         ids = packed_end(encoded["input_ids"][number], template.tokenizer, config)
-        places = encoded["offset_mapping"][number] if config.completion_only else ()
-        mask = [int(any(start < last and first < end for first, last in shown.spans)) for start, end in places]
+        mask = _mask(encoded["offset_mapping"][number], shown.spans) if config.completion_only else ()
         tokens.add(row, ids, mask, shown.notes)
     return tokens
+
+
+def _mask(places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """Return 1 for each token, given with the characters it covers, that has any character of a span."""
+    starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), dtype=np.int64)
+    for first, last in spans:
+        mask |= (starts < last) & (first < ends)
+    return list(mask.tolist())
 
 
 def _conversation(rows: Any, number: int, row: int, columns: list[str], template: ChatTemplate) -> Conversation:
