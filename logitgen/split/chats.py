@@ -67,10 +67,7 @@ def encode_chats(rows: Any, indices: list[int], columns: list[str], template: Ch
         check_fast(template.tokenizer, "messages")
         if template.marks_turns:
             for chat in found:
-                if chat.messages:
-                    _add_marked(tokens, chat, template, config)
-                else:
-                    tokens.add(chat.row, [])
+                _add_marked(tokens, chat, template, config)
             return tokens
     texts = [(chat.row, shown) for chat in found for shown in _renderings(chat, template, config)]
     encoded = template.tokenizer(  # the template has written the special tokens
@@ -114,27 +111,36 @@ def _renderings(chat: Conversation, template: ChatTemplate, config: Config) -> l
     """
     if not chat.messages:
         return [_Rendering("")]
+    turns = chat.turns if config.completion_only else []
     found = [_Rendering(template.render(chat.messages, chat.given, chat.row))]
-    for turn in reversed(chat.turns if config.completion_only else []):
-        until, start = _turn(chat, turn, template)
-        following = chat.messages[turn + 1] if turn + 1 < len(chat.messages) else None
-        mark = template.next_role(chat.messages[turn], following)
-        if not found[-1].text.startswith(until):
-            if found[-1].spans:
-                found.append(_Rendering(""))
-            found[-1].text = until
-        if found[-1].text == until:
-            found[-1].text += mark
-        end = len(until) + (len(mark) if found[-1].text.startswith(mark, len(until)) else 0)
-        found[-1].spans.append((start, end))
-        found[-1].notes |= _left_out(chat.messages[turn], until[max(0, start - len(_content(chat.messages[turn]))) :])
     for turn, message in enumerate(chat.messages):
-        if not (config.completion_only and turn in chat.turns):
+        if turn not in turns:
             found[0].notes |= _left_out(message, found[0].text)
+    for turn in reversed(turns):
+        until, start = _turn(chat, turn, template)
+        if not found[0].text.startswith(until):
+            if found[0].spans:
+                found.insert(0, _Rendering(until))
+            found[0].text = until
+        _mark(found[0], chat, turn, template, (start, len(until)))
     if len(found) > 1:
         for shown in found:
             shown.notes |= Note.REWRITTEN
-    return found[::-1]
+    return found
+
+
+def _mark(shown: _Rendering, chat: Conversation, turn: int, template: ChatTemplate, span: tuple[int, int]) -> None:
+    """Mark a turn in a rendering. It ends with its own end mark, or with the mark of the next speaker."""
+    message, following = chat.messages[turn], chat.messages[turn + 1 : turn + 2]
+    start, end = span
+    mark = template.next_role(message, following[0] if following else None)
+    if len(shown.text) == end:
+        shown.text += mark
+    if shown.text.startswith(mark, end):
+        end += len(mark)
+    shown.spans.append((start, end))
+    said_from = max(0, start - len(_content(message)))  # the generation prompt may be a part of the content
+    shown.notes |= _left_out(message, shown.text[said_from:end])
 
 
 def _turn(chat: Conversation, turn: int, template: ChatTemplate) -> tuple[str, int]:
@@ -200,6 +206,9 @@ def _called(message: dict[str, Any]) -> list[Any]:
 
 def _add_marked(tokens: Tokens, chat: Conversation, template: ChatTemplate, config: Config) -> None:
     """Add a conversation whose template marks the tokens of the assistant by generation blocks."""
+    if not chat.messages:
+        tokens.add(chat.row, [])
+        return
     spoken = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if spoken != chat.turns:
         raise UsageError(

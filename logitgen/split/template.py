@@ -64,8 +64,8 @@ class ChatTemplate:
 
     @property
     def marks_turns(self) -> bool:
-        """True if the template marks the assistant's tokens by generation blocks."""
-        return _GENERATION_BLOCK.search(self.texts[0]) is not None
+        """True if the template marks the assistant's tokens by generation blocks, for rows without and with tools."""
+        return all(_GENERATION_BLOCK.search(text) for text in self.texts)
 
     @property
     def shows_tools(self) -> bool:
