@@ -1,5 +1,6 @@
 """Columns that change what the teacher reads or what is captured are honoured or refused, never ignored in silence."""
 
+import copy
 import json
 import logging
 from typing import Any
@@ -8,7 +9,7 @@ import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer
 
-from logitgen.config import Config
+from logitgen.config import Config, JsonObject
 from logitgen.errors import UsageError
 from logitgen.split.encoded import remarks
 from logitgen.split.tokens import tokenize
@@ -416,3 +417,22 @@ def test_a_template_that_shows_the_teacher_its_tools_is_not_warned_of(
 ) -> None:
     run([{"messages": [HELLO], "tools": json.dumps(TOOLS)}], with_tools)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [HELLO]}, "--add_special_tokens, --append_eos"),
+        ({"text": "a"}, "--chat_template_kwargs"),
+        ({"input_ids": [1, 2]}, "--chat_template_kwargs, --add_special_tokens, --append_eos"),
+    ],
+)
+def test_options_for_other_shapes_of_rows_are_named(
+    with_tools: Any, row: Row, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = copy.deepcopy(with_tools)
+    tokenizer.eos_token = "<|end|>"
+    given = {"chat_template_kwargs": JsonObject("{}"), "add_special_tokens": False, "append_eos": True}
+    with caplog.at_level(logging.WARNING):
+        run([row], tokenizer, **given)
+    assert caplog.messages == [f"Not used for rows of this shape: {expected}."]

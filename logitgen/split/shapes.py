@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +24,11 @@ IGNORED = -100
 
 COMPLETION_COLUMNS = ("completion_mask", "assistant_masks", "loss_mask", "labels")
 """Columns beside `input_ids` that say which tokens are the completion; the first one found is believed."""
+
+
+_FOR_CHATS = ("chat_template", "chat_template_kwargs")
+_FOR_TEXT = ("add_special_tokens", "append_eos")
+"""Options for some shapes of rows."""
 
 
 def columns_read(columns: Mapping[str, Any], config: Config) -> list[str]:
@@ -68,22 +74,32 @@ def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, 
     columns = split.column_names
     chat = chat_columns(split.features, config)
     _check_columns(columns, chat, config)
-    if config.text_column is None and not chat and "input_ids" in columns:
+    is_ready = config.text_column is None and not chat and "input_ids" in columns
+    _tell_unused(() if is_ready else _FOR_CHATS if chat else _FOR_TEXT, config)
+    if is_ready:
         return partial(_ready, config=config)
     if tokenizer is None:
         raise UsageError(
             f"--teacher {config.teacher} has no tokenizer that can be loaded, and the rows are text. "
             "Add the tokenizer's files to the folder, or give a dataset with input_ids."
         )
-    if config.append_eos and tokenizer.eos_token_id is None:
-        raise UsageError("--append_eos needs a tokenizer with an end-of-text token, the teacher's has none.")
     if template := template_of(split, tokenizer, config):
         if "tools" in columns and not template.shows_tools:
             logger.warning("The rows have tools, but the teacher's chat template shows it none.")
         return partial(encode_chats, columns=chat, template=template, config=config)
+    if config.append_eos and tokenizer.eos_token_id is None:
+        raise UsageError("--append_eos needs a tokenizer with an end-of-text token, the teacher's has none.")
     if config.text_column is None and {"prompt", "completion"} <= set(columns):
         return partial(_pairs, tokenizer=tokenizer, config=config)
     return partial(_texts, column=config.text_column or "text", tokenizer=tokenizer, config=config)
+
+
+def _tell_unused(used: tuple[str, ...], config: Config) -> None:
+    """Log the options that other shapes of rows have use for."""
+    defaults = {each.name: each.default for each in fields(Config)}
+    others = [name for name in (*_FOR_CHATS, *_FOR_TEXT) if name not in used]
+    if given := [f"--{name}" for name in others if getattr(config, name) != defaults[name]]:
+        logger.warning(f"Not used for rows of this shape: {', '.join(given)}.")
 
 
 def _check_columns(columns: list[str], chat: list[str], config: Config) -> None:
