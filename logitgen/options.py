@@ -115,7 +115,7 @@ def _file_words(path: Path) -> list[str]:
         if len(text) > _LARGEST_OPTIONS_FILE:
             raise ValueError("it is too large for a file of options")
         if path.suffix == ".json":
-            text = json.dumps(json.loads(text))
+            text = json.dumps(json.loads(text), ensure_ascii=False)
         # Only composed, not constructed: a value stays as typed.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -142,7 +142,7 @@ def _word(name: str, value: yaml.Node, path: Path) -> str:
     if name in _OBJECTS and isinstance(value, yaml.MappingNode):
         try:
             return f"--{name}={json.dumps(yaml.safe_load(yaml.serialize(value)))}"
-        except (TypeError, ValueError, yaml.YAMLError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
             raise UsageError(f"--config {path}: '{name}' must be an object as in JSON: {first_line(error)}") from error
     if not isinstance(value, yaml.ScalarNode):
         raise UsageError(f"--config {path}: '{name}' must be a single value, got {_kind(value)}.")

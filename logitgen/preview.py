@@ -38,7 +38,7 @@ def preview_facts(config: Config, source_row: int | None) -> dict[str, Any]:
     rows = Rows(tokens, config, info.max_length, info.length_switch)
     rows.check_ids(info.vocab_size)
     read = columns_read(split.features, config)
-    shown = range(min(NUM_SHOWN, len(rows))) if source_row is None else np.flatnonzero(rows.source_row == source_row)
+    shown = range(min(NUM_SHOWN, len(rows))) if source_row is None else _rows_of(rows, source_row, config)
     return {
         "teacher": config.teacher,
         "dataset": config.dataset,
@@ -57,6 +57,15 @@ def preview_facts(config: Config, source_row: int | None) -> dict[str, Any]:
         "warnings": [str(remark) for remark in remarks(tokens)],
         "shown": [_row_facts(rows, int(row), tokenizer) for row in shown],
     }
+
+
+def _rows_of(rows: Rows, source_row: int, config: Config) -> list[int]:
+    """Return the rows that come from a row of the split, or with packing the blocks it may lie in."""
+    found = np.flatnonzero(rows.source_row == source_row).tolist()
+    if config.packing:
+        before = int(np.searchsorted(rows.source_row, source_row)) - 1
+        found = [before, *found] if before >= 0 else found
+    return list(found)
 
 
 def _row_facts(rows: Rows, row: int, tokenizer: Any) -> dict[str, Any]:

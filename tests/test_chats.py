@@ -182,9 +182,10 @@ def test_turns_of_a_prompt_are_no_completions() -> None:
     assert found["input_ids"][:] == [rendered(tokenizer, REASONED)]
 
 
-def test_a_completion_without_a_turn_of_the_assistant_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^Row 0: 'completion' has no message of the assistant\.$"):
-        run([{"prompt": [user("Hi")], "completion": [user("Yo")]}], with_template("qwen3"), completion_only=True)
+def test_a_conversation_without_a_turn_of_the_assistant_is_warned_of() -> None:
+    rows = [{"prompt": [user("Hi")], "completion": [user("Yo")]}, {"prompt": [user("Hi")], "completion": [said("Yo")]}]
+    found = run(rows, with_template("qwen3"), completion_only=True)
+    assert warnings_of(found) == ["1 row (row 0): the conversation has no turn of the assistant to capture."]
 
 
 # The end of a turn.
@@ -499,3 +500,103 @@ def test_other_options_of_the_template_are_another_run(capture: Callable[..., Pa
     capture(teacher=teacher, dataset=rows)
     with pytest.raises(UsageError, match=r"the chat template or its options"):
         capture(teacher=teacher, dataset=rows, chat_template=TEMPLATES / "qwen2_5.jinja")
+
+
+# Borders of turns, found by an attack on them.
+
+
+def test_an_answer_keeps_the_character_it_shares_with_the_thought_a_prompt_opens() -> None:
+    tokenizer = with_template("deepseek_r1_distill")
+    tokenizer.add_tokens(["<think>", f"<{BAR}Assistant{BAR}>"], special_tokens=True)
+    found = run([{"messages": [user("Hi"), said("<b>x")]}], tokenizer, completion_only=True)
+    assert completions(found, tokenizer) == [[f"<b>x<{BAR}end▁of▁sentence{BAR}>"]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if add_generation_prompt %}<|user|>{% endif %}" + CHAT_TEMPLATE,
+        "{% if not add_generation_prompt %}T{% endif %}" + CHAT_TEMPLATE,
+    ],
+)
+def test_a_prompt_that_changes_the_beginning_of_the_text_is_refused(template: str) -> None:
+    with pytest.raises(UsageError, match=r"^Row 0, message 1: the chat template renders the messages before it diff"):
+        run([{"messages": [user("Hi secret"), said("Yo")]}], with_template(template), completion_only=True)
+
+
+def test_a_first_turn_of_the_assistant_is_found_behind_words_of_the_system() -> None:
+    template = "SYS Assistant: is meant\n{% for m in messages %}Assistant:{{ m.content }}</s>{% endfor %}"
+    tokenizer = with_template(template + "{% if add_generation_prompt %}Assistant:{% endif %}")
+    found = run([{"messages": [said("Yo")]}], tokenizer, completion_only=True)
+    assert completions(found, tokenizer) == [["Yo</s>"]]
+    with pytest.raises(UsageError, match=r"^Row 0: the conversation begins with the assistant, and the chat template"):
+        run([{"messages": [said("Yo")]}], with_template(template), completion_only=True)
+
+
+def test_arguments_that_a_template_writes_as_they_are_stay_json() -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = with_template(template)
+    found = run([{"messages": json.dumps([user("Hi"), CALL])}], tokenizer)
+    assert tokenizer.decode(found["input_ids"][0]) == '{"city": "Oslo"}'
+
+
+@pytest.mark.parametrize(
+    ("call", "shown"),
+    [
+        ('strftime_now ( "%Y-%m-%d" )', "2026-01-31"),
+        (r"strftime_now('%Y\n%m')", "2026\n01"),
+        ("strftime_now('%d %b') if strftime_now is defined else 'never'", "31 Jan"),
+    ],
+)
+def test_a_date_is_fixed_however_a_template_asks_for_it(call: str, shown: str) -> None:
+    tokenizer = with_template("{{ " + call + " }}")
+    found = run([{"messages": [user("Hi")]}], tokenizer, chat_template_date="2026-01-31")
+    assert tokenizer.decode(found["input_ids"][0]) == shown
+
+
+def test_a_date_by_another_name_is_refused() -> None:
+    tokenizer = with_template("{% set now = strftime_now %}{{ now('%Y') }}")
+    with pytest.raises(UsageError, match=r"^The chat template prints today's date in a format that it computes"):
+        run([{"messages": [user("Hi")]}], tokenizer)
+
+
+def test_a_null_that_json_text_names_is_kept_and_one_of_arrow_is_not() -> None:
+    tokenizer, arguments = with_template("qwen2_5"), {"city": "Oslo", "unit": None}
+    call = said("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}])
+    found = run([{"messages": json.dumps([user("Hi"), call])}], tokenizer)
+    assert found["input_ids"][0] == rendered(tokenizer, [user("Hi"), call])
+
+
+@pytest.mark.parametrize("out", [{"weight": "0"}, {"train": 0}, {"train": "false"}])
+def test_a_turn_can_be_left_out_in_several_words(out: Row) -> None:
+    tokenizer = with_template(CHAT_TEMPLATE)
+    chat = [user("Hi"), said("Bad", **out), user("Hi"), said("Yo")]
+    found = run([{"messages": chat}], tokenizer, completion_only=True)
+    assert completions(found, tokenizer) == [["Yo<|end|>"]]
+
+
+def test_names_of_sharegpt_are_understood_as_roles_too() -> None:
+    tokenizer = with_template(CHAT_TEMPLATE)
+    chat = [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]
+    found = run([{"messages": chat}], tokenizer, completion_only=True)
+    assert completions(found, tokenizer) == [["Yo<|end|>"]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": '[{"role": "user", "content": "a\\ud800b"}]'},
+        {"messages": '[{"from": ["x"], "value": "y"}]'},
+    ],
+)
+def test_hostile_messages_end_in_one_line(row: Row) -> None:
+    with pytest.raises(UsageError, match=r"^Row 0"):
+        run([row], with_template(CHAT_TEMPLATE))
+
+
+def test_rows_saved_for_another_library_are_read_as_lists() -> None:
+    split = datasets.Dataset.from_list([{"input_ids": [5, 6], "attention_mask": [1.0, 0.0]}]).with_format("numpy")
+    found = tokenize(split, None, Config(teacher="m", dataset="d", output="o.h5"))
+    assert found["input_ids"][:] == [[5]]

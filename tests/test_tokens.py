@@ -342,13 +342,26 @@ def test_a_turn_begins_where_it_parts_from_the_generation_prompt(tokenizer: Toke
     assert (found["input_ids"][0], found["completion_mask"][0]) == chat_by_hand(tokenizer, spoken)
 
 
-def test_an_answer_whose_tokens_the_generation_block_cannot_find_is_refused(tokenizer: Tokenizer) -> None:
-    """Its first character is none of the tokenizer's, so no token stands there."""
-    changed = with_template(tokenizer, CHAT_TEMPLATE_WITH_GENERATION)
+BLOCK_OF_CONTENT = CHAT_TEMPLATE_WITH_GENERATION.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
+
+
+def test_a_block_that_begins_or_ends_without_a_token_marks_the_others(tokenizer: Tokenizer) -> None:
+    """A character that the tokenizer drops has no token, neither as the first of a block nor as its last."""
+    changed = with_template(tokenizer, BLOCK_OF_CONTENT)
     changed.backend_tokenizer.normalizer = normalizers.Replace("#", "")
-    assert any(run([chat(("user", "#a"), ("assistant", "b"))], changed, completion_only=True)["completion_mask"][0])
-    with pytest.raises(UsageError, match="Row 0: the chat template's generation block marks no token"):
-        run([chat(("user", "a"), ("assistant", "#b"))], changed, completion_only=True)
+    spoken = [("user", "a"), ("assistant", "#b"), ("user", "c"), ("assistant", "d#"), ("user", "e"), ("assistant", "f")]
+    found = run([chat(*spoken)], changed, completion_only=True)
+    ids, mask = found["input_ids"][0], found["completion_mask"][0]
+    kept = changed.decode([token for token, mark in zip(ids, mask, strict=True) if mark])
+    assert kept == "bdf"
+
+
+def test_a_block_that_ends_with_a_character_of_several_tokens_marks_all_of_them(tokenizer: Tokenizer) -> None:
+    changed = with_template(tokenizer, BLOCK_OF_CONTENT)
+    found = run([chat(("user", "a"), ("assistant", "b \N{GRINNING FACE}"))], changed, completion_only=True)
+    ids, mask = found["input_ids"][0], found["completion_mask"][0]
+    kept = changed.decode([token for token, mark in zip(ids, mask, strict=True) if mark])
+    assert kept == "b \N{GRINNING FACE}"
 
 
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%-  generation  %}"])

@@ -1,6 +1,7 @@
 """Conversations, rendered by a chat template and turned into tokens."""
 
-import itertools
+import json
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,13 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.encoded import NOTHING, Note, Tokens
 from logitgen.split.messages import Chat, checked_chat, counts, from_json
-from logitgen.split.template import ChatTemplate, Options
+from logitgen.split.template import ChatTemplate, Options, checked_options
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns of conversations; the first one found is read."""
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of the member that holds a message's reasoning."""
 
 _GIVEN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}
 """Columns beside the messages that go into every rendering."""
@@ -65,10 +69,6 @@ def encode_chats(rows: Any, indices: list[int], columns: list[str], template: Ch
     tokens = Tokens()
     if config.completion_only:
         check_fast(template.tokenizer, "messages")
-        if template.marks_turns:
-            for chat in found:
-                _add_marked(tokens, chat, template, config)
-            return tokens
     texts = [(chat.row, shown) for chat in found for shown in _renderings(chat, template, config)]
     encoded = template.tokenizer(  # the template has written the special tokens
         [shown.text for _, shown in texts],
@@ -97,9 +97,7 @@ def _conversation(rows: Any, number: int, row: int, columns: list[str], template
     prompt, said = ([], *(checked_chat(rows[name][number], name, row) for name in columns))[-2:]
     given = {name: from_json(rows[name][number], name, kind, row) for name, kind in _GIVEN.items() if name in rows}
     tools = {"tools": given["tools"]} if given.get("tools") else {}
-    if prompt and not any(map(counts, said)):
-        raise UsageError(f"Row {row}: '{columns[-1]}' has no message of the assistant.")
-    options = tools | (given.get("chat_template_kwargs") or {})
+    options = tools | checked_options(given.get("chat_template_kwargs") or {}, f"Row {row}: ")
     return Conversation(row, template.prepared(prompt + said), len(prompt), options)
 
 
@@ -111,8 +109,12 @@ def _renderings(chat: Conversation, template: ChatTemplate, config: Config) -> l
     """
     if not chat.messages:
         return [_Rendering("")]
+    if config.completion_only and template.marks_turns:
+        return [_marked(chat, template)]
     turns = chat.turns if config.completion_only else []
     found = [_Rendering(template.render(chat.messages, chat.given, chat.row))]
+    if config.completion_only and not turns:
+        found[0].notes |= Note.NO_TURN
     for turn, message in enumerate(chat.messages):
         if turn not in turns:
             found[0].notes |= _left_out(message, found[0].text)
@@ -149,29 +151,42 @@ def _turn(chat: Conversation, turn: int, template: ChatTemplate) -> tuple[str, i
     It starts where the text parts from the conversation before it with the generation prompt.
     """
 
-    def render(end: int, **how: bool) -> str:
-        return str(template.render(chat.messages[:end], chat.given, chat.row, **how))
+    def render(end: int, *, asking: bool = False) -> str:
+        return template.render(chat.messages[:end], chat.given, chat.row, asking=asking)
 
     until = render(turn + 1)
-    if not turn:  # nothing can be rendered before the first turn: the text behind it shows the generation prompt
-        prompt = render(1, add_generation_prompt=True)[len(until) :]
-        if prompt in until:
-            return until, until.find(prompt) + len(prompt)
-    else:
-        asked = render(turn, add_generation_prompt=True)
-        if until.startswith(asked):
-            return until, len(asked)
-        if until.startswith(render(turn)):  # a generation prompt may open a block of thought
-            return until, _num_shared(until, asked)
+    if not turn:
+        return until, _first_start(chat, until, render(1, asking=True))
+    asked = render(turn, asking=True)
+    if until.startswith(asked):
+        return until, len(asked)
+    before = len(render(turn))
+    if until[:before] == asked[:before]:  # a generation prompt may open a block of thought
+        return until, before + _num_shared(until[before:], asked[before:], template.tokenizer)
     raise UsageError(
         f"Row {chat.row}, message {turn}: the chat template renders the messages before it differently once it "
         "follows, so its tokens cannot be told. Put {% generation %} ... {% endgeneration %} around them there."
     )
 
 
-def _num_shared(one: str, other: str) -> int:
-    """Count the characters before the first that differs."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _first_start(chat: Conversation, until: str, asked: str) -> int:
+    """Find the start of a turn that nothing stands before: the text behind it shows the generation prompt."""
+    prompt = asked[len(until) :] if asked.startswith(until) else ""
+    content = until.find(_content(chat.messages[0]))
+    place = until.rfind(prompt, 0, len(until) if content < 0 else content)
+    if not prompt or place < 0:
+        raise UsageError(
+            f"Row {chat.row}: the conversation begins with the assistant, and the chat template does not show where "
+            "such a turn starts. Put {% generation %} ... {% endgeneration %} around its tokens in the template."
+        )
+    return place + len(prompt)
+
+
+def _num_shared(until: str, asked: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the characters before the first token of a generation prompt that a text does not share."""
+    places = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ends: list[int] = [0, *(end for _, end in places)]
+    return ends[bisect_left(ends, True, key=lambda end: until[:end] != asked[:end]) - 1]
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -183,7 +198,7 @@ def _left_out(message: dict[str, Any], text: str) -> Note:
     """Note the parts of a message that a rendering does not show. Templates may change the space around them."""
     parts: dict[Note, list[Any]] = {
         Note.CONTENT_LEFT_OUT: [_content(message)],
-        Note.REASONING_LEFT_OUT: [message.get("reasoning_content")],
+        Note.REASONING_LEFT_OUT: [message.get(name) for name in _REASONING],
         Note.CALLS_LEFT_OUT: _called(message),
     }
     notes = NOTHING
@@ -194,7 +209,9 @@ def _left_out(message: dict[str, Any], text: str) -> Note:
 
 
 def _shows(text: str, part: str) -> bool:
-    return part in text or "".join(part.split()) in "".join(text.split())
+    if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
+        return True
+    return "".join(part.split()) in "".join(text.split())
 
 
 def _called(message: dict[str, Any]) -> list[Any]:
@@ -204,29 +221,21 @@ def _called(message: dict[str, Any]) -> list[Any]:
     return [function.get("name") for function in found if isinstance(function, dict)]
 
 
-def _add_marked(tokens: Tokens, chat: Conversation, template: ChatTemplate, config: Config) -> None:
-    """Add a conversation whose template marks the tokens of the assistant by generation blocks."""
-    if not chat.messages:
-        tokens.add(chat.row, [])
-        return
+def _marked(chat: Conversation, template: ChatTemplate) -> _Rendering:
+    """Render a conversation whose template marks the tokens of the assistant by generation blocks."""
     spoken = [turn for turn, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if spoken != chat.turns:
         raise UsageError(
             f"Row {chat.row}: only some of the assistant's messages are completions, but the chat template's "
             "generation blocks mark all of them. Remove the blocks from the template."
         )
-    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = template.render(chat.messages, chat.given, chat.row, **how)
-    if spoken and not any(encoded["assistant_masks"]):
-        raise UsageError(
-            f"Row {chat.row}: the chat template's generation block marks no token of the assistant's turns. "
-            "Use a tokenizer that keeps every character, or remove the block from the template."
-        )
-    text, notes = template.render(chat.messages, chat.given, chat.row), NOTHING
+    text, spans = template.render_marked(chat.messages, chat.given, chat.row)
+    if spoken and not spans:
+        raise UsageError(f"Row {chat.row}: the chat template's generation block marks none of the assistant's turns.")
+    notes = NOTHING if spoken else Note.NO_TURN
     for message in chat.messages:
         notes |= _left_out(message, text)
-    ids = packed_end(encoded["input_ids"], template.tokenizer, config)
-    tokens.add(chat.row, ids, encoded["assistant_masks"], notes)
+    return _Rendering(text, spans, notes)
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase, over: str) -> None:

@@ -28,6 +28,7 @@ class Note(IntFlag):
     NO_EOS = 16
     REWRITTEN = 32
     PACKED = 64
+    NO_TURN = 128
 
 
 NOTHING = Note(0)
@@ -38,6 +39,7 @@ NOTES = {
     Note.CALLS_LEFT_OUT: "the chat template leaves out a tool call",
     Note.TWO_BOS: "the text begins with the beginning-of-text token, and the tokenizer adds another. "
     "Leave it out with --add_special_tokens false",
+    Note.NO_TURN: "the conversation has no turn of the assistant to capture",
     Note.NO_EOS: "no completion ends with the end-of-text token, so a student would not learn to stop. "
     "Add it with --append_eos",
 }

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from logitgen.errors import UsageError, first_line
 
 Message = dict[str, Any]
 Chat = list[Message]
 
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ROLES = {
-    "human": "user",
+    **_SHAREGPT,
     "user": "user",
-    "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
@@ -56,25 +56,28 @@ def checked_chat(chat: Any, name: str, index: int) -> Chat:
     Raises:
         UsageError: It is none, or a message lacks something or has something that cannot be read.
     """
-    if isinstance(chat, str) and chat.lstrip().startswith("["):
+    is_text = isinstance(chat, str) and chat.lstrip().startswith("[")
+    if is_text:
         chat = from_json(chat, name, list, index)
     if not isinstance(chat, list):
         raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
     try:
-        return [_checked(message, f"Row {index}, message {turn}") for turn, message in enumerate(chat)]
+        places = [f"Row {index}, message {turn}" for turn in range(len(chat))]
+        return [_checked(message, place, is_text) for message, place in zip(chat, places, strict=True)]
     except RecursionError as error:
         raise UsageError(f"Row {index}: '{name}' is nested too deeply to be read.") from error
 
 
-def _checked(message: Any, place: str) -> dict[str, Any]:
-    """Return a message with its content as text."""
+def _checked(message: Any, place: str, is_text: bool) -> dict[str, Any]:
+    """Return a message with its content as text, and without the nulls that Arrow fills in where it was no text."""
     if not isinstance(message, dict):
         raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
     if message.get("role") is None and message.get("from") is not None:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
-    found = cast(dict[str, Any], without_nulls(message))
+    found = {name: value if is_text else without_nulls(value) for name, value in message.items() if value is not None}
+    found["role"] = _SHAREGPT.get(found["role"], found["role"])
     content = found.get("content", "" if found.get("tool_calls") else None)
     if isinstance(content, list):
         content = "".join(_text_of(part, place) for part in content)
@@ -86,7 +89,7 @@ def _checked(message: Any, place: str) -> dict[str, Any]:
 
 def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
     """Turn ShareGPT's `from` and `value` into role and content."""
-    if message["from"] not in _ROLES:
+    if not isinstance(message["from"], str) or message["from"] not in _ROLES:
         raise UsageError(f"{place}: 'from' must be one of {', '.join(_ROLES)}, got {kind_of(message['from'])}.")
     others = {name: member for name, member in message.items() if name not in ("from", "value")}
     return others | {"role": _ROLES[message["from"]], "content": message.get("value")}
@@ -134,7 +137,8 @@ def with_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 def counts(message: dict[str, Any]) -> bool:
     """Whether a message is a completion: an assistant's, and not left out by its `weight` or `train`."""
-    return message["role"] == "assistant" and message.get("weight", 1) != 0 and message.get("train", True) is not False
+    is_left_out = message.get("weight", 1) in (0, "0") or message.get("train", True) in (0, "0", "false", "False")
+    return message["role"] == "assistant" and not is_left_out
 
 
 def kind_of(value: object) -> str:

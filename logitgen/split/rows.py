@@ -109,7 +109,7 @@ class Rows:
         self._starts, self.lengths, rows = _cut(self._row_ends, self._sources, config, max_length)
         self.source_row = self._sources[rows]
         too_long = np.diff(self._row_ends, prepend=0) > (max_length or np.inf)
-        self.num_cut = 0 if config.packing else int(np.count_nonzero(too_long))
+        self.num_cut = 0 if config.packing else len(np.unique(self._sources[too_long]))
         self.num_dropped_tokens = int(self._row_ends[-1]) - self.num_tokens
         if not len(self):
             raise UsageError(

@@ -58,8 +58,11 @@ def chat_columns(columns: Mapping[str, Any], config: Config) -> list[str]:
     if found := [name for name in CHAT_COLUMNS if name in columns][:1]:
         return found
     pair = ["prompt", "completion"]
-    sides = [getattr(columns.get(name), "feature", None) for name in pair]
-    return [] if any(isinstance(side, datasets.Value | None) for side in sides) else pair
+    return pair if all(name in columns and _holds_objects(columns[name]) for name in pair) else []
+
+
+def _holds_objects(feature: Any) -> bool:
+    return not any(isinstance(each, datasets.Value) for each in (feature, getattr(feature, "feature", None)))
 
 
 def template_of(
@@ -205,7 +208,7 @@ def _flags(row: dict[str, Any], name: str, length: int, index: int) -> list[int]
     flags = row[name]
     if not isinstance(flags, list) or len(flags) != length or any(flag not in (0, 1) for flag in flags):
         raise UsageError(f"Row {index}: '{name}' must be {length} zeros and ones, one per token, got {kind_of(flags)}.")
-    return flags
+    return list(map(int, flags))
 
 
 def _unpadded(row: dict[str, Any], length: int, index: int) -> slice:

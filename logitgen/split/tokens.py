@@ -125,4 +125,4 @@ def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
     names = columns_read(split.features, config)
     if unused := [name for name in split.column_names if name not in names]:
         logger.info(f"Columns not used: {', '.join(unused)}.")
-    return split.select_columns(names)
+    return split.with_format(None).select_columns(names)  # rows saved for torch or pandas come as plain lists
