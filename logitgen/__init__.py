@@ -6,6 +6,7 @@ from logitgen.errors import CaptureError, FormatError, LogitgenError, UsageError
 from logitgen.file.reader import LogitsFile
 
 if TYPE_CHECKING:
+    from logitgen.student.batches import TokenBatches
     from logitgen.student.dataset import LogitsDataset, collate
     from logitgen.student.losses import DistillationLoss
 
@@ -17,6 +18,7 @@ __all__ = [
     "LogitgenError",
     "LogitsDataset",
     "LogitsFile",
+    "TokenBatches",
     "UsageError",
     "collate",
 ]
@@ -32,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from logitgen.student.losses import DistillationLoss
 
         return DistillationLoss
+    if name == "TokenBatches":
+        from logitgen.student.batches import TokenBatches
+
+        return TokenBatches
     raise AttributeError(f"module 'logitgen' has no attribute '{name}'")

@@ -12,10 +12,12 @@ import torch
 from files import ARRAYS, ATTRIBUTES, FULL, write_file
 from launches import imported_by
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import logitgen
 from logitgen import FormatError, LogitsDataset, collate
+from logitgen.student.dataset import IGNORED_LABEL
 
 Capture = Callable[..., Path]
 
@@ -122,6 +124,42 @@ def test_a_batch_is_padded_as_worked_out_by_hand(path: Path) -> None:
     assert {name for name, dtype in dtypes.items() if dtype == torch.int64} == whole
     assert dtypes["captured"] == torch.bool
     assert {dtypes[name] for name in ("logsumexp", "target_logprob", "kept_logprobs")} == {torch.float32}
+
+
+def test_a_batch_free_of_padding_is_one_row_as_worked_out_by_hand(path: Path) -> None:
+    batch = collate(list(LogitsDataset(path)), padding_free=True)
+    captured, nothing = [[2, 7], [9, 3], [7, 0], [9, 1]], [0, 0]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]]
+    assert batch["position_ids"].dtype == torch.int64
+    assert batch["captured"].int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100, -100, 7, -100, 9]]
+    assert batch["kept_ids"].tolist() == [
+        [*captured[:2], nothing, nothing, nothing, captured[2], nothing, captured[3], nothing]
+    ]
+    assert batch["logsumexp"].tolist() == [[3.5, 4.5, 0, 0, 0, 5.5, 0, 6.5, 0]]
+    assert "attention_mask" not in batch
+
+
+def test_a_batch_free_of_padding_is_as_trl_and_transformers_make_it(path: Path) -> None:
+    """Theirs have no captured positions, so every token but a row's first is a label."""
+    rows = list(LogitsDataset(path))
+    batch = collate(rows, padding_free=True)
+    examples = [{"input_ids": row["input_ids"].tolist()} for row in rows]
+    for theirs in (
+        DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples),
+        DataCollatorWithFlattening()(examples),
+    ):
+        for name in ("input_ids", "position_ids"):
+            assert torch.equal(batch[name], theirs[name])
+        labelled = batch["labels"] != IGNORED_LABEL
+        assert torch.equal(batch["labels"][labelled], theirs["labels"][labelled])
+        assert "attention_mask" not in theirs
+
+
+def test_lengths_are_those_of_the_rows_of_all_files(path: Path) -> None:
+    dataset = LogitsDataset([path, path])
+    assert dataset.lengths.tolist() == [len(row["input_ids"]) for row in dataset] == [3, 1, 5, 3, 1, 5]
 
 
 def test_a_batch_of_nothing_but_a_row_without_positions_captures_nothing(path: Path) -> None:
@@ -250,13 +288,14 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 def test_the_package_hands_out_what_it_names() -> None:
     from logitgen import errors
     from logitgen.file import reader
-    from logitgen.student import dataset, losses
+    from logitgen.student import batches, dataset, losses
 
     origins = {
         "DistillationLoss": losses,
         "LogitsDataset": dataset,
         "collate": dataset,
         "LogitsFile": reader,
+        "TokenBatches": batches,
     }
     for name in logitgen.__all__:
         assert getattr(logitgen, name) is getattr(origins.get(name, errors), name)

@@ -1,4 +1,4 @@
-"""A file, or several, as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
+"""A file, or several, as a `torch.utils.data.Dataset`, and a collate function that joins its rows into batches.
 
 Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from logitgen.errors import FormatError
+from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
 
@@ -66,6 +68,11 @@ class LogitsDataset(Dataset[Row]):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, [N], without reading a row."""
+        return np.concatenate([np.diff(file.arrays["offsets"]) for file in self._files])
 
     def __getitem__(self, row: int) -> Row:
         """Read one row.
@@ -125,39 +132,58 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
         )
 
 
-def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
-    """Pad rows into one batch, everything aligned with the student's logits of shape [B, T, V].
+def collate(rows: Sequence[Row], pad_token_id: int = 0, *, padding_free: bool = False) -> Row:
+    """Join rows into one batch, everything aligned with the student's logits of shape [B, T, V].
 
     Args:
         rows: Rows of a `LogitsDataset`.
         pad_token_id: Token that fills up `input_ids`, on the right.
+        padding_free: Put the rows one after another instead, [1, T] with the T tokens of all.
 
     Returns:
         `input_ids` and `attention_mask` int64[B, T]; `captured` bool[B, T], true where the teacher's distribution is
         known; the captured values at these places (`kept_ids` int64[B, T, K], ...) and 0 elsewhere; `labels`
         int64[B, T], the tokens that captured positions predict, -100 elsewhere, unshifted as transformers wants them.
+        With `padding_free`, `position_ids` int64[1, T], which start at 0 in each row, instead of `attention_mask`.
+
+    Source: `DataCollatorForLanguageModeling` of TRL, whose `padding_free` leaves out the mask too: with one, attention
+    kernels would take the rows for a single one.
     """
     # In numpy: torch would share each small copy out among threads, which can take ten times as long as the copy.
     arrays = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
-    shape = len(rows), max(len(row["input_ids"]) for row in arrays)
+    lengths = [len(row["input_ids"]) for row in arrays]
+    if padding_free:
+        shape = 1, sum(lengths)
+        places = [(0, slice(end - length, end)) for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    else:
+        shape = len(rows), max(lengths)
+        places = [(index, slice(length)) for index, length in enumerate(lengths)]
     batch = {
         "input_ids": np.full(shape, pad_token_id),
-        "attention_mask": np.zeros(shape, np.int64),
+        "position_ids" if padding_free else "attention_mask": np.zeros(shape, np.int64),
         "captured": np.zeros(shape, np.bool_),
         "labels": np.full(shape, IGNORED_LABEL),
     }
-    values = [name for name in arrays[0] if name not in ("input_ids", "positions")]
-    for name in values:
-        batch[name] = np.zeros((*shape, *arrays[0][name].shape[1:]), arrays[0][name].dtype)
-    for index, row in enumerate(arrays):
-        length, positions = len(row["input_ids"]), row["positions"]
-        batch["input_ids"][index, :length] = row["input_ids"]
-        batch["attention_mask"][index, :length] = 1
-        batch["captured"][index, positions] = True
-        batch["labels"][index, positions + 1] = row["input_ids"][positions + 1]
-        for name in values:
-            batch[name][index, positions] = row[name]
+    for name, values in arrays[0].items():
+        if name not in ("input_ids", "positions"):
+            batch[name] = np.zeros((*shape, *values.shape[1:]), values.dtype)
+    for row, place in zip(arrays, places, strict=True):
+        _fill({name: array[place] for name, array in batch.items()}, row)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _fill(part: dict[str, Array], row: dict[str, Array]) -> None:
+    """Write a row of T tokens into its part of a batch, views of shape [T, ...]."""
+    tokens, positions = row["input_ids"], row["positions"]
+    part["input_ids"][:] = tokens
+    if "position_ids" in part:
+        part["position_ids"][:] = np.arange(len(tokens))
+    else:
+        part["attention_mask"][:] = 1
+    part["captured"][positions] = True
+    part["labels"][positions + 1] = tokens[positions + 1]
+    for name in row.keys() - {"input_ids", "positions"}:
+        part[name][positions] = row[name]
 
 
 def _tensor(array: Any) -> Tensor:
