@@ -1,21 +1,22 @@
-"""A file, or several, as a `torch.utils.data.Dataset`, and a collate function that joins its rows into batches.
+"""A file, or several, as a `torch.utils.data.Dataset`.
 
-Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
+Shape letters: N rows, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from logitgen.errors import FormatError
+from logitgen.errors import FormatError, UsageError
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
@@ -47,35 +48,53 @@ class LogitsDataset(Dataset[Row]):
     Attributes:
         attributes: The first file's attributes: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
         settings: The options of the run that made it.
+        max_length: Tokens at which rows are cut, or None.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+    def __init__(self, path: str | Path | Sequence[str | Path], *, max_length: int | None = None) -> None:
         """Open a file, or several files that hold one teacher's logits, captured in the same way.
+
+        Args:
+            path: Path of the file, or of several.
+            max_length: Tokens to cut longer rows at, for a student of a shorter context. A cut row loses the positions
+                whose next token it loses.
 
         Raises:
             FormatError: A file is missing, foreign, of a newer version, not complete, or does not fit the first.
+            UsageError: `max_length` is below 1.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
             raise FormatError("A dataset needs at least one file, got none. Give a path.")
+        if max_length is not None and max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {max_length}. None leaves rows as they are.")
         self._paths = [Path(name).absolute() for name in paths]  # a worker may be started in another folder
         self._files = [LogitsFile(name) for name in self._paths]
         for file in self._files[1:]:
             _check_fits(file, self._files[0])
         self._ends = list(accumulate(map(len, self._files)))
+        self._rows: Sequence[int] | npt.NDArray[np.int64] = range(self._ends[-1])
+        self.max_length = max_length
         self.attributes: dict[str, Any] = self._files[0].attributes
         self.settings: dict[str, Any] = self.attributes["settings"]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._rows)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, [N], without reading a row."""
-        return np.concatenate([np.diff(file.arrays["offsets"]) for file in self._files])
+        lengths = np.concatenate([np.diff(file.arrays["offsets"]) for file in self._files])[self._rows]
+        return lengths if self.max_length is None else lengths.clip(max=self.max_length)
 
-    def __getitem__(self, row: int) -> Row:
-        """Read one row.
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> "LogitsDataset": ...
+
+    def __getitem__(self, row: int | slice) -> "Row | LogitsDataset":
+        """Read one row, or take a slice of the rows as a dataset.
 
         Returns:
             `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
@@ -86,12 +105,60 @@ class LogitsDataset(Dataset[Row]):
         Raises:
             IndexError: There is no such row.
         """
-        number = row + len(self) if row < 0 else row
-        if not 0 <= number < len(self):
+        if isinstance(row, slice):
+            return self._view(self._rows[row])
+        if not -len(self) <= row < len(self):
             raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {row}.")
+        number = int(self._rows[row])
         index = bisect_right(self._ends, number)
         found = self._files[index].row(number - self._ends[index] + len(self._files[index]))
-        return {name: _tensor(array) for name, array in found.items()}
+        return {name: _tensor(array) for name, array in self._cut(found).items()}
+
+    def select(self, indices: npt.ArrayLike) -> "LogitsDataset":
+        """Take some rows as a dataset, in the order of their numbers.
+
+        Args:
+            indices: Row numbers, [M]. Negative numbers count from the end.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        numbers = np.asarray(indices, dtype=np.int64)
+        for number in numbers[(numbers < -len(self)) | (numbers >= len(self))][:1]:
+            raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {number}.")
+        return self._view(np.asarray(self._rows)[numbers])
+
+    def split(self, share: float, seed: int = 0) -> "tuple[LogitsDataset, LogitsDataset]":
+        """Divide the rows at random: a share of them, and the others, both in the order they have here.
+
+        Args:
+            share: Share of the first part, between 0 and 1.
+            seed: It alone decides which rows go where.
+
+        Raises:
+            UsageError: The share is not between 0 and 1.
+        """
+        if not 0 <= share <= 1:
+            raise UsageError(
+                f"share must be between 0 and 1, got {share}. 0.9 puts 90 % of the rows into the first part."
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        first, second = np.split(order, [round(share * len(self))])
+        return self.select(np.sort(first)), self.select(np.sort(second))
+
+    def _view(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "LogitsDataset":
+        view = copy(self)
+        view._rows = rows
+        return view
+
+    def _cut(self, row: dict[str, Array]) -> dict[str, Array]:
+        """Cut a row at `max_length` tokens."""
+        if self.max_length is None or len(row["input_ids"]) <= self.max_length:
+            return row
+        num_positions = np.searchsorted(row["positions"], self.max_length - 1)
+        return {
+            name: values[: self.max_length if name == "input_ids" else num_positions] for name, values in row.items()
+        }
 
     @property
     def head(self) -> Head | None:
@@ -99,10 +166,11 @@ class LogitsDataset(Dataset[Row]):
         return head_of(self._files[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._paths}
+        return {"path": self._paths, "max_length": self.max_length, "rows": self._rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(state["path"], max_length=state["max_length"])  # type: ignore[misc]
+        self._rows = state["rows"]
 
 
 def head_of(file: LogitsFile) -> Head | None:
@@ -132,58 +200,20 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
         )
 
 
-def collate(rows: Sequence[Row], pad_token_id: int = 0, *, padding_free: bool = False) -> Row:
-    """Join rows into one batch, everything aligned with the student's logits of shape [B, T, V].
+def source_of(dataset: Any) -> Any:
+    """Return the dataset whose rows torch's `Subset` or `ConcatDataset` hands out, or the dataset itself.
 
-    Args:
-        rows: Rows of a `LogitsDataset`.
-        pad_token_id: Token that fills up `input_ids`, on the right.
-        padding_free: Put the rows one after another instead, [1, T] with the T tokens of all.
-
-    Returns:
-        `input_ids` and `attention_mask` int64[B, T]; `captured` bool[B, T], true where the teacher's distribution is
-        known; the captured values at these places (`kept_ids` int64[B, T, K], ...) and 0 elsewhere; `labels`
-        int64[B, T], the tokens that captured positions predict, -100 elsewhere, unshifted as transformers wants them.
-        With `padding_free`, `position_ids` int64[1, T], which start at 0 in each row, instead of `attention_mask`.
-
-    Source: `DataCollatorForLanguageModeling` of TRL, whose `padding_free` leaves out the mask too: with one, attention
-    kernels would take the rows for a single one.
+    Raises:
+        FormatError: The parts of a `ConcatDataset` do not fit each other.
     """
-    # In numpy: torch would share each small copy out among threads, which can take ten times as long as the copy.
-    arrays = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
-    lengths = [len(row["input_ids"]) for row in arrays]
-    if padding_free:
-        shape = 1, sum(lengths)
-        places = [(0, slice(end - length, end)) for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    else:
-        shape = len(rows), max(lengths)
-        places = [(index, slice(length)) for index, length in enumerate(lengths)]
-    batch = {
-        "input_ids": np.full(shape, pad_token_id),
-        "position_ids" if padding_free else "attention_mask": np.zeros(shape, np.int64),
-        "captured": np.zeros(shape, np.bool_),
-        "labels": np.full(shape, IGNORED_LABEL),
-    }
-    for name, values in arrays[0].items():
-        if name not in ("input_ids", "positions"):
-            batch[name] = np.zeros((*shape, *values.shape[1:]), values.dtype)
-    for row, place in zip(arrays, places, strict=True):
-        _fill({name: array[place] for name, array in batch.items()}, row)
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def _fill(part: dict[str, Array], row: dict[str, Array]) -> None:
-    """Write a row of T tokens into its part of a batch, views of shape [T, ...]."""
-    tokens, positions = row["input_ids"], row["positions"]
-    part["input_ids"][:] = tokens
-    if "position_ids" in part:
-        part["position_ids"][:] = np.arange(len(tokens))
-    else:
-        part["attention_mask"][:] = 1
-    part["captured"][positions] = True
-    part["labels"][positions + 1] = tokens[positions + 1]
-    for name in row.keys() - {"input_ids", "positions"}:
-        part[name][positions] = row[name]
+    if isinstance(dataset, Subset):
+        return source_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        first, *others = map(source_of, dataset.datasets)
+        for other in others:
+            _check_fits(other._files[0], first._files[0])
+        return first
+    return dataset
 
 
 def _tensor(array: Any) -> Tensor:
