@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_tokenizer
 from files import ARRAYS, ATTRIBUTES, FULL, write_file
 from launches import imported_by
+from tokenizers import Tokenizer, models
 from torch.utils.data import ConcatDataset, DataLoader, Subset
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import logitgen
@@ -371,6 +373,27 @@ def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Pat
     other = write_file(tmp_path / "other.h5", FULL, capture="full", top_k=0)
     with pytest.raises(FormatError, match=r"must have the capture of .*out\.h5: expected topk, got full\."):
         LogitsDataset([path, other])
+
+
+def test_only_the_teachers_tokenizer_is_accepted(capture: Capture, teacher: Path, ragged: Path) -> None:
+    path = capture(teacher=teacher, dataset=ragged)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    dataset = LogitsDataset([path, path], tokenizer=tokenizer)
+    assert pickle.loads(pickle.dumps(dataset))[:1].attributes == dataset.attributes
+    vocab = {token: number for number, token in enumerate(reversed(tokenizer.get_vocab()))}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [])), name_or_path="some/student")
+    assert len(other) == len(tokenizer)
+    with pytest.raises(
+        UsageError,
+        match=rf"that of the teacher {teacher}, fingerprint \w{{8}}, got some/student, fingerprint \w{{8}}\. T",
+    ):
+        LogitsDataset(path, tokenizer=other)
+
+
+def test_no_tokenizer_is_compared_with_a_file_captured_without(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", tokenizer_fingerprint="")
+    with pytest.raises(UsageError, match=r"out\.h5 was captured without a tokenizer to compare with\. Leave"):
+        LogitsDataset(path, tokenizer=make_tokenizer())
 
 
 def test_no_file_at_all_is_refused() -> None:

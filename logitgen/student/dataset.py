@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,10 @@ from logitgen.errors import FormatError, UsageError
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
+from logitgen.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
 """Label that torch's cross-entropy and transformers ignore."""
@@ -51,17 +55,24 @@ class LogitsDataset(Dataset[Row]):
         max_length: Tokens at which rows are cut, or None.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path], *, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_length: int | None = None,
+    ) -> None:
         """Open a file, or several files that hold one teacher's logits, captured in the same way.
 
         Args:
             path: Path of the file, or of several.
+            tokenizer: The student's, to be compared with the teacher's.
             max_length: Tokens to cut longer rows at, for a student of a shorter context. A cut row loses the positions
                 whose next token it loses.
 
         Raises:
             FormatError: A file is missing, foreign, of a newer version, not complete, or does not fit the first.
-            UsageError: `max_length` is below 1.
+            UsageError: `max_length` is below 1, or the tokenizer is not the teacher's.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
@@ -72,6 +83,8 @@ class LogitsDataset(Dataset[Row]):
         self._files = [LogitsFile(name) for name in self._paths]
         for file in self._files[1:]:
             _check_fits(file, self._files[0])
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, self._files[0])
         self._ends = list(accumulate(map(len, self._files)))
         self._rows: Sequence[int] | npt.NDArray[np.int64] = range(self._ends[-1])
         self.max_length = max_length
@@ -197,6 +210,18 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
         raise FormatError(
             f"{file.path} must have the {name} of {first.path}: expected {expected}, got {value}. "
             "Capture all files of a dataset in the same way."
+        )
+
+
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", file: LogitsFile) -> None:
+    expected, found = file.attributes["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
+    if not expected:
+        raise UsageError(f"{file.path} was captured without a tokenizer to compare with. Leave tokenizer out.")
+    if found != expected:
+        raise UsageError(
+            f"The tokenizer must be that of the teacher {file.attributes['teacher']}, fingerprint {expected[:8]}, got "
+            f"{tokenizer.name_or_path or 'one without a name'}, fingerprint {found[:8]}. Train a student with the "
+            "teacher's tokenizer, or leave tokenizer out if only chat template or special tokens differ."
         )
 
 
