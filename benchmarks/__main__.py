@@ -12,7 +12,7 @@ import sys
 
 from benchmarks.harness import ROOT
 
-ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity", "chats")
+ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity", "chats", "padding")
 EVERYDAY = (*ON_A_TEACHER, "leader", "head", "growth", "reading", "scaling")
 ALL = (*EVERYDAY, "gpu")
 

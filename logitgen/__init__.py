@@ -1,12 +1,15 @@
 """logitgen captures a teacher's logits over a dataset once, so that students can be trained from the file."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from logitgen.errors import CaptureError, FormatError, LogitgenError, UsageError
 from logitgen.file.reader import LogitsFile
 
 if TYPE_CHECKING:
-    from logitgen.student.dataset import LogitsDataset, collate
+    from logitgen.student.batches import TokenBatches
+    from logitgen.student.collate import collate
+    from logitgen.student.dataset import LogitsDataset
     from logitgen.student.losses import DistillationLoss
 
 __version__ = "0.1.0"
@@ -17,19 +20,22 @@ __all__ = [
     "LogitgenError",
     "LogitsDataset",
     "LogitsFile",
+    "TokenBatches",
     "UsageError",
     "collate",
 ]
 
 
+_NEEDING_TORCH = {
+    "DistillationLoss": "losses",
+    "LogitsDataset": "dataset",
+    "TokenBatches": "batches",
+    "collate": "collate",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import modules that need torch only on request: a look into a file does not."""
-    if name in ("LogitsDataset", "collate"):
-        from logitgen.student import dataset
-
-        return getattr(dataset, name)
-    if name == "DistillationLoss":
-        from logitgen.student.losses import DistillationLoss
-
-        return DistillationLoss
+    if name in _NEEDING_TORCH:
+        return getattr(import_module(f"logitgen.student.{_NEEDING_TORCH[name]}"), name)
     raise AttributeError(f"module 'logitgen' has no attribute '{name}'")

@@ -12,9 +12,9 @@ from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, Layout
 from logitgen.head import dtype_name
 from logitgen.split.rows import Rows
 from logitgen.split.template import ChatTemplate
-from logitgen.split.tokens import tokenizer_fingerprint
 from logitgen.teacher.describe import TeacherInfo
 from logitgen.teacher.model import Teacher
+from logitgen.tokenizer import tokenizer_fingerprint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 

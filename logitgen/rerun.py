@@ -16,11 +16,12 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
-from logitgen.split.tokens import load_tokenizer, tokenizer_fingerprint
+from logitgen.split.tokens import load_tokenizer
 from logitgen.student.dataset import head_of
 from logitgen.teacher.adapter import with_base
 from logitgen.teacher.describe import TeacherInfo, describe_teacher
 from logitgen.teacher.model import Teacher, load_model
+from logitgen.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 

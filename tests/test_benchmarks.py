@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from benchmarks import chats, reading, startup, without
+from benchmarks import chats, padding, reading, startup, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.gpu_speed import ALONE, PACKED, idle_share
@@ -259,3 +259,27 @@ def test_chats_are_measured_with_a_template_that_keeps_and_one_that_forgets(teac
     chats.main()
     table = json.loads((tmp_path / "chats.json").read_text())["data"]
     assert [row["rows"] for row in table] == [6, 6, 6, 6, 6, 12]
+
+
+def test_padding_is_counted_as_worked_out_by_hand():
+    lengths, batches = np.array([3, 1, 5, 5]), [[0, 1], [2, 3]]
+    line = padding.line_of("TokenBatches", lengths, batches)
+    assert line["padding, %"] == pytest.approx(100 * 2 / 16)
+    assert (line["batches"], line["tokens, median"], line["least"], line["most, with padding"]) == (2, 7, 4, 10)
+    assert padding.line_of(padding.FREE, lengths, batches)["padding, %"] == 0
+
+
+def test_token_batches_hold_at_most_5_percent_of_padding(teacher: Path, tmp_path: Path, monkeypatch):
+    texts = [word * number for number in range(1, 80) for word in ("words of prose ", "a longer row of many words ")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["padding", f"--teacher={teacher}", f"--dataset={tmp_path / 'rows.jsonl'}", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [*words, "--rows=1000"])
+    padding.main()
+    shares = {
+        (row["rows"], row["way"]): row["padding, %"]
+        for row in json.loads((tmp_path / "padding.json").read_text())["data"]
+    }
+    assert len(shares) == 8
+    for rows in ("rows.jsonl, 158", "log-normal, 1,000"):
+        assert 0 <= shares[rows, "TokenBatches"] <= 5 < shares[rows, "random rows"]
+        assert shares[rows, padding.FREE] == 0

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_tokenizer
 from files import ARRAYS, ATTRIBUTES, FULL, write_file
 from launches import imported_by
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import logitgen
-from logitgen import FormatError, LogitsDataset, collate
+from logitgen import DistillationLoss, FormatError, LogitsDataset, UsageError, collate
+from logitgen.student.dataset import IGNORED_LABEL
 
 Capture = Callable[..., Path]
 
@@ -124,6 +128,148 @@ def test_a_batch_is_padded_as_worked_out_by_hand(path: Path) -> None:
     assert {dtypes[name] for name in ("logsumexp", "target_logprob", "kept_logprobs")} == {torch.float32}
 
 
+def test_a_batch_free_of_padding_is_one_row_as_worked_out_by_hand(path: Path) -> None:
+    batch = collate(list(LogitsDataset(path)), padding_free=True)
+    captured, nothing = [[2, 7], [9, 3], [7, 0], [9, 1]], [0, 0]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]]
+    assert batch["position_ids"].dtype == torch.int64
+    assert batch["captured"].int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100, -100, 7, -100, 9]]
+    assert batch["kept_ids"].tolist() == [
+        [*captured[:2], nothing, nothing, nothing, captured[2], nothing, captured[3], nothing]
+    ]
+    assert batch["logsumexp"].tolist() == [[3.5, 4.5, 0, 0, 0, 5.5, 0, 6.5, 0]]
+    assert "attention_mask" not in batch
+
+
+def test_a_batch_free_of_padding_is_as_trl_and_transformers_make_it(path: Path) -> None:
+    """Theirs have no captured positions, so every token but a row's first is a label."""
+    rows = list(LogitsDataset(path))
+    batch = collate(rows, padding_free=True)
+    examples = [{"input_ids": row["input_ids"].tolist()} for row in rows]
+    for theirs in (
+        DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples),
+        DataCollatorWithFlattening()(examples),
+    ):
+        for name in ("input_ids", "position_ids"):
+            assert torch.equal(batch[name], theirs[name])
+        labelled = batch["labels"] != IGNORED_LABEL
+        assert torch.equal(batch["labels"][labelled], theirs["labels"][labelled])
+        assert "attention_mask" not in theirs
+
+
+def test_lengths_are_those_of_the_rows_of_all_files(path: Path) -> None:
+    dataset = LogitsDataset([path, path])
+    assert dataset.lengths.tolist() == [len(row["input_ids"]) for row in dataset] == [3, 1, 5, 3, 1, 5]
+
+
+def test_rows_are_cut_with_their_positions_as_worked_out_by_hand(path: Path) -> None:
+    dataset = LogitsDataset(path, max_length=3)
+    assert dataset.lengths.tolist() == [len(row["input_ids"]) for row in dataset] == [3, 1, 3]
+    row = dataset[2]
+    assert row["input_ids"].tolist() == [5, 6, 7]
+    assert row["positions"].tolist() == [1]  # the position 3 predicts a token that is gone
+    assert row["kept_ids"].tolist() == [[7, 0]]
+    assert row["target_logprob"].tolist() == [-0.5]
+    assert_equal(dataset[0], LogitsDataset(path)[0])
+    shorter = LogitsDataset(path, max_length=2)[2]
+    assert (shorter["input_ids"].tolist(), shorter["kept_logprobs"].shape) == ([5, 6], (0, 2))
+
+
+def test_a_cut_row_is_that_of_a_capture_of_shorter_rows(
+    capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "top_k": 4}
+    cut = LogitsDataset(capture(**options, output=tmp_path / "whole.h5"), max_length=20)
+    short = LogitsDataset(capture(**options, max_length=20, overflow="truncate", output=tmp_path / "short.h5"))
+    assert len(cut) == len(short)
+    for left, right in zip(cut, short, strict=True):
+        for name in ("input_ids", "positions"):
+            assert torch.equal(left[name], right[name])
+        torch.testing.assert_close(left["kept_logprobs"], right["kept_logprobs"], atol=1e-2, rtol=0)
+
+
+def test_no_row_can_be_cut_to_nothing(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"max_length must be at least 1, got 0\. None leaves"):
+        LogitsDataset(path, max_length=0)
+
+
+def first_tokens(dataset: LogitsDataset) -> list[int]:
+    return [int(row["input_ids"][0]) for row in dataset]
+
+
+def test_slices_and_selections_are_datasets_of_their_own(path: Path) -> None:
+    dataset = LogitsDataset([path, path], max_length=4)
+    assert first_tokens(dataset) == [1, 4, 5, 1, 4, 5]
+    assert first_tokens(dataset[1:3]) == [4, 5]
+    assert first_tokens(dataset[::-2]) == [5, 1, 4]
+    chosen = dataset.select([5, 0, -2])
+    assert first_tokens(chosen) == [5, 1, 4]
+    assert chosen.lengths.tolist() == [4, 3, 1]
+    assert first_tokens(chosen[1:].select([1])) == [4]
+    assert chosen.attributes == dataset.attributes
+    assert len(dataset) == 6
+    long = dataset.select(np.flatnonzero(dataset.lengths >= 3))
+    assert first_tokens(long) == [1, 5, 1, 5]
+    copy = pickle.loads(pickle.dumps(long))
+    assert (first_tokens(copy), copy.max_length) == ([1, 5, 1, 5], 4)
+    assert collate(dataset[0:3])["input_ids"].shape == (3, 4)
+    for outside in (3, -4):
+        with pytest.raises(IndexError, match=f"Row must be between 0 and 2, got {outside}"):
+            chosen.select([0, outside])
+        with pytest.raises(IndexError, match=f"Row must be between 0 and 2, got {outside}"):
+            chosen[outside]
+
+
+def test_a_split_divides_the_rows_by_its_seed_alone(path: Path) -> None:
+    dataset = LogitsDataset([path] * 7)
+    first, second = dataset.split(0.9, seed=1)
+    assert (len(first), len(second)) == (19, 2)
+    assert np.sort([*first._rows, *second._rows]).tolist() == list(range(21))
+    assert np.diff(first._rows).min() > 0
+    assert first._rows.tolist() == dataset.split(0.9, seed=1)[0]._rows.tolist()
+    assert first._rows.tolist() != dataset.split(0.9, seed=2)[0]._rows.tolist()
+    with pytest.raises(UsageError, match=r"share must be between 0 and 1, got 90\."):
+        dataset.split(90)
+
+
+def test_the_loss_takes_subsets_and_concatenations_of_torch(path: Path, tmp_path: Path) -> None:
+    dataset = LogitsDataset(path)
+    logits, batch = torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(0)), collate(list(dataset))
+    expected = DistillationLoss(dataset)(logits, batch)
+    for made in (Subset(dataset, [0]), ConcatDataset([Subset(dataset[:2], [1]), dataset]), Subset(dataset[1:], [0])):
+        assert DistillationLoss(made)(logits, batch).item() == expected.item()
+    other = LogitsDataset(write_file(tmp_path / "other.h5", teacher_fingerprint="f" * 64))
+    with pytest.raises(FormatError, match=r"other\.h5 must have the teacher_fingerprint of .*out\.h5"):
+        DistillationLoss(ConcatDataset([dataset, other]))
+
+
+def test_rows_whose_positions_were_all_cut_leave_the_mean_alone(path: Path) -> None:
+    whole, rows = LogitsDataset(path), list(LogitsDataset(path, max_length=2))
+    assert [row["positions"].tolist() for row in rows] == [[0], [], []]
+    logits = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(0))
+    alone = {name: values[:1] for name, values in whole[0].items() if name not in ("input_ids", "positions")}
+    alone |= {"input_ids": torch.tensor([1, 2]), "positions": torch.tensor([0])}
+    loss = DistillationLoss(whole)
+    assert loss(logits, collate(rows)).item() == pytest.approx(loss(logits[:1], collate([alone])).item())
+    assert loss(logits[1:, :2], collate(rows[1:])).item() == 0
+
+
+def test_an_empty_batch_is_refused(path: Path) -> None:
+    for rows in ([], LogitsDataset(path)[:0]):
+        with pytest.raises(UsageError, match=r"A batch needs at least one row, got none\. Leave"):
+            collate(rows)
+
+
+def test_rows_cut_by_hand_in_one_place_are_refused(path: Path) -> None:
+    row = LogitsDataset(path)[2]
+    with pytest.raises(UsageError, match=r"A row of 4 tokens must have positions below 3, got 3\. Cut rows with"):
+        collate([row | {"input_ids": row["input_ids"][:4]}])
+    with pytest.raises(UsageError, match=r"A row of 1 positions must have as many logsumexp, got 2\. Cut rows with"):
+        collate([row | {"positions": row["positions"][:1]}])
+
+
 def test_a_batch_of_nothing_but_a_row_without_positions_captures_nothing(path: Path) -> None:
     batch = collate([LogitsDataset(path)[1]])
     assert batch["input_ids"].tolist() == [[4]]
@@ -229,6 +375,27 @@ def test_files_that_keep_something_else_are_not_joined(path: Path, tmp_path: Pat
         LogitsDataset([path, other])
 
 
+def test_only_the_teachers_tokenizer_is_accepted(capture: Capture, teacher: Path, ragged: Path) -> None:
+    path = capture(teacher=teacher, dataset=ragged)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    dataset = LogitsDataset([path, path], tokenizer=tokenizer)
+    assert pickle.loads(pickle.dumps(dataset))[:1].attributes == dataset.attributes
+    vocab = {token: number for number, token in enumerate(reversed(tokenizer.get_vocab()))}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [])), name_or_path="some/student")
+    assert len(other) == len(tokenizer)
+    with pytest.raises(
+        UsageError,
+        match=rf"that of the teacher {teacher}, fingerprint \w{{8}}, got some/student, fingerprint \w{{8}}\. T",
+    ):
+        LogitsDataset(path, tokenizer=other)
+
+
+def test_no_tokenizer_is_compared_with_a_file_captured_without(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "out.h5", tokenizer_fingerprint="")
+    with pytest.raises(UsageError, match=r"out\.h5 was captured without a tokenizer to compare with\. Leave"):
+        LogitsDataset(path, tokenizer=make_tokenizer())
+
+
 def test_no_file_at_all_is_refused() -> None:
     with pytest.raises(FormatError, match="at least one file, got none"):
         LogitsDataset([])
@@ -250,13 +417,14 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 def test_the_package_hands_out_what_it_names() -> None:
     from logitgen import errors
     from logitgen.file import reader
-    from logitgen.student import dataset, losses
+    from logitgen.student import batches, collate, dataset, losses
 
     origins = {
         "DistillationLoss": losses,
         "LogitsDataset": dataset,
-        "collate": dataset,
+        "collate": collate,
         "LogitsFile": reader,
+        "TokenBatches": batches,
     }
     for name in logitgen.__all__:
         assert getattr(logitgen, name) is getattr(origins.get(name, errors), name)

@@ -24,7 +24,8 @@ from logitgen.errors import CaptureError, UsageError
 from logitgen.split.cache import cached
 from logitgen.split.encoded import remarks
 from logitgen.split.load import load_split
-from logitgen.split.tokens import load_tokenizer, tokenize, tokenizer_fingerprint
+from logitgen.split.tokens import load_tokenizer, tokenize
+from logitgen.tokenizer import tokenizer_fingerprint
 
 Rows = list[dict[str, Any]]
 Tokenizer = PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ from conftest import PAGES, make_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from logitgen import DistillationLoss, LogitsDataset, collate
+from logitgen import DistillationLoss, LogitsDataset, TokenBatches, collate
 
 Capture = Callable[..., Path]
 
@@ -20,7 +20,7 @@ TRAINING = [
 ]
 """All Python that trains; test_docs runs the rest."""
 
-RECIPES = dict(zip(["loop", "trainer", "trl"], TRAINING, strict=True))
+RECIPES = dict(zip(["loop", "padding_free", "trainer", "trl"], TRAINING, strict=True))
 
 
 @pytest.fixture
@@ -70,7 +70,10 @@ def divergence(dataset: LogitsDataset, teacher: PreTrainedModel, student: PreTra
 def test_the_student_of_a_recipe_comes_closer_to_the_teacher(name: str, dataset: LogitsDataset, teacher: Path) -> None:
     model, student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), make_student()
     before = divergence(dataset, model, student)
-    run(RECIPES[name], teacher, student, ("=1e-3", "=3e-3"))  # a learning rate for 21 steps
+    changes = [("=1e-3", "=3e-3")]  # a learning rate for some 20 steps
+    if name == "padding_free":
+        changes.append(("max_tokens=4096", "max_tokens=512"))
+    run(RECIPES[name], teacher, student, *changes)
     after = divergence(dataset, model, student.float())
     assert after < 0.7 * before
 
@@ -94,6 +97,32 @@ def test_with_gradient_accumulation_the_loss_is_the_mean_of_its_batches(
     )
     logged = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
     assert logged == pytest.approx([sum(expected) / 2], rel=1e-3)
+
+
+def test_a_trainer_with_batches_by_tokens_reads_every_row_once_per_epoch(
+    dataset: LogitsDataset, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n([^`]*class TokenTrainer.*?)```", PAGES["docs/training.md"], re.DOTALL)
+    read: list[list[list[int]]] = []
+
+    def noting(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        read.append([example["input_ids"].tolist() for example in examples])
+        return collate(examples)
+
+    changes = [
+        ("remove_unused_columns=False", "remove_unused_columns=False, accelerator_config={'even_batches': False}"),
+        ("\ntrainer = Trainer(", f"\n{code}\ntrainer = TokenTrainer("),
+        ("max_tokens=4096", "max_tokens=512"),
+        ("batch = collate(rows)", "batch = noting(rows)"),
+    ]
+    monkeypatch.setattr("builtins.noting", noting, raising=False)
+    run(RECIPES["trainer"], teacher, make_student(), *changes)
+    expected = []
+    for epoch in range(3):
+        batches = TokenBatches(dataset.lengths, 512)
+        batches.set_epoch(epoch)
+        expected += [[dataset[row]["input_ids"].tolist() for row in batch] for batch in batches]
+    assert read == expected
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The step from rows to tokens. A cache keeps the result."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import cached, remedy
 from logitgen.split.encoded import FEATURES
 from logitgen.split.shapes import columns_read, encoder, template_of
+from logitgen.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # transformers says "no tokenizer" in many ways; only rows of text need it
         logger.info(f"No tokenizer could be loaded: {first_line(error)}")
         return None
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Hash all that decides the tokens of a text, SHA-256; empty without a tokenizer."""
-    if tokenizer is None:
-        return ""
-    parts: list[Any] = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]
-    if tokenizer.is_fast:
-        parts.append(tokenizer.backend_tokenizer.to_str())
-    parts.append(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:

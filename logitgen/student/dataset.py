@@ -1,22 +1,29 @@
-"""A file, or several, as a `torch.utils.data.Dataset`, and a collate function that pads its rows into batches.
+"""A file, or several, as a `torch.utils.data.Dataset`.
 
-Shape letters: B rows of a batch, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
+Shape letters: N rows, T tokens, P captured positions, K kept per position, V vocabulary, D hidden size.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from logitgen.errors import FormatError
+from logitgen.errors import FormatError, UsageError
+from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
+from logitgen.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
 """Label that torch's cross-entropy and transformers ignore."""
@@ -45,30 +52,62 @@ class LogitsDataset(Dataset[Row]):
     Attributes:
         attributes: The first file's attributes: `teacher`, `capture`, `top_k`, `vocab_size`, `settings`, ...
         settings: The options of the run that made it.
+        max_length: Tokens at which rows are cut, or None.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_length: int | None = None,
+    ) -> None:
         """Open a file, or several files that hold one teacher's logits, captured in the same way.
+
+        Args:
+            path: Path of the file, or of several.
+            tokenizer: The student's, to be compared with the teacher's.
+            max_length: Tokens to cut longer rows at, for a student of a shorter context. A cut row loses the positions
+                whose next token it loses.
 
         Raises:
             FormatError: A file is missing, foreign, of a newer version, not complete, or does not fit the first.
+            UsageError: `max_length` is below 1, or the tokenizer is not the teacher's.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         if not paths:
             raise FormatError("A dataset needs at least one file, got none. Give a path.")
+        if max_length is not None and max_length < 1:
+            raise UsageError(f"max_length must be at least 1, got {max_length}. None leaves rows as they are.")
         self._paths = [Path(name).absolute() for name in paths]  # a worker may be started in another folder
         self._files = [LogitsFile(name) for name in self._paths]
         for file in self._files[1:]:
             _check_fits(file, self._files[0])
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, self._files[0])
         self._ends = list(accumulate(map(len, self._files)))
+        self._rows: Sequence[int] | npt.NDArray[np.int64] = range(self._ends[-1])
+        self.max_length = max_length
         self.attributes: dict[str, Any] = self._files[0].attributes
         self.settings: dict[str, Any] = self.attributes["settings"]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._rows)
 
-    def __getitem__(self, row: int) -> Row:
-        """Read one row.
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, [N], without reading a row."""
+        lengths = np.concatenate([np.diff(file.arrays["offsets"]) for file in self._files])[self._rows]
+        return lengths if self.max_length is None else lengths.clip(max=self.max_length)
+
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> "LogitsDataset": ...
+
+    def __getitem__(self, row: int | slice) -> "Row | LogitsDataset":
+        """Read one row, or take a slice of the rows as a dataset.
 
         Returns:
             `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
@@ -79,12 +118,60 @@ class LogitsDataset(Dataset[Row]):
         Raises:
             IndexError: There is no such row.
         """
-        number = row + len(self) if row < 0 else row
-        if not 0 <= number < len(self):
+        if isinstance(row, slice):
+            return self._view(self._rows[row])
+        if not -len(self) <= row < len(self):
             raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {row}.")
+        number = int(self._rows[row])
         index = bisect_right(self._ends, number)
         found = self._files[index].row(number - self._ends[index] + len(self._files[index]))
-        return {name: _tensor(array) for name, array in found.items()}
+        return {name: _tensor(array) for name, array in self._cut(found).items()}
+
+    def select(self, indices: npt.ArrayLike) -> "LogitsDataset":
+        """Take some rows as a dataset, in the order of their numbers.
+
+        Args:
+            indices: Row numbers, [M]. Negative numbers count from the end.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        numbers = np.asarray(indices, dtype=np.int64)
+        for number in numbers[(numbers < -len(self)) | (numbers >= len(self))][:1]:
+            raise IndexError(f"Row must be between 0 and {len(self) - 1}, got {number}.")
+        return self._view(np.asarray(self._rows)[numbers])
+
+    def split(self, share: float, seed: int = 0) -> "tuple[LogitsDataset, LogitsDataset]":
+        """Divide the rows at random: a share of them, and the others, both in the order they have here.
+
+        Args:
+            share: Share of the first part, between 0 and 1.
+            seed: It alone decides which rows go where.
+
+        Raises:
+            UsageError: The share is not between 0 and 1.
+        """
+        if not 0 <= share <= 1:
+            raise UsageError(
+                f"share must be between 0 and 1, got {share}. 0.9 puts 90 % of the rows into the first part."
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        first, second = np.split(order, [round(share * len(self))])
+        return self.select(np.sort(first)), self.select(np.sort(second))
+
+    def _view(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "LogitsDataset":
+        view = copy(self)
+        view._rows = rows
+        return view
+
+    def _cut(self, row: dict[str, Array]) -> dict[str, Array]:
+        """Cut a row at `max_length` tokens."""
+        if self.max_length is None or len(row["input_ids"]) <= self.max_length:
+            return row
+        num_positions = np.searchsorted(row["positions"], self.max_length - 1)
+        return {
+            name: values[: self.max_length if name == "input_ids" else num_positions] for name, values in row.items()
+        }
 
     @property
     def head(self) -> Head | None:
@@ -92,10 +179,11 @@ class LogitsDataset(Dataset[Row]):
         return head_of(self._files[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._paths}
+        return {"path": self._paths, "max_length": self.max_length, "rows": self._rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(state["path"], max_length=state["max_length"])  # type: ignore[misc]
+        self._rows = state["rows"]
 
 
 def head_of(file: LogitsFile) -> Head | None:
@@ -125,39 +213,32 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
         )
 
 
-def collate(rows: Sequence[Row], pad_token_id: int = 0) -> Row:
-    """Pad rows into one batch, everything aligned with the student's logits of shape [B, T, V].
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", file: LogitsFile) -> None:
+    expected, found = file.attributes["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
+    if not expected:
+        raise UsageError(f"{file.path} was captured without a tokenizer to compare with. Leave tokenizer out.")
+    if found != expected:
+        raise UsageError(
+            f"The tokenizer must be that of the teacher {file.attributes['teacher']}, fingerprint {expected[:8]}, got "
+            f"{tokenizer.name_or_path or 'one without a name'}, fingerprint {found[:8]}. Train a student with the "
+            "teacher's tokenizer, or leave tokenizer out if only chat template or special tokens differ."
+        )
 
-    Args:
-        rows: Rows of a `LogitsDataset`.
-        pad_token_id: Token that fills up `input_ids`, on the right.
 
-    Returns:
-        `input_ids` and `attention_mask` int64[B, T]; `captured` bool[B, T], true where the teacher's distribution is
-        known; the captured values at these places (`kept_ids` int64[B, T, K], ...) and 0 elsewhere; `labels`
-        int64[B, T], the tokens that captured positions predict, -100 elsewhere, unshifted as transformers wants them.
+def source_of(dataset: Any) -> Any:
+    """Return the dataset whose rows torch's `Subset` or `ConcatDataset` hands out, or the dataset itself.
+
+    Raises:
+        FormatError: The parts of a `ConcatDataset` do not fit each other.
     """
-    # In numpy: torch would share each small copy out among threads, which can take ten times as long as the copy.
-    arrays = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
-    shape = len(rows), max(len(row["input_ids"]) for row in arrays)
-    batch = {
-        "input_ids": np.full(shape, pad_token_id),
-        "attention_mask": np.zeros(shape, np.int64),
-        "captured": np.zeros(shape, np.bool_),
-        "labels": np.full(shape, IGNORED_LABEL),
-    }
-    values = [name for name in arrays[0] if name not in ("input_ids", "positions")]
-    for name in values:
-        batch[name] = np.zeros((*shape, *arrays[0][name].shape[1:]), arrays[0][name].dtype)
-    for index, row in enumerate(arrays):
-        length, positions = len(row["input_ids"]), row["positions"]
-        batch["input_ids"][index, :length] = row["input_ids"]
-        batch["attention_mask"][index, :length] = 1
-        batch["captured"][index, positions] = True
-        batch["labels"][index, positions + 1] = row["input_ids"][positions + 1]
-        for name in values:
-            batch[name][index, positions] = row[name]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    if isinstance(dataset, Subset):
+        return source_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        first, *others = map(source_of, dataset.datasets)
+        for other in others:
+            _check_fits(other._files[0], first._files[0])
+        return first
+    return dataset
 
 
 def _tensor(array: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from logitgen.errors import UsageError
-from logitgen.student.dataset import IGNORED_LABEL
+from logitgen.student.dataset import IGNORED_LABEL, source_of
 from logitgen.student.events import common_columns, kept_events, kl_sum, normalised, sampled_forward_kl
 
 CHUNK_LOGITS = 2**23
@@ -72,7 +72,7 @@ class DistillationLoss:
     value and gradient are right on average over the draws, but a single position's value may be negative.
 
     Attributes:
-        dataset: Dataset of the batches.
+        dataset: Dataset of the batches, or a `Subset` or `ConcatDataset` of torch made from it.
         divergence: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, the
             generalised Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
             m = beta teacher + (1 - beta) student. Divided by beta it becomes the forward KL as beta goes to 0, divided
@@ -103,7 +103,9 @@ class DistillationLoss:
 
         Raises:
             UsageError: An option is out of its range, or does not fit the file's capture.
+            FormatError: The parts of a `ConcatDataset` were not captured in the same way.
         """
+        object.__setattr__(self, "dataset", source_of(self.dataset))
         _check_choice("divergence", self.divergence, get_args(Divergence))
         _check_choice("tail", self.tail, get_args(Tail))
         if not 0 < self.beta < 1:
