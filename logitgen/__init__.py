@@ -7,6 +7,7 @@ from logitgen.file.reader import LogitsFile
 
 if TYPE_CHECKING:
     from logitgen.student.dataset import LogitsDataset, collate
+    from logitgen.student.distil import distil
     from logitgen.student.losses import DistillationLoss
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "LogitsFile",
     "UsageError",
     "collate",
+    "distil",
 ]
 
 
@@ -32,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from logitgen.student.losses import DistillationLoss
 
         return DistillationLoss
+    if name == "distil":
+        from logitgen.student.distil import distil
+
+        return distil
     raise AttributeError(f"module 'logitgen' has no attribute '{name}'")
