@@ -13,7 +13,7 @@ import sys
 from benchmarks.harness import ROOT
 
 ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity", "chats", "padding")
-EVERYDAY = (*ON_A_TEACHER, "leader", "head", "growth", "reading", "scaling")
+EVERYDAY = (*ON_A_TEACHER, "leader", "head", "student", "growth", "reading", "scaling")
 ALL = (*EVERYDAY, "gpu")
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from logitgen.student.batches import TokenBatches
     from logitgen.student.collate import collate
     from logitgen.student.dataset import LogitsDataset
+    from logitgen.student.distil import distil
     from logitgen.student.losses import DistillationLoss
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "TokenBatches",
     "UsageError",
     "collate",
+    "distil",
 ]
 
 
@@ -31,6 +33,7 @@ _NEEDING_TORCH = {
     "LogitsDataset": "dataset",
     "TokenBatches": "batches",
     "collate": "collate",
+    "distil": "distil",
 }
 
 

@@ -3,15 +3,20 @@
 Shape letters: P positions, V vocabulary, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitgen.file.layout import STORED_DTYPES, Array, HeadForm, crc32
 
 _BLOCK_ROWS = 2**14
+
+_SCALE_ERROR = 1e-5
+"""Largest relative error of float32 in a scale and a soft-cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,7 @@ class Head:
 
     def after_product(self, logits: Tensor) -> Tensor:
         """Scale and cap the logits."""
-        logits = logits if self.scale == 1 else logits * self.scale
-        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
+        return scaled_and_capped(logits, self.scale, self.soft_cap)
 
     @property
     def form(self) -> HeadForm:
@@ -63,6 +67,49 @@ class Head:
     def checksum(self) -> int:
         """CRC-32 of the weights as they are stored."""
         return crc32(block for _, _, block in self.blocks())
+
+
+def scaled_and_capped(logits: Tensor, scale: float, soft_cap: float) -> Tensor:
+    """Do what a family does to its logits after the product."""
+    logits = logits if scale == 1 else logits * scale
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def probe_values(vocab_size: int, device: torch.device) -> Tensor:
+    """Make numbers to stand for a product, float32[V]: both signs, from 2**-10 to 2**20, which no scale rounds."""
+    id_V = torch.arange(vocab_size, device=device)
+    return (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
+
+
+def scale_and_cap(probe_V: Tensor, answer_V: Tensor) -> tuple[float, float] | None:
+    """Read off a model's answer to `probe_values` what it does to a product.
+
+    The scale follows from the smallest probe, the first, and the cap from the largest.
+
+    Returns:
+        Scale and soft-cap as `Head` has them, or None if the model does anything else.
+    """
+    scale, soft_cap = float(answer_V[0] / probe_V[0]), 0.0
+    largest = int(probe_V.argmax())
+    if abs(answer_V[largest]) <= abs(scale * probe_V[largest]) / 2:
+        soft_cap = float(abs(answer_V[largest]))
+        scale = 1.0 if abs(scale - 1) < _SCALE_ERROR else scale  # tanh rounds small numbers
+    expected_V = scaled_and_capped(probe_V, scale, soft_cap)
+    return (scale, soft_cap) if torch.allclose(expected_V, answer_V, rtol=_SCALE_ERROR, atol=0) else None
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward for a while. What is hooked to the module still runs."""
+    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put their own there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:

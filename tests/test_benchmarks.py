@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -13,16 +14,18 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from benchmarks import chats, padding, reading, startup, without
+from benchmarks import chats, padding, reading, startup, student, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.contenders import COMPETITORS, code_lines
 from benchmarks.gpu_speed import ALONE, PACKED, idle_share
 from benchmarks.harness import Spread, measure
 from benchmarks.leader import Bare
 from benchmarks.synthetic import make_job, random_payload
-from logitgen import LogitsDataset
+from logitgen import DistillationLoss, LogitsDataset
 from logitgen.file.reader import LogitsFile
+from logitgen.head import Head
 from logitgen.leader.writer import Writer
+from logitgen.student import losses
 
 OTHERS = [
     "bash, file per process",
@@ -283,3 +286,18 @@ def test_token_batches_hold_at_most_5_percent_of_padding(teacher: Path, tmp_path
     for rows in ("rows.jsonl, 158", "log-normal, 1,000"):
         assert 0 <= shares[rows, "TokenBatches"] <= 5 < shares[rows, "random rows"]
         assert shares[rows, padding.FREE] == 0
+
+
+def test_both_ways_of_the_students_head_give_one_loss_and_one_holds_less(monkeypatch: pytest.MonkeyPatch):
+    num_positions, vocab_size = 64, 500
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * vocab_size)
+    attributes = {"capture": "topk", "vocab_size": vocab_size, "tokenizer_size": vocab_size}
+    loss = DistillationLoss(SimpleNamespace(attributes=attributes, head=None))
+    head = Head(weight_VD=torch.randn(vocab_size, 8, requires_grad=True), bias_V=None, scale=1.0, soft_cap=0.0)
+    hidden_BTD = torch.randn(1, num_positions, 8, requires_grad=True)
+    arguments = loss, head, hidden_BTD, student.make_batch(num_positions, vocab_size, k=4)
+    plain, chunked = (way(*arguments).item() for way in student.WAYS.values())
+    assert chunked == pytest.approx(plain, rel=1e-5)
+    plain, chunked = (student.peak_bytes_of(way, *arguments) for way in student.WAYS.values())
+    assert plain > 4 * num_positions * vocab_size
+    assert chunked < 4 * num_positions * vocab_size

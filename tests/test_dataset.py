@@ -417,12 +417,13 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 def test_the_package_hands_out_what_it_names() -> None:
     from logitgen import errors
     from logitgen.file import reader
-    from logitgen.student import batches, collate, dataset, losses
+    from logitgen.student import batches, collate, dataset, distil, losses
 
     origins = {
         "DistillationLoss": losses,
         "LogitsDataset": dataset,
         "collate": collate,
+        "distil": distil,
         "LogitsFile": reader,
         "TokenBatches": batches,
     }

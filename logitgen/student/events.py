@@ -4,14 +4,40 @@ Shape letters: C captured positions of a chunk, V columns of the student's logit
 per position, E events.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
 
 from logitgen.file.layout import FLOAT16_MAX
 
 MIN_LOGPROB = -FLOAT16_MAX
 """Log-prob of impossible tokens: finite, so that 0 times it is 0, and as the file stores it."""
+
+
+class _LogprobsAt(torch.autograd.Function):
+    """Log-probs of some ids. Beside the logits there is one more tensor of their size, autograd would hold three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
+        largest_C1 = logits_CV.amax(-1, keepdim=True)
+        log_sum_C1 = (logits_CV - largest_C1).exp_().sum(-1, keepdim=True).log()
+        ctx.save_for_backward(logits_CV, ids_CK, largest_C1, log_sum_C1)
+        return logits_CV.gather(-1, ids_CK) - largest_C1 - log_sum_C1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_CK: Tensor) -> tuple[Tensor, None]:
+        logits_CV, ids_CK, largest_C1, log_sum_C1 = ctx.saved_tensors
+        slope_CV = (logits_CV - largest_C1).sub_(log_sum_C1).exp_().mul_(-slope_CK.sum(-1, keepdim=True))
+        return slope_CV.scatter_add_(-1, ids_CK, slope_CK), None
+
+
+def logprobs_at(logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    """Return the log-probs of some ids among all V, [C, K], in the dtype of the logits."""
+    return cast(Tensor, _LogprobsAt.apply(logits_CV, ids_CK))  # type: ignore[no-untyped-call]
 
 
 def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghost: bool) -> tuple[Tensor, Tensor]:
@@ -27,7 +53,7 @@ def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghos
         The teacher's and the student's log-probs, [C, K] or [C, K+1].
     """
     num_columns = student_CV.shape[-1]
-    both = logprobs_CK, student_CV.log_softmax(-1).gather(-1, ids_CK.clamp(max=num_columns - 1))
+    both = logprobs_CK, logprobs_at(student_CV, ids_CK.clamp(max=num_columns - 1))
     known_CK = ids_CK < num_columns
     kept = [torch.where(known_CK, logprobs, MIN_LOGPROB).clamp(min=MIN_LOGPROB) for logprobs in both]
     if ghost:

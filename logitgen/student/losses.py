@@ -8,18 +8,18 @@ of the teacher's head, K kept per position, E events, D hidden size.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from logitgen.errors import UsageError
 from logitgen.student.dataset import IGNORED_LABEL, source_of
-from logitgen.student.events import common_columns, kept_events, kl_sum, normalised, sampled_forward_kl
+from logitgen.student.events import common_columns, kept_events, kl_sum, logprobs_at, normalised, sampled_forward_kl
 
 CHUNK_LOGITS = 2**23
 """Logits of the student in float32 at a time, 32 MiB. The forward KL has three such tensors at its peak, seven if the
@@ -127,12 +127,16 @@ class DistillationLoss:
                 "capture topk or hidden."
             )
 
-    def __call__(self, logits_BTV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(
+        self, logits_BTV: Tensor, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Compare the student's logits for a batch with the teacher's.
 
         Args:
             logits_BTV: The student's, in any floating dtype. At position t they predict token t+1, as the file's do.
             batch: A batch of `collate`. It may be on another device than the logits.
+            num_items_in_batch: Divisor of the sum: the captured positions of a whole step, where several batches or
+                ranks make up one. None stands for those of this batch.
 
         Returns:
             A scalar, float32 or float64; 0 with gradients of 0 if the batch has no captured position.
@@ -140,18 +144,16 @@ class DistillationLoss:
         Raises:
             UsageError: The logits do not fit the batch, or the vocabularies differ.
         """
-        self._check_fits(logits_BTV, batch)
-        captured = batch["captured"].flatten().cpu()
+        self.check_fits(logits_BTV.shape, batch)
+        values, captured = self.values_of(batch), batch["captured"].flatten().cpu()
         num_captured = int(captured.sum())
         if not num_captured:
-            return logits_BTV[:0].sum(dtype=_dtype(logits_BTV))  # an empty sum, but with a gradient
-        names = _CAPTURED[self._capture]
-        values = {name: batch[name].flatten(0, 1) for name in names} | {"labels": _next_labels(batch["labels"])}
+            return logits_BTV[:0].sum(dtype=wide_dtype(logits_BTV.dtype))  # an empty sum, but with a gradient
         step = max(1, CHUNK_LOGITS // logits_BTV.shape[-1])
         chunks = [tensor.split(step) for tensor in (logits_BTV.flatten(0, 1), captured, *values.values())]
         sums = [
             checkpoint(
-                self._chunk_sum,
+                self._masked_sum,
                 logits,
                 mask,
                 dict(zip(values, parts, strict=True)),
@@ -161,19 +163,28 @@ class DistillationLoss:
             for logits, mask, *parts in zip(*chunks, strict=True)
             if mask.any()
         ]
-        return torch.stack(sums).sum() / num_captured
+        return mean_of(torch.stack(sums).sum(), num_captured, num_items_in_batch)
 
-    def _chunk_sum(self, logits: Tensor, mask: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Sum the loss over the captured positions of a chunk."""
+    def _masked_sum(self, logits: Tensor, mask: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
-            student_CV = logits[mask].to(_dtype(logits))
-            known = {name: _like(student_CV, tensor[mask]) for name, tensor in values.items()}
-            weight = self.cross_entropy_weight
-            total = self._divergence_sum(student_CV, known)
-            if weight:
-                next_token = cross_entropy(student_CV, known["labels"], ignore_index=IGNORED_LABEL, reduction="sum")
-                total = (1 - weight) * total + weight * next_token
+            student_CV = logits[mask].to(wide_dtype(logits.dtype))
+            return self.sum_over(student_CV, {name: tensor[mask] for name, tensor in values.items()})
+
+    def values_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take out of a batch the values that the loss reads, [B*T, ...], moved to the positions they belong to."""
+        names = _CAPTURED[self._capture]
+        return {name: batch[name].flatten(0, 1) for name in names} | {"labels": _next_labels(batch["labels"])}
+
+    def sum_over(self, student_CV: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Sum the loss over captured positions, given the student's logits in float32 or float64, and the values."""
+        known = {name: _like(student_CV, tensor) for name, tensor in values.items()}
+        weight = self.cross_entropy_weight
+        total = self._divergence_sum(student_CV, known)
+        if not weight:
             return total
+        came_C = known["labels"] != IGNORED_LABEL
+        next_C = logprobs_at(student_CV, known["labels"].clamp(min=0)[:, None])[:, 0]
+        return (1 - weight) * total - weight * next_C[came_C].sum()
 
     def _divergence_sum(self, student_CV: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         if self._capture == "sample":
@@ -213,14 +224,19 @@ class DistillationLoss:
     def _capture(self) -> str:
         return str(self.dataset.attributes["capture"])
 
-    def _check_fits(self, logits_BTV: Tensor, batch: Mapping[str, Tensor]) -> None:
+    def check_fits(self, shape: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+        """Compare the shape of the student's logits with a batch and with the teacher's vocabulary.
+
+        Raises:
+            UsageError: They do not fit.
+        """
         captured_BT = batch["captured"]
-        if logits_BTV.shape[:-1] != captured_BT.shape:
+        if (*shape[:-1],) != captured_BT.shape:
             raise UsageError(
                 f"The student's logits must have the shape {[*captured_BT.shape, 'vocabulary']}, as the batch has, got "
-                f"{list(logits_BTV.shape)}. Run the student on the batch's input_ids, and pass all its logits."
+                f"{list(shape)}. Run the student on the batch's input_ids, and pass all its logits."
             )
-        num_columns = logits_BTV.shape[-1]
+        num_columns = shape[-1]
         vocab_size, tokenizer_size = (self.dataset.attributes[name] for name in ("vocab_size", "tokenizer_size"))
         least = min(vocab_size, tokenizer_size or vocab_size)
         most = max(vocab_size, tokenizer_size) + MAX_PADDED_ROWS
@@ -237,9 +253,16 @@ def _next_labels(labels_BT: Tensor) -> Tensor:
     return pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
 
-def _dtype(logits: Tensor) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: never below float32."""
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def mean_of(total: Tensor, num_captured: int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Divide a batch's sum by the captured positions of the step, or of the batch if that is all."""
+    if num_items_in_batch is None:
+        return total / max(1, num_captured)
+    return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
 def _like(student_CV: Tensor, values: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ shard of it, D hidden size.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,13 +16,10 @@ from transformers import PreTrainedModel
 
 from logitgen.errors import UsageError, first_line
 from logitgen.file.layout import STORED_DTYPES
-from logitgen.head import Head, dtype_name
+from logitgen.head import Head, dtype_name, forward_replaced, probe_values, scale_and_cap
 from logitgen.teacher.shard import VocabShard
 
 logger = logging.getLogger(__name__)
-
-_SCALE_ERROR = 1e-5
-"""Largest relative error of float32 in a scale and a soft-cap."""
 
 _PRODUCT_ERROR = 1e-5
 """Largest difference in float32 between two ways to compute the head's product, relative to its largest result."""
@@ -182,7 +177,7 @@ def run_head(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_CD:
     """
     ready = type(output)(**{**output, "last_hidden_state": hidden_CD[None]})
     any_ids_CT = torch.zeros((1, len(hidden_CD)), dtype=torch.int64, device=hidden_CD.device)
-    with _forward_returns(decoder, ready):
+    with forward_replaced(decoder, lambda *_, **__: ready):
         return cast(Tensor, model(input_ids=any_ids_CT, use_cache=False).logits[0])
 
 
@@ -211,16 +206,13 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
         raise _no_head(
             f"its weights and hidden states are {names}, expected one of {', '.join(STORED_DTYPES)} (see --dtype)"
         )
-    # Both signs, from 2**-10 to 2**20: powers of two, which no scale rounds.
-    id_V = torch.arange(vocab_size, device=device)
-    probe_V = (1 - 2 * (id_V % 2)) * 2.0 ** (id_V // 2 % 31 - 10)
-    probe_S = probe_V[shard.start : shard.start + shard.size]
-    with _forward_returns(cast(nn.Module, module), probe_S.repeat(1, len(hidden_PD), 1)):
+    probe_V = probe_values(vocab_size, device)
+    probe_S = probe_V[shard.start : shard.start + shard.size].repeat(1, len(hidden_PD), 1)
+    with forward_replaced(cast(nn.Module, module), lambda *_, **__: probe_S):
         answer_V = shard.whole(run_head(model, decoder, output, hidden_PD)[-1].float())
-    scale, soft_cap = _scale_and_cap(probe_V, answer_V)
-    head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, soft_cap=soft_cap)
-    if not torch.allclose(head.after_product(probe_V), answer_V, rtol=_SCALE_ERROR, atol=0):
+    if not (found := scale_and_cap(probe_V, answer_V)):
         raise _no_head("something else is done to the logits after the product")
+    head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=found[0], soft_cap=found[1])
     own_PV = shard.whole(run_head(model, decoder, output, hidden_PD))
     relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
     if not _close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
@@ -228,34 +220,11 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
     return head
 
 
-def _scale_and_cap(probe_V: Tensor, answer_V: Tensor) -> tuple[float, float]:
-    """Read the scale off the smallest probe, the first, and the cap off the largest; a soft-cap of 0 means none."""
-    scale = float(answer_V[0] / probe_V[0])
-    largest = int(probe_V.argmax())
-    if abs(answer_V[largest]) > abs(scale * probe_V[largest]) / 2:
-        return scale, 0.0
-    return 1.0 if abs(scale - 1) < _SCALE_ERROR else scale, float(abs(answer_V[largest]))  # tanh rounds small numbers
-
-
 def _no_head(reason: str) -> UsageError:
     return UsageError(
         "--capture hidden needs a teacher whose logits are a product of its last hidden states and its output "
         f"embeddings, scaled or soft-capped at most; with this one {reason}. Use another --capture."
     )
-
-
-@contextmanager
-def _forward_returns(module: nn.Module, output: object) -> Iterator[None]:
-    """Let a module's forward return a ready output."""
-    before = module.__dict__.get("forward")  # accelerate's hooks and torch.compile put their own there
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _whole(tensor: Tensor) -> Tensor:
