@@ -104,7 +104,7 @@ def test_without_gradients_there_is_the_value_alone() -> None:
     assert value.item() == pytest.approx(loss(logits_of(hidden_BTD, head), case.batch).item(), rel=1e-9)
 
 
-def test_a_batch_without_a_captured_position_gives_every_weight_a_gradient_of_zero() -> None:
+def test_a_batch_without_a_captured_position_gives_gradients_of_zero() -> None:
     """Ranks wait for each other's gradients."""
     case, (hidden_BTD, head) = make_case("topk"), make_student()
     case.batch["captured"][:] = False
