@@ -4,12 +4,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_losses import HIDDEN, KINDS, LENGTHS, OPTIONS, WORDS, Head, LiveMemory, captured, known_of, make_case
+from test_losses import (
+    HIDDEN,
+    KINDS,
+    LENGTHS,
+    OPTIONS,
+    WORDS,
+    Head,
+    LiveMemory,
+    captured,
+    make_case,
+    random_batch,
+)
 from test_losses import reference as reference_of
 from torch import Tensor
 from torch.nn.functional import linear
 
-from logitgen import DistillationLoss, UsageError, collate
+from logitgen import DistillationLoss, UsageError
 from logitgen.head import Head as StudentHead
 from logitgen.student import losses
 from logitgen.student.chunked import loss_of_hidden
@@ -134,12 +145,8 @@ def test_memory_is_that_of_two_chunks_however_large_the_batch(kind: str, monkeyp
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * words)
     chunk_bytes, of_weight = 4 * 8 * words, 4 * words * size
     for num_rows in (4, 32):
-        generator, rows = torch.Generator().manual_seed(0), []
-        for _ in range(num_rows):
-            teacher_PW = torch.randn(length - 1, words, generator=generator)
-            known = {"hidden": teacher_PW[:, :HIDDEN]} if kind == "hidden" else known_of(kind, teacher_PW, generator)
-            rows.append({"input_ids": torch.arange(length), "positions": torch.arange(length - 1)} | known)
-        batch = collate(rows)
+        generator = torch.Generator().manual_seed(0)
+        batch = random_batch(kind, num_rows, length, words, generator)
         teacher_head = Head(torch.randn(words, HIDDEN, generator=generator))
         loss = DistillationLoss(captured(kind, teacher_head, words))
         hidden_BTD = torch.randn(num_rows, length, size, generator=generator, requires_grad=True)

@@ -440,16 +440,21 @@ class LiveMemory(TorchDispatchMode):
         self.largest_bytes = max(self.largest_bytes, storage.nbytes())
 
 
-def memory_of(kind: str, num_rows: int) -> LiveMemory:
-    """Memory of loss and gradient for rows of 8 tokens, one of which is a chunk, of a student in bfloat16."""
-    words, length = 1000, 9
-    generator = torch.Generator().manual_seed(0)
+def random_batch(kind: str, num_rows: int, length: int, words: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Rows of so many tokens, with random values of a capture at all positions but the last."""
     rows = []
     for _ in range(num_rows):
         teacher_PW = torch.randn(length - 1, words, generator=generator)
         known = {"hidden": teacher_PW[:, :HIDDEN]} if kind == "hidden" else known_of(kind, teacher_PW, generator)
         rows.append({"input_ids": torch.arange(length), "positions": torch.arange(length - 1)} | known)
-    batch = collate(rows)
+    return collate(rows)
+
+
+def memory_of(kind: str, num_rows: int) -> LiveMemory:
+    """Memory of loss and gradient for rows of 8 tokens, one of which is a chunk, of a student in bfloat16."""
+    words, length = 1000, 9
+    generator = torch.Generator().manual_seed(0)
+    batch = random_batch(kind, num_rows, length, words, generator)
     head = Head(torch.randn(words, HIDDEN, generator=generator))
     loss = DistillationLoss(captured(kind, head, words))
     logits = torch.zeros(num_rows, length, words, dtype=torch.bfloat16, requires_grad=True)

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer
+from test_chats import rendered, warnings_of
 
 from logitgen.config import Config, JsonObject
 from logitgen.errors import UsageError
-from logitgen.split.encoded import remarks
 from logitgen.split.tokens import tokenize
 
 Row = dict[str, Any]
@@ -38,15 +38,6 @@ def with_tools() -> Any:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = WITH_TOOLS
     return tokenizer
-
-
-def warnings_of(found: datasets.Dataset) -> list[str]:
-    return [str(remark) for remark in remarks(found)]
-
-
-def rendered(tokenizer: Any, messages: list[Row], **options: Any) -> list[int]:
-    """The tokens as transformers renders them by itself."""
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 # Ready ids.
