@@ -16,7 +16,7 @@ from benchmarks.gpu_bench import Bench
 from benchmarks.harness import ROOT, Row, measure
 from benchmarks.head import chunk_logits, memory_chunks
 from benchmarks.synthetic import make_rows
-from logitgen.estimate import _free_bytes, _taken_bytes, fitting_batch_tokens
+from logitgen.estimate import PROBE_TOKENS, _free_bytes, _taken_bytes, fitting_batch_tokens
 from logitgen.file.layout import Array
 from logitgen.split.job import Job
 from logitgen.split.rows import Batch
@@ -36,12 +36,12 @@ def memory(bench: Bench) -> Iterator[Row]:
         ballast = torch.empty(max(0, excess), dtype=torch.uint8, device=bench.device)  # as a small GPU would be
         # Rows that fill a batch of any size.
         rows = make_rows(np.full(64, bench.scale.row_tokens[2] // 2, np.int32), model.shard.vocab_size)
-        job = bench.job(model, rows, "topk 64")
+        job = bench.job(model, rows, "topk 64", PROBE_TOKENS)
         yield {"memory": "free", "MB": _free_bytes(bench.device) / 1e6}
-        found = fitting_batch_tokens(model, rows, job.layout, None, 1)
+        found = fitting_batch_tokens(model, job, 1)
         batch = rows.batch(bench.job(model, rows, "topk 64", found).plan.rows(0))
         taken = _taken_bytes(bench.device, lambda: capture_batch(model, batch, job.layout))
-        name = f"--batch_tokens auto = {found:,}: taken by {batch.input_ids.size:,} tokens"
+        name = f"--batch_tokens auto = {found:,}: taken by {batch.passes[0].input_ids.size:,} tokens"
         yield {"memory": name, "MB": taken / 1e6}
         # All rows as one batch, for which there is not enough memory, and a few of them alone.
         whole = rows.batch(bench.job(model, rows, "topk 64", rows.num_tokens).plan.rows(0))

@@ -152,6 +152,9 @@ class Config:
         "Tokens per forward pass, padding included; auto takes as many as fit into free memory.",
         TokenBudget("8192"),
     )
+    share_prefixes: bool = _option(
+        "run", "Read the tokens that several rows begin with once; false: once in every row.", True
+    )
     overwrite: bool = _option("run", "Replace a complete output by a new one, and what another run left of one.", False)
     dry_run: bool = _option("run", "Write no output; say what the run would take in disk, memory and time.", False)
     trust_remote_code: bool = _option("run", "Run code that comes with the teacher.", False)

@@ -17,7 +17,6 @@ from logitgen.file.layout import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layou
 from logitgen.ranks.deliver import NUM_BUFFERS, Outbox
 from logitgen.split.job import Job
 from logitgen.split.plan import Plan
-from logitgen.split.rows import Rows
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher
 
@@ -57,30 +56,27 @@ class Pilot:
     device_bytes: int
 
 
-def fitting_batch_tokens(
-    teacher: Teacher, rows: Rows, layout: Layout, length_switch: int | None, ranks_of_machine: int
-) -> int:
+def fitting_batch_tokens(teacher: Teacher, job: Job, ranks_of_machine: int) -> int:
     """Find the largest token budget of a batch that fits, from the free memory and the need of a small batch.
 
     The result is a power of two, so that a little more or less free memory does not change it.
 
     Args:
         teacher: The loaded teacher.
-        rows: The tokenised split; the probe takes its longest rows.
-        layout: The values to keep.
-        length_switch: See `Plan`.
+        job: The job with a budget of `PROBE_TOKENS`. The probe takes its first batch, and the first whose rows share
+            prefixes.
         ranks_of_machine: Number of ranks that share the machine's memory, unless each has a GPU with its own.
     """
-    plan = Plan(rows.forward_lengths, PROBE_TOKENS, length_switch)
-    batch = rows.batch(plan.rows(0))
+    plan = job.plan
     on_gpu = teacher.device.type == "cuda"  # Apple's shares the machine's memory, and does not say how much is free
     most = MAX_BATCH_TOKENS_GPU if on_gpu else MAX_BATCH_TOKENS
     free_bytes = _free_bytes(teacher.device) / (1 if on_gpu else ranks_of_machine)
-    capture_batch(teacher, batch, layout)  # the first run also allocates memory that stays
-    taken_bytes = _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, layout))
-    if free_bytes <= 0 or taken_bytes <= 0:
+    # A batch that shares prefixes reads one beside its budget.
+    probed = {0: int(plan.padded_tokens[0])} | {int(number): plan.batch_tokens for number in plan.sharing[:1]}
+    bytes_per_token = max(_need(teacher, job, number) / tokens for number, tokens in probed.items())
+    if free_bytes <= 0 or bytes_per_token <= 0:
         return most
-    fitting = int(SAFE_SHARE * free_bytes * int(plan.padded_tokens[0]) / taken_bytes)
+    fitting = int(SAFE_SHARE * free_bytes / bytes_per_token)
     return min(most, 1 << max(0, fitting.bit_length() - 1))
 
 
@@ -89,6 +85,13 @@ def _free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def _need(teacher: Teacher, job: Job, number: int) -> int:
+    """Return the memory that a batch of the plan takes, in bytes, or 0 where the system does not tell."""
+    batch = job.batch(number)
+    capture_batch(teacher, batch, job.layout)  # the first run also allocates memory that stays
+    return _taken_bytes(teacher.device, lambda: capture_batch(teacher, batch, job.layout))
 
 
 def _taken_bytes(device: torch.device, work: Callable[[], object]) -> int:
@@ -141,7 +144,7 @@ def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot
 
     def seconds(number: int) -> float:
         start = time.perf_counter()
-        batch = job.rows.batch(plan.rows(number))
+        batch = job.batch(number)
         payload = capture_batch(teacher, batch, job.layout)
         outbox.put(number, payload, partial(seal, batch=batch, layout=job.layout, dtype=teacher.dtype))
         outbox.flush()
@@ -174,7 +177,8 @@ class Estimate:
         num_dropped_tokens: Tokens of the split that are in no row.
         num_batches: Forward passes.
         padding_share: Share of the tokens that go through the teacher only as padding.
-        tokens_per_second: Tokens a rank computes in a second, without padding, as measured in the pilot.
+        saved_share: Share of the rows' tokens that need not go through it, because rows share prefixes.
+        tokens_per_second: Tokens of rows a rank captures in a second, as measured in the pilot.
         seconds: Expected time of the forward passes by number of ranks, each with a device of its own.
         pilots: The measurements of every rank.
         size_bytes: Size of the file, exact.
@@ -189,6 +193,7 @@ class Estimate:
     num_dropped_tokens: int
     num_batches: int
     padding_share: float
+    saved_share: float
     tokens_per_second: float
     seconds: dict[int, float]
     pilots: list[Pilot]
@@ -217,7 +222,8 @@ def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int
         num_dropped_tokens=rows.num_dropped_tokens,
         num_batches=plan.num_batches,
         padding_share=plan.padding_share,
-        tokens_per_second=(1 - plan.padding_share) / seconds_per_token,
+        saved_share=plan.saved_share,
+        tokens_per_second=plan.num_tokens / int(plan.padded_tokens.sum()) / seconds_per_token,
         seconds={
             num_ranks: _most_tokens(plan, num_ranks // (tp_size * fsdp_size), fsdp_size) * seconds_per_token
             for num_ranks in NUM_RANKS

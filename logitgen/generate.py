@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 
 from logitgen.config import Config
 from logitgen.console import only_shows, print_result, silence_stdout, start_logging
-from logitgen.estimate import estimate, fitting_batch_tokens, run_pilot
+from logitgen.estimate import PROBE_TOKENS, estimate, fitting_batch_tokens, run_pilot
 from logitgen.file.header import Attributes, Header, file_bytes
 from logitgen.file.layout import Layout
 from logitgen.file.reader import LogitsFile
@@ -42,11 +42,12 @@ from logitgen.ranks.agree import UNLIMITED, Ranks
 from logitgen.ranks.deliver import Outbox
 from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
-from logitgen.report import estimate_view, summary
+from logitgen.report import Speed, estimate_view, summary
 from logitgen.split.encoded import remarks
 from logitgen.split.job import Job
 from logitgen.split.load import load_split
 from logitgen.split.plan import Plan
+from logitgen.split.prefixes import Neighbours, neighbours
 from logitgen.split.rows import Rows
 from logitgen.split.shapes import template_of
 from logitgen.split.tokens import load_tokenizer, tokenize
@@ -190,17 +191,41 @@ def load_teacher(
     rows, layout = split.rows, replace(split.layout, head=teacher.head_form)
     computation = {f"teacher's {name}": str(value) for name, value in teacher.computation.items()}
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)
+    prefixes = shared_prefixes(ranks, config, rows, teacher, info.length_switch)
     if config.batch_tokens.is_auto:
+        plan = Plan(rows.forward_lengths, PROBE_TOKENS, info.length_switch, prefixes)
         with ranks.in_step():
-            fitting = fitting_batch_tokens(teacher, rows, layout, info.length_switch, ranks.ranks_of_machine)
+            fitting = fitting_batch_tokens(teacher, Job(rows, plan, layout), ranks.ranks_of_machine)
         config = config.with_batch_tokens(min(ranks.gathered(fitting)))
         logger.info(f"As many tokens as fit into memory: --batch_tokens {config.batch_tokens:,}.")
     about = split.about | settings_attributes(config) | teacher_attributes(teacher)
     with ranks.together():
         if ranks.is_leader:
             output.check(about)
-    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch)
+    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch, prefixes)
     return config, Job(rows, plan, layout), teacher, about
+
+
+def shared_prefixes(
+    ranks: Ranks, config: Config, rows: Rows, teacher: Teacher, length_switch: int | None
+) -> Neighbours | None:
+    """Find the rows whose prefixes are read once, if the options and the teacher allow for that."""
+    if not config.share_prefixes:
+        return None
+    with ranks.together(patience_seconds=UNLIMITED):
+        prefixes = neighbours(rows, length_switch)
+    if not len(prefixes.rows):
+        return None
+    if config.fsdp_size > 1:
+        logger.warning(
+            "The tokens that several rows begin with are read again in every row: with --fsdp_size, all ranks must run "
+            "the teacher equally often."
+        )
+        return None
+    with ranks.in_step():
+        can_share = teacher.share_prefixes()
+    ranks.same({"teacher's way to read prefixes": str(can_share)})
+    return prefixes if can_share else None
 
 
 def show_costs(ranks: Ranks, config: Config, output: Output, job: Job, teacher: Teacher, about: Attributes) -> None:
@@ -248,14 +273,16 @@ def fill_file(ranks: Ranks, config: Config, output: Output, job: Job, teacher: T
     if writer:
         with only_shows(f"{output.path} is complete, but its summary"):
             file = LogitsFile(output.path)
-            padding, waited = job.plan.padding_share, progress.waited_share
-            print_result(summary(file, writer.num_duplicates, num_tokens, padding, progress.seconds, waited))
+            speed = Speed(
+                num_tokens, progress.seconds, job.plan.padding_share, job.plan.saved_share, progress.waited_share
+            )
+            print_result(summary(file, writer.num_duplicates, speed))
 
 
 def compute(teacher: Teacher, job: Job, share: np.ndarray, num_steps: int, outbox: Outbox) -> None:
     """Run the teacher over a share of the batches. Ranks that share its weights all take the same number of steps."""
     for number in share:
-        batch = job.rows.batch(job.plan.rows(number))
+        batch = job.batch(number)
         payload = capture_batch(teacher, batch, job.layout)
         outbox.put(number, payload, partial(seal, batch=batch, layout=job.layout, dtype=teacher.dtype))
     for _ in range(num_steps - len(share)):

@@ -1,6 +1,7 @@
 """Views of a file and a run for the terminal: tables and lines, drawn from facts."""
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,23 +91,32 @@ def _quantized(how: str) -> str:
         return ", quantised"
 
 
-def summary(
-    file: LogitsFile,
-    num_duplicates: int,
-    num_forward_tokens: int,
-    padding_share: float,
-    seconds: float,
-    waited_share: float,
-) -> RenderableType:
+@dataclass(frozen=True)
+class Speed:
+    """The speed of a run.
+
+    Attributes:
+        num_tokens: Tokens of rows that the teacher had to read, without padding.
+        seconds: Time from the first forward pass to the last row written.
+        padding_share: Share of padding among all that went through the teacher.
+        saved_share: Share of the rows' tokens that did not go through it, because rows share prefixes.
+        waited_share: Share of the ranks' time in which they waited for transport or disk.
+    """
+
+    num_tokens: int
+    seconds: float
+    padding_share: float
+    saved_share: float
+    waited_share: float
+
+
+def summary(file: LogitsFile, num_duplicates: int, speed: Speed) -> RenderableType:
     """Draw the end of a run.
 
     Args:
         file: The complete file.
         num_duplicates: Rows that were written more than once.
-        num_forward_tokens: Tokens that went through the teacher, without padding.
-        padding_share: Share of padding among all that went through the teacher.
-        seconds: Time from the first forward pass to the last row written.
-        waited_share: Share of the ranks' time in which they waited for transport or disk.
+        speed: Its speed.
     """
     known = facts(file)
     present = int(np.count_nonzero(file.arrays["done"]))
@@ -114,13 +124,19 @@ def summary(
         "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, "
         f"{num_duplicates:,} duplicates",
         "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
-        "speed": f"{num_forward_tokens / seconds:,.0f} tokens/s over {format_seconds(seconds)}, "
-        f"{padding_share:.1%} padding, {waited_share:.1%} waiting",
+        "speed": f"{speed.num_tokens / speed.seconds:,.0f} tokens/s over {format_seconds(speed.seconds)}, "
+        f"{speed.padding_share:.1%} padding, {speed.waited_share:.1%} waiting",
+        **_saved(speed.saved_share),
         "size": f"{format_bytes(known['size_bytes'])}, {known['bytes_per_token']:,.1f} bytes per token",
         "teacher perplexity": f"{known['perplexity']:,.3f}",
         "file": known["path"],
     }
     return _definitions(lines)
+
+
+def _saved(share: float) -> dict[str, str]:
+    """Name the tokens that shared prefixes save, if any."""
+    return {"shared prefixes": f"{share:.1%} of the tokens need not be read again"} if share else {}
 
 
 def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
@@ -136,6 +152,7 @@ def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
         "tokens": f"{known.num_tokens:,}, {known.num_positions:,} positions captured, "
         f"{known.num_dropped_tokens:,} tokens dropped",
         "batches": f"{known.num_batches:,}, {known.padding_share:.1%} padding",
+        **_saved(known.saved_share),
         "file": f"{known.size_bytes:,} bytes, {known.size_bytes / known.num_tokens:,.1f} per token; "
         f"{format_bytes(free_bytes)} free",
         "memory per rank": (format_bytes(host) if host else "unknown on this system")

@@ -16,6 +16,7 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
+from logitgen.split.batch import Pass
 from logitgen.split.tokens import load_tokenizer
 from logitgen.student.dataset import head_of
 from logitgen.teacher.adapter import with_base
@@ -143,10 +144,8 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
     largest, total, num_values, num_same, num_positions = 0.0, 0.0, 0, 0, 0
     for row in rows:
         data = file.row(row)
-        position_P, input_ids_T = (
-            torch.from_numpy(data[name].astype(np.int64)).to(teacher.device) for name in ("positions", "input_ids")
-        )
-        for span, logits_CV, _ in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
+        positions, input_ids = (data[name].astype(np.int64) for name in ("positions", "input_ids"))
+        for span, logits_CV, _ in teacher.logits([Pass(input_ids[None])], positions):
             now_CV = logits_CV.float().log_softmax(-1).cpu()
             stored = {name: values[span] for name, values in data.items()}
             if head:

@@ -7,19 +7,22 @@ import torch
 from conftest import make_llama
 
 from logitgen.file.layout import Layout
-from logitgen.split.rows import Batch
+from logitgen.split.batch import Batch
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher
 
 
-def batch_of(tokens: list[list[int]], first_row: int = 0) -> Batch:
+def batch_of(
+    tokens: list[list[int]], first_row: int = 0, shared: list[int] | None = None, batch_tokens: int = 0
+) -> Batch:
     arrays = [np.array(ids, dtype=np.int32) for ids in tokens]
-    longest = max(len(ids) - 1 for ids in tokens)
     return Batch(
         rows=np.arange(first_row, first_row + len(tokens)),
         source_rows=np.arange(first_row, first_row + len(tokens)) + 100,
         tokens=arrays,
-        input_ids=np.array([ids[:-1] + [0] * (longest - len(ids) + 1) for ids in tokens]),
+        lengths=np.array([len(ids) - 1 for ids in tokens]),
+        shared=np.array(shared or [0] * len(tokens)),
+        batch_tokens=batch_tokens,
         num_positions=np.array([len(ids) - 1 for ids in tokens]),
         row_of_position=np.repeat(np.arange(len(tokens)), [len(ids) - 1 for ids in tokens]),
         positions=np.concatenate([np.arange(len(ids) - 1) for ids in tokens]),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen import CaptureError, LogitsFile
+from logitgen.split.batch import Pass
 from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
@@ -351,10 +352,11 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, most_rows: int, chunks_before:
     """Let the teacher run out of memory over more rows than this, after so many chunks; returns what was tried."""
     logits, tried = Teacher.logits, []
 
-    def limited(self: Teacher, input_ids_BT: torch.Tensor, *where: torch.Tensor) -> Iterator[Any]:
-        tried.append(len(input_ids_BT))
-        for index, chunk in enumerate(logits(self, input_ids_BT, *where)):
-            if len(input_ids_BT) > most_rows and index >= chunks_before:
+    def limited(self: Teacher, passes: list[Pass], slots: Any) -> Iterator[Any]:
+        num_rows = sum(len(each.input_ids) for each in passes if not each.is_trunk)
+        tried.append(num_rows)
+        for index, chunk in enumerate(logits(self, passes, slots)):
+            if num_rows > most_rows and index >= chunks_before:
                 raise torch.OutOfMemoryError(OUT_OF_MEMORY)
             yield chunk
 
@@ -389,11 +391,12 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
     for name in whole.keys() - {"crc32"}:  # another shape may round the last bit differently
         np.testing.assert_allclose(halved[name], whole[name], rtol=2**-10, atol=1e-5)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    failed = [rows for rows in expected if rows > most_rows]
+    parts = [(5, 5), (2, 5), (3, 3), (2, 2)]  # rows, and tokens of the longest, in the order in which they are tried
     assert warnings == [
-        f"{rows} rows of 5 tokens do not fit into the memory of cpu: they are computed in halves. "
+        f"{rows} rows of {length} tokens do not fit into the memory of cpu: they are computed in halves. "
         "A lower --batch_tokens would save the attempt."
-        for rows in failed
+        for rows, length in parts
+        if rows > most_rows
     ]
 
 

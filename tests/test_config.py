@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "top_k": 64,
     "encoding": "plain",
     "batch_tokens": 8192,
+    "share_prefixes": True,
     "overwrite": False,
     "dry_run": False,
     "trust_remote_code": False,
@@ -80,6 +81,7 @@ OTHERS: dict[str, Any] = {
     "top_k": 5,
     "encoding": "packed16",
     "batch_tokens": 100,
+    "share_prefixes": False,
     "overwrite": True,
     "dry_run": True,
     "trust_remote_code": True,
@@ -106,7 +108,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
         "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
         "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos",
         "max_length", "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding",
-        "batch_tokens", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir", "seed", "config",
+        "batch_tokens", "share_prefixes", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir",
+        "seed", "config",
     ]  # fmt: skip
 
 

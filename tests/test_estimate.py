@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from logitgen import CaptureError, UsageError, generate
 from logitgen import estimate as estimate_module
 from logitgen.config import Config
-from logitgen.estimate import NUM_PILOTS, Estimate, Pilot, estimate, fitting_batch_tokens
+from logitgen.estimate import NUM_PILOTS, PROBE_TOKENS, Estimate, Pilot, estimate, fitting_batch_tokens
 from logitgen.file.layout import Layout
 from logitgen.leader import output as output_module
 from logitgen.provenance import package_versions
@@ -69,7 +69,7 @@ def forward_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     compute = estimate_module.capture_batch
 
     def watched(teacher: Any, batch: Any, layout: Layout) -> torch.Tensor:
-        computed.append(batch.input_ids.shape)
+        computed.append(batch.passes[0].input_ids.shape)
         return compute(teacher, batch, layout)
 
     monkeypatch.setattr(estimate_module, "capture_batch", watched)
@@ -201,7 +201,7 @@ def test_rows_tokens_and_padding_worked_by_hand(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in lengths])
-    capture(teacher=teacher, dataset=data, dry_run=True, **{"batch_tokens": 8} | options)
+    capture(teacher=teacher, dataset=data, dry_run=True, share_prefixes=False, **{"batch_tokens": 8} | options)
     (found,) = estimates
     assert {
         "rows": found.num_rows,
@@ -317,7 +317,7 @@ def test_the_pilots_time_is_divided_by_its_tokens_with_padding(
     seconds, compute = [0.0], estimate_module.capture_batch
 
     def watched(teacher: Any, batch: Any, layout: Layout) -> torch.Tensor:
-        seconds[0] += (7 if seconds[0] == 0 else 0) + 1 + batch.input_ids.size / 4
+        seconds[0] += (7 if seconds[0] == 0 else 0) + 1 + batch.passes[0].input_ids.size / 4
         return compute(teacher, batch, layout)
 
     monkeypatch.setattr(estimate_module, "capture_batch", watched)
@@ -325,7 +325,7 @@ def test_the_pilots_time_is_divided_by_its_tokens_with_padding(
     monkeypatch.setattr(estimate_module, "PILOT_SECONDS", 1e9)
     lengths = [41, 52, 51]  # batches of 2 * 51 and 40 tokens
     data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in lengths])
-    capture(teacher=teacher, dataset=data, batch_tokens=110, top_k=4, dry_run=True)
+    capture(teacher=teacher, dataset=data, batch_tokens=110, top_k=4, dry_run=True, share_prefixes=False)
     (pilot,) = estimates[0].pilots
     assert pilot.seconds_per_token == pytest.approx((2 + 142 / 4) / 142)
     assert seconds[0] == pytest.approx(7 + 1 + 102 / 4 + 2 + 142 / 4)
@@ -495,7 +495,9 @@ class Memory:
     ) -> int:
         self.free, self.taken, self.order = free, taken, []
         teacher: Any = SimpleNamespace(device=torch.device(device))
-        return fitting_batch_tokens(teacher, rows_of(lengths), layout_of(lengths), switch, num_ranks)
+        rows = rows_of(lengths)
+        job = Job(rows, Plan(rows.forward_lengths, PROBE_TOKENS, switch), layout_of(lengths))
+        return fitting_batch_tokens(teacher, job, num_ranks)
 
 
 @pytest.fixture
@@ -590,7 +592,8 @@ def test_tokens_that_fit_on_this_machine_are_a_power_of_two() -> None:
     rows, layout = rows_of(PROBE), layout_of(PROBE)
     batch = rows.batch(np.arange(5))
     before = capture_batch(teacher, batch, layout)
-    fitting = fitting_batch_tokens(teacher, rows, layout, None, ranks_of_machine=1)
+    job = Job(rows, Plan(rows.forward_lengths, PROBE_TOKENS), layout)
+    fitting = fitting_batch_tokens(teacher, job, ranks_of_machine=1)
     assert fitting in [2**power for power in range(13)]
     assert fitting >= 256  # the tests need far more memory than that takes
     assert torch.equal(capture_batch(teacher, batch, layout), before)

@@ -22,7 +22,7 @@ from logitgen import FormatError, LogitsFile, UsageError, console
 from logitgen.__main__ import main
 from logitgen.estimate import Estimate, Pilot
 from logitgen.facts import facts, row_facts
-from logitgen.report import estimate_view, overview, row_view, summary, verdict_view
+from logitgen.report import Speed, estimate_view, overview, row_view, summary, verdict_view
 from logitgen.rerun import Rerun
 
 Capture = Callable[..., Path]
@@ -225,7 +225,7 @@ def test_the_view_of_a_row_can_be_cut_short(path: Path) -> None:
 
 
 def test_the_end_of_a_run_is_summed_up(path: Path) -> None:
-    shown = summary(LogitsFile(path), 0, num_forward_tokens=1000, padding_share=0.25, seconds=65.2, waited_share=0.0731)
+    shown = summary(LogitsFile(path), 0, Speed(1000, 65.2, padding_share=0.25, saved_share=0, waited_share=0.0731))
     assert definitions(drawn(shown)) == {
         "rows": "3 expected, 3 present, 0 missing, 0 duplicates",
         "tokens": "9, 4 positions captured",
@@ -245,6 +245,7 @@ def make_estimate(**changes: Any) -> Estimate:
         "num_dropped_tokens": 3_400,
         "num_batches": 77,
         "padding_share": 0.125,
+        "saved_share": 0.0,
         "tokens_per_second": 2_500.0,
         "seconds": {1: 7_260.0, 2: 3_630.0},
         "pilots": [Pilot(0.5, 900_000_000, 0), Pilot(0.75, 1_100_000_000, 0)],

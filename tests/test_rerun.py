@@ -15,6 +15,7 @@ from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
 from logitgen.file.layout import Layout
 from logitgen.rerun import TOLERANCES, Rerun, _compare, load_teacher_of, rerun, sample_rows
+from logitgen.split.batch import Pass
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.model import Teacher
 
@@ -227,9 +228,9 @@ def test_so_many_rows_are_run_as_were_asked_for(
     path = capture(teacher=teacher, dataset=ragged, top_k=4)
     logits, shapes = Teacher.logits, []
 
-    def watched(self: Teacher, input_ids_BT: torch.Tensor, *where: torch.Tensor) -> Any:
-        shapes.append(tuple(input_ids_BT.shape))
-        return logits(self, input_ids_BT, *where)
+    def watched(self: Teacher, passes: list[Pass], slots: Any) -> Any:
+        shapes.extend(each.input_ids.shape for each in passes)
+        return logits(self, passes, slots)
 
     monkeypatch.setattr(Teacher, "logits", watched)
     for options, expected in (([], 16), (["--rows", "3"], 3), (["--rows", "999"], 50)):

@@ -13,9 +13,10 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.file.layout import Layout
 from logitgen.split import rows as rows_module
+from logitgen.split.batch import Batch
 from logitgen.split.job import Job
 from logitgen.split.plan import Plan
-from logitgen.split.rows import Batch, Rows
+from logitgen.split.rows import Rows
 
 Lists = list[list[int]]
 FEATURES = datasets.Features(
@@ -302,12 +303,18 @@ def test_a_batch_holds_what_the_teacher_needs() -> None:
     assert isinstance(batch, Batch)
     assert batch.rows.tolist() == batch.source_rows.tolist() == [1, 3, 0]
     assert [tokens.tolist() for tokens in batch.tokens] == [[3, 4, 5, 6, 7], [9, 10, 11], [1, 2]]
-    assert batch.input_ids.tolist() == [[3, 4, 5, 6], [9, 10, 0, 0], [1, 0, 0, 0]]
+    assert batch.passes[0].input_ids.tolist() == [[3, 4, 5, 6], [9, 10, 0, 0], [1, 0, 0, 0]]
     assert batch.num_positions.tolist() == [4, 2, 1]
     assert batch.row_of_position.tolist() == [0, 0, 0, 0, 1, 1, 2]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 0]
     assert batch.targets.tolist() == [4, 5, 6, 7, 10, 11, 2]
-    for array in (batch.input_ids, batch.num_positions, batch.row_of_position, batch.positions, batch.targets):
+    for array in (
+        batch.passes[0].input_ids,
+        batch.num_positions,
+        batch.row_of_position,
+        batch.positions,
+        batch.targets,
+    ):
         assert array.dtype == np.int64
 
 
@@ -315,7 +322,7 @@ def test_a_batch_of_completions_ends_at_the_last_position() -> None:
     rows = make_rows([[1, 2, 3, 4, 5, 6], [7, 8, 9]], [[0, 1, 0, 1, 0, 0], [0, 0, 1]])
     batch = rows.batch(np.array([0, 1]))
     assert [tokens.tolist() for tokens in batch.tokens] == [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
-    assert batch.input_ids.tolist() == [[1, 2, 3], [7, 8, 0]]
+    assert batch.passes[0].input_ids.tolist() == [[1, 2, 3], [7, 8, 0]]
     assert batch.num_positions.tolist() == [2, 1]
     assert batch.row_of_position.tolist() == [0, 0, 1]
     assert batch.positions.tolist() == [0, 2, 1]
@@ -355,7 +362,7 @@ def test_every_position_of_a_batch_finds_its_tokens_and_its_target(
         if masks[row][at + 1] or not completion_only
     ]
     width = max(len(ids[row]) for row in chosen) - 1  # the last token is always in the completion
-    assert batch.input_ids.tolist() == [ids[row][:-1] + [0] * (width - len(ids[row]) + 1) for row in chosen]
+    assert batch.passes[0].input_ids.tolist() == [ids[row][:-1] + [0] * (width - len(ids[row]) + 1) for row in chosen]
 
 
 def test_a_batch_knows_where_its_rows_come_from() -> None:
@@ -372,8 +379,8 @@ def test_a_batch_is_halved_as_worked_out_by_hand() -> None:
     assert (first.rows.tolist(), second.rows.tolist()) == ([1], [3, 0])
     assert (first.source_rows.tolist(), second.source_rows.tolist()) == ([1], [3, 0])
     assert [tokens.tolist() for tokens in second.tokens] == [[9, 10, 11], [1, 2]]
-    assert first.input_ids.tolist() == [[3, 4, 5, 6]]
-    assert second.input_ids.tolist() == [[9, 10, 0, 0], [1, 0, 0, 0]]
+    assert first.passes[0].input_ids.tolist() == [[3, 4, 5, 6]]
+    assert second.passes[0].input_ids.tolist() == [[9, 10], [1, 0]]
     assert (first.num_positions.tolist(), second.num_positions.tolist()) == ([4], [2, 1])
     assert (first.row_of_position.tolist(), second.row_of_position.tolist()) == ([0, 0, 0, 0], [0, 0, 1])
     assert (first.positions.tolist(), second.positions.tolist()) == ([0, 1, 2, 3], [0, 1, 0])
@@ -382,7 +389,7 @@ def test_a_batch_is_halved_as_worked_out_by_hand() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=9), st.booleans())
-def test_halves_are_batches_of_their_rows_but_for_the_padding(lengths: list[int], completion_only: bool) -> None:
+def test_halves_are_batches_of_their_rows(lengths: list[int], completion_only: bool) -> None:
     ids = [[row * 10 + at for at in range(length)] for row, length in enumerate(lengths)]
     masks = [[0, *(at % 2 for at in range(length - 2)), 1] for length in lengths] if completion_only else None
     rows = make_rows(ids, masks)
@@ -393,9 +400,7 @@ def test_halves_are_batches_of_their_rows_but_for_the_padding(lengths: list[int]
         alone = rows.batch(part)
         for name in ("rows", "source_rows", "num_positions", "row_of_position", "positions", "targets"):
             np.testing.assert_array_equal(getattr(half, name), getattr(alone, name), err_msg=name)
-        width = alone.input_ids.shape[1]
-        np.testing.assert_array_equal(half.input_ids[:, :width], alone.input_ids)
-        assert not half.input_ids[:, width:].any()
+        np.testing.assert_array_equal(half.passes[0].input_ids, alone.passes[0].input_ids)
         assert [tokens.tolist() for tokens in half.tokens] == [tokens.tolist() for tokens in alone.tokens]
 
 

@@ -32,10 +32,11 @@ from logitgen import LogitsFile, UsageError
 from logitgen.config import Config
 from logitgen.facts import facts
 from logitgen.report import overview
+from logitgen.split.batch import Pass
 from logitgen.teacher import model as teacher
 from logitgen.teacher.describe import describe_teacher
 from logitgen.teacher.model import Teacher, load_model
-from logitgen.teacher.probes import _close
+from logitgen.teacher.probes import close
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *READ_BY_ANOTHER_CLASS])
@@ -69,8 +70,8 @@ def test_no_family_needs_the_full_logits_of_a_batch(
     model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: widths.append(output[0].shape[0])
     )
-    rows_P, positions_P = torch.arange(2).repeat_interleave(8), torch.arange(8).repeat(2)
-    chunks = list(wrapped.logits(torch.arange(20).view(2, 10), rows_P, positions_P))
+    slots = np.arange(20).reshape(2, 10)[:, :8].flatten()
+    chunks = list(wrapped.logits([Pass(np.arange(20).reshape(2, 10))], slots))
     assert widths == [5, 5, 5, 1]
     assert [len(logits_CV) for _, logits_CV, _ in chunks] == [5, 5, 5, 1]
 
@@ -80,8 +81,8 @@ def test_a_model_whose_head_cannot_run_apart_is_run_whole(caplog: pytest.LogCapt
     wrapped = Teacher(model, VOCAB)
     assert "cannot be run in chunks, its logits differ" in caplog.text
     input_ids_BT = torch.arange(20).view(2, 10)
-    rows_P, positions_P = torch.arange(2).repeat_interleave(10), torch.arange(10).repeat(2)
-    logits_PV = torch.cat([logits_CV for _, logits_CV, _ in wrapped.logits(input_ids_BT, rows_P, positions_P)])
+    chunks = wrapped.logits([Pass(input_ids_BT.numpy())], np.arange(20))
+    logits_PV = torch.cat([logits_CV for _, logits_CV, _ in chunks])
     with torch.no_grad():
         torch.testing.assert_close(logits_PV, model(input_ids=input_ids_BT).logits.flatten(0, 1))
 
@@ -116,10 +117,10 @@ def test_a_masked_token_does_not_hide_that_the_head_cannot_run_apart(
         ([4.0, 1.05, 0.5], [4.0, 1.0, 0.5], False),
     ],
 )
-def test_logits_are_the_same_where_the_same_are_masked_and_the_rest_is_close(
+def test_logits_are_the_same_where_the_same_are_masked_and_the_rest_isclose(
     logits: list[float], expected: list[float], same: bool
 ) -> None:
-    assert _close(torch.tensor(logits), torch.tensor(expected), relative=0.01) is same
+    assert close(torch.tensor(logits), torch.tensor(expected), relative=0.01) is same
 
 
 def config(**changes: Any) -> Config:
@@ -196,7 +197,7 @@ def test_a_token_that_stands_for_an_image_is_read_as_the_plain_forward_reads_it(
     model = make("gemma4 with embeddings per layer")
     wrapped = Teacher(model, VOCAB)
     ids_1T = torch.tensor([[7, model.config.image_token_id, 9, model.config.image_token_id]])
-    chunks = wrapped.logits(ids_1T, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    chunks = wrapped.logits([Pass(ids_1T.numpy())], np.arange(4))
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([logits for _, logits, _ in chunks]), model(input_ids=ids_1T).logits[0])
 
@@ -362,8 +363,7 @@ def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) 
         return logits_CV
 
     monkeypatch.setattr(teacher, "run_head", watched)
-    row_P = torch.zeros(20, dtype=torch.int64)
-    for _, logits_CV, hidden_CD in wrapped.logits(torch.arange(20)[None], row_P, torch.arange(20)):
+    for _, logits_CV, hidden_CD in wrapped.logits([Pass(np.arange(20)[None])], np.arange(20)):
         assert not logits_CV.requires_grad
         del logits_CV, hidden_CD
     assert len(seen) == 5
@@ -375,7 +375,7 @@ def test_every_forward_pass_is_spared_the_look_for_packed_rows(monkeypatch: pyte
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda ids: looks.append(ids))
     wrapped._model(input_ids=torch.arange(6).view(2, 3), use_cache=False)
     assert len(looks) == 1
-    list(wrapped.logits(torch.arange(6).view(2, 3), torch.tensor([0, 1]), torch.tensor([2, 2])))
+    list(wrapped.logits([Pass(np.arange(6).reshape(2, 3))], np.array([2, 5])))
     assert len(looks) == 1
     wrapped._model(input_ids=torch.arange(6).view(2, 3), use_cache=False)
     assert len(looks) == 2

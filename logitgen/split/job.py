@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from logitgen.file.layout import Array, Layout
+from logitgen.split.batch import Batch
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
 
@@ -29,5 +30,9 @@ class Job:
 
     @cached_property
     def forward_tokens(self) -> Array:
-        """Tokens of every batch that go through the teacher, [num_batches]."""
+        """Tokens of every batch that the teacher must read, in each row alone, [num_batches]."""
         return self.plan.sums(self.rows.forward_lengths)
+
+    def batch(self, number: int) -> Batch:
+        """Collect the rows of a batch of the plan."""
+        return self.rows.batch(self.plan.rows(number), self.plan.shared(number), self.plan.batch_tokens)

@@ -10,6 +10,11 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
+from logitgen.file.layout import Array
+from logitgen.split.forest import Forest
+from logitgen.split.prefixes import Neighbours
+from logitgen.split.rows import within
+
 MOST_PADDING = 0.02
 """Largest share of padding. Splits of few rows pay for it with smaller batches: 156 rows of prose make 35 instead of 2
 with 8,192 tokens each and 47 % of padding. That is cheap: a batch of 128 tokens computes as fast per token as a batch
@@ -23,22 +28,54 @@ class Plan:
     Longest first: a batch that does not fit into memory then fails in the first seconds. Sorted: neighbours of nearly
     equal length need almost no padding. Where lengths differ more, batches end before the budget is used up, so padding
     never exceeds `MOST_PADDING` of the tokens.
+
+    Rows that share a prefix are neighbours in batches of their own, where that saves enough of the tokens.
     """
 
-    def __init__(self, lengths: npt.NDArray[np.integer], batch_tokens: int, length_switch: int | None = None) -> None:
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.integer],
+        batch_tokens: int,
+        length_switch: int | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         """Plan one forward pass over every row that needs it.
 
         Args:
             lengths: Tokens the teacher must read of each row, [N]. Rows of length 0 get no batch.
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
             length_switch: Rows longer than this never share a batch with the others.
+            neighbours: The rows that may share prefixes, or None to read every row whole.
         """
-        needed = np.flatnonzero(lengths).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits
+        self.batch_tokens = batch_tokens
+        alone = lengths
+        if neighbours is not None and len(neighbours.rows):
+            forest = Forest(lengths, neighbours, batch_tokens)
+            alone = lengths.copy()
+            alone[forest.rows] = 0
+        needed = np.flatnonzero(alone).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits
         self._rows = needed[_longest_first(lengths[needed])]
         sorted_lengths = lengths[self._rows]
         self._starts = _batch_starts(sorted_lengths, batch_tokens, length_switch or 0)
         self.padded_tokens = sorted_lengths[self._starts[:-1]].astype(np.int64) * np.diff(self._starts)
-        self.num_tokens = int(sorted_lengths.sum(dtype=np.int64))
+        self.num_tokens = self.num_read = int(sorted_lengths.sum(dtype=np.int64))
+        self._shared: Array | None = None
+        if alone is not lengths and len(forest.rows):
+            self._merge(forest, lengths)
+
+    def _merge(self, forest: Forest, lengths: npt.NDArray[np.integer]) -> None:
+        """Put the batches that share prefixes among the others, by their longest rows."""
+        rows = np.concatenate([self._rows, forest.rows.astype(self._rows.dtype)])
+        sizes = np.concatenate([np.diff(self._starts), forest.num_rows])
+        starts = np.cumsum(sizes) - sizes
+        order = np.argsort(-np.maximum.reduceat(lengths[rows].astype(np.int64), starts), kind="stable")
+        moved = np.repeat(starts[order], sizes[order]) + within(sizes[order])
+        self._shared = np.concatenate([np.zeros(len(self._rows), dtype=np.int32), forest.shared])[moved]
+        self._rows = rows[moved]
+        self._starts = np.append(0, np.cumsum(sizes[order]))
+        self.padded_tokens = np.concatenate([self.padded_tokens, forest.padded_tokens])[order]
+        self.num_tokens += int(lengths[forest.rows].sum(dtype=np.int64))
+        self.num_read += forest.num_read
 
     @property
     def num_batches(self) -> int:
@@ -48,11 +85,29 @@ class Plan:
     @property
     def padding_share(self) -> float:
         """Share of the tokens that go through the teacher only as padding, 0 to 1."""
-        return 1 - self.num_tokens / int(self.padded_tokens.sum()) if self.num_batches else 0.0
+        return 1 - self.num_read / int(self.padded_tokens.sum()) if self.num_batches else 0.0
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the rows' tokens that need not go through the teacher, because rows share prefixes, 0 to 1."""
+        return 1 - self.num_read / self.num_tokens if self.num_tokens else 0.0
 
     def rows(self, batch: int) -> npt.NDArray[np.int64]:
-        """Row numbers of a batch, longest row first."""
+        """Row numbers of a batch: longest row first, or in the order of a prefix tree."""
         return self._rows[self._starts[batch] : self._starts[batch + 1]].astype(np.int64)
+
+    def shared(self, batch: int) -> npt.NDArray[np.int64]:
+        """Tokens that each row of a batch shares with the row before it."""
+        if self._shared is None:
+            return np.zeros(self._starts[batch + 1] - self._starts[batch], dtype=np.int64)
+        return self._shared[self._starts[batch] : self._starts[batch + 1]].astype(np.int64)
+
+    @property
+    def sharing(self) -> npt.NDArray[np.int64]:
+        """Numbers of the batches whose rows share prefixes."""
+        if self._shared is None:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(np.maximum.reduceat(self._shared, self._starts[:-1]))
 
     def sums(self, values: npt.NDArray[np.integer | np.bool_]) -> npt.NDArray[np.int64]:
         """Sum a per-row number, [N], over the rows of every batch: [num_batches]."""

@@ -1,11 +1,10 @@
 """The rows of a run: the tokenised split as one long stream of tokens and a few numbers per row.
 
-Shape letters: N rows, B rows of a batch, T tokens (of a row, or of the longest row of a batch), P captured positions.
+Shape letters: N rows, B rows of a batch, T tokens of a row, P captured positions.
 """
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,60 +14,12 @@ import numpy.typing as npt
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.split.batch import Batch, checked
 from logitgen.split.stream import Stream, list_lengths
 
 Array = npt.NDArray[Any]
 
 _BLOCK_TOKENS = 2**20
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one forward pass, right-padded, and their captured positions.
-
-    Right padding needs neither attention mask nor position ids: a causal model never looks to the right.
-
-    Attributes:
-        rows: Row numbers, int64[B].
-        source_rows: Row of the split that each row comes from, int64[B].
-        tokens: All tokens of each row, B arrays int32[T].
-        input_ids: int64[B, T], without the tokens after a row's last captured position, padded with 0.
-        num_positions: Captured positions per row, int64[B].
-        row_of_position: Index into the batch of each captured position, int64[P], row by row.
-        positions: Position within its row, int64[P].
-        targets: The actual next token, int64[P].
-        seed: The run's seed.
-    """
-
-    rows: Array
-    source_rows: Array
-    tokens: list[Array]
-    input_ids: Array
-    num_positions: Array
-    row_of_position: Array
-    positions: Array
-    targets: Array
-    seed: int
-
-    def halves(self) -> tuple["Batch", "Batch"]:
-        """Cut the batch into its first and its last rows. It must have at least two."""
-        middle = len(self.rows) // 2
-        return self._part(0, middle), self._part(middle, len(self.rows))
-
-    def _part(self, first: int, end: int) -> "Batch":
-        rows = slice(first, end)
-        positions = slice(int(self.num_positions[:first].sum()), int(self.num_positions[:end].sum()))
-        return Batch(
-            rows=self.rows[rows],
-            source_rows=self.source_rows[rows],
-            tokens=self.tokens[rows],
-            input_ids=self.input_ids[rows],
-            num_positions=self.num_positions[rows],
-            row_of_position=self.row_of_position[positions] - first,
-            positions=self.positions[positions],
-            targets=self.targets[positions],
-            seed=self.seed,
-        )
 
 
 class Rows:
@@ -162,16 +113,22 @@ class Rows:
 
     def blocks(self) -> Iterator[tuple[Array, Array]]:
         """Yield the tokens of all rows, int32, and their captured positions, int32, many rows at a time."""
-        for first, end in self._spans():
-            yield self._joined(self._input_ids, first, end), self._captured(first, end)[1].astype(np.int32)
+        for first, end, tokens in self.tokens(0, len(self)):
+            yield tokens, self._captured(first, end)[1].astype(np.int32)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows into spans of about `_BLOCK_TOKENS` tokens of the stream."""
-        ends, first = self._starts + self.lengths, 0
-        while first < len(self):
-            end = int(np.searchsorted(ends, self._starts[first] + _BLOCK_TOKENS, side="right"))
-            yield first, max(first + 1, end)
-            first = max(first + 1, end)
+    def tokens(self, first: int, end: int) -> Iterator[tuple[int, int, Array]]:
+        """Yield the tokens of the rows from `first` to before `end`, int32, many rows at a time, with their span."""
+        for span in self._spans(first, end):
+            yield *span, self._joined(self._input_ids, *span)
+
+    def _spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Cut the rows from `first` to before `last` into spans of about `_BLOCK_TOKENS` tokens of the stream."""
+        ends = self._starts[first:last] + self.lengths[first:last]
+        start = first
+        while start < last:
+            end = first + int(np.searchsorted(ends, self._starts[start] + _BLOCK_TOKENS, side="right"))
+            yield start, max(start + 1, end)
+            start = max(start + 1, end)
 
     def _joined(self, stream: "Stream", first: int, end: int) -> Array:
         """Join the values of a stream for the rows from `first` to before `end`."""
@@ -179,15 +136,15 @@ class Rows:
         found = stream[starts[0], starts[-1] + lengths[-1]]
         if len(found) == lengths.sum(dtype=np.int64):
             return found
-        return np.asarray(found[np.repeat(starts - starts[0], lengths) + _within(lengths)])
+        return np.asarray(found[np.repeat(starts - starts[0], lengths) + within(lengths)])
 
     def _captured(self, first: int, end: int) -> tuple[Array, Array]:
         """Find the captured positions of rows `first` to before `end`: their rows, counted from `first`, and them."""
         lengths = self.lengths[first:end]
         if self._mask is None:
             lengths = np.maximum(lengths - 1, 0)
-            return np.repeat(np.arange(end - first), lengths), _within(lengths)
-        token = _within(lengths)
+            return np.repeat(np.arange(end - first), lengths), within(lengths)
+        token = within(lengths)
         predicted = (self._joined(self._mask, first, end) != 0) & (token > 0)
         return np.repeat(np.arange(end - first), lengths)[predicted], token[predicted] - 1
 
@@ -197,26 +154,30 @@ class Rows:
             num_positions = np.maximum(self.lengths - 1, 0)
             return num_positions, num_positions
         num_positions, forward_lengths = np.zeros((2, len(self)), dtype=np.int32)
-        for first, end in self._spans():
+        for first, end in self._spans(0, len(self)):
             row, position = self._captured(first, end)
             num_positions[first:end] = np.bincount(row, minlength=end - first)
             forward_lengths[first + row] = position + 1  # the last of several positions stays
         return num_positions, forward_lengths
 
-    def batch(self, rows: Array) -> Batch:
-        """Collect the rows of one forward pass."""
+    def batch(self, rows: Array, shared: Array | None = None, batch_tokens: int = 0) -> Batch:
+        """Collect the rows of a batch.
+
+        Args:
+            rows: Row numbers, [B].
+            shared: Tokens that each shares with the row before it, [B]; none if not given.
+            batch_tokens: The token budget of its passes, if rows share prefixes.
+        """
         tokens = [self.input_ids(row) for row in rows]
         positions = [self.positions(row) for row in rows]
-        lengths = self.forward_lengths[rows]
-        input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
-        for index, (row_tokens, length) in enumerate(zip(tokens, lengths, strict=True)):
-            input_ids[index, :length] = row_tokens[:length]
         counts = np.array([len(found) for found in positions], dtype=np.int64)
         return Batch(
             rows=rows,
             source_rows=self.source_row[rows],
             tokens=tokens,
-            input_ids=input_ids,
+            lengths=self.forward_lengths[rows].astype(np.int64),
+            shared=checked(tokens, shared if shared is not None else np.zeros(len(rows), dtype=np.int64)),
+            batch_tokens=batch_tokens,
             num_positions=counts,
             row_of_position=np.repeat(np.arange(len(rows)), counts),
             positions=np.concatenate(positions).astype(np.int64),
@@ -251,7 +212,7 @@ class Rows:
         return digest.hexdigest()
 
 
-def _within(lengths: Array) -> Array:
+def within(lengths: Array) -> Array:
     """Count 0, 1, ... for every length anew, int64[sum of the lengths]."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)

@@ -2,8 +2,8 @@
 
 Each rank of a tensor-parallel teacher has the logits of a shard of the vocabulary. All get the same captured values.
 
-Shape letters: B rows of a batch, P captured positions of a batch, C positions of a chunk, S ids of a shard of the
-vocabulary, K kept, D hidden size.
+Shape letters: B rows of a batch, P captured positions of a batch, U distinct ones, C positions of a chunk, S ids of a
+shard of the vocabulary, K kept, D hidden size.
 """
 
 import logging
@@ -16,9 +16,9 @@ from torch import Tensor
 from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout, row_crc32
-from logitgen.split.rows import Batch
+from logitgen.split.batch import Batch
 from logitgen.teacher.keep import full, hidden, sample, top_k
-from logitgen.teacher.model import Teacher
+from logitgen.teacher.model import Teacher, on_device
 from logitgen.teacher.noise import position_keys
 from logitgen.teacher.shard import VocabShard
 
@@ -74,7 +74,7 @@ def _fill(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Lay
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        rows, length = batch.input_ids.shape
+        rows, length = len(batch.rows), int(batch.lengths.max())
         if rows == 1:
             raise CaptureError(
                 f"Row {batch.rows[0]} does not fit into the memory of {teacher.device}: {length} tokens. "
@@ -101,22 +101,27 @@ def _fill(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Lay
 
 
 def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layout) -> None:
-    row_P, position_P, target_P, input_ids_BT = (
-        _on_device(array, teacher.device)
-        for array in (batch.row_of_position, batch.positions, batch.targets, batch.input_ids)
-    )
-    key_P = target_P  # a placeholder: only draws read the keys
-    if layout.capture == "sample":
-        key_P = position_keys(batch.seed, _on_device(batch.rows, teacher.device)[row_P], position_P)
+    device, is_drawn = teacher.device, layout.capture == "sample"
+    distinct = batch.distinct(of_each_row=is_drawn)
+    target_U = on_device(batch.targets[distinct.index], device)
+    key_U = target_U  # a placeholder: only draws read the keys
+    if is_drawn:
+        row_U, position_U = batch.rows[batch.row_of_position[distinct.index]], batch.positions[distinct.index]
+        key_U = position_keys(batch.seed, on_device(row_U, device), on_device(position_U, device))
     into = dict(packed)
     if layout.packing:
-        into["kept_ids"] = target_P.new_empty((len(target_P), layout.top_k))
+        into["kept_ids"] = target_U.new_empty((len(batch.positions), layout.top_k))
         into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
-    for span, logits_CS, hidden_CD in teacher.logits(input_ids_BT, row_P, position_P):
-        kept = _kept(logits_CS, hidden_CD, target_P[span], key_P[span], teacher.shard, layout)
+    for span, logits_CS, hidden_CD in teacher.logits(batch.passes, batch.slots[distinct.index]):
+        kept = _kept(logits_CS, hidden_CD, target_U[span], key_U[span], teacher.shard, layout)
         for name, values in kept.items():
-            into[name][span] = _storable(values, into[name].dtype)
-        del logits_CS, hidden_CD, kept, values  # otherwise they live until the next chunk is computed
+            stored = _storable(values, into[name].dtype)
+            if distinct.copies is None:
+                into[name][span] = stored
+            else:
+                places, sources = (on_device(array, device) for array in distinct.of_span(span))
+                _indexable(into[name])[places] = _indexable(stored)[sources]
+        del logits_CS, hidden_CD, kept, values, stored  # otherwise they live until the next chunk is computed
     if layout.packing:
         # All chunks at once: packing takes a GPU little time, and the host many launches.
         step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
@@ -179,10 +184,9 @@ def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> No
         start += count
 
 
-def _on_device(array: Array, device: torch.device) -> Tensor:
-    """Copy to the device, from pinned memory, so that a GPU need not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _indexable(values: Tensor) -> Tensor:
+    """Return the same bits in a dtype that torch can index: it cannot index most unsigned ones."""
+    return values.view({torch.uint16: torch.int16, torch.uint32: torch.int32}.get(values.dtype, values.dtype))
 
 
 def _storable(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,29 +4,33 @@ A teacher may be spread over the devices of a machine (`device_map`), or over ra
 batch together. Fully sharded ranks (FSDP2) each compute batches of their own, with weights gathered layer by layer.
 transformers does all of it. This module keeps the vocabulary apart and the ranks in step.
 
-Shape letters: B rows of a batch, T positions of a row, P captured positions, C positions of a chunk, V vocabulary,
-S ids of a shard of it, D hidden size.
+Shape letters: L lines of a pass, T tokens of a line, P captured positions, C positions of a chunk, V vocabulary, S ids
+of a shard of it, D hidden size.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, masking_utils
+from transformers.cache_utils import Cache
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, cause_of, first_line
-from logitgen.file.layout import HeadForm
+from logitgen.file.layout import Array, HeadForm
+from logitgen.split.batch import Pass
 from logitgen.teacher.adapter import merged
 from logitgen.teacher.describe import loader, read_config
 from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
-from logitgen.teacher.probes import probe, run_head
+from logitgen.teacher.prefix import SHARED_ERROR, continued, small_tree
+from logitgen.teacher.probes import close, probe, run_head
 
 logger = logging.getLogger(__name__)
 
@@ -87,44 +91,90 @@ class Teacher:
         """Sizes of the output head, if it was asked for."""
         return self.head.form if self.head else None
 
-    def logits(self, input_ids_BT: Tensor, row_P: Tensor, position_P: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield the logits at some positions of a right-padded batch, a chunk of positions at a time.
+    def logits(self, passes: Sequence[Pass], slots: Array) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield the logits at some places of a batch, a chunk of places at a time.
 
-        The body runs once. The head runs over chunks of the wanted hidden states, so no tensor of the size positions x
-        vocabulary ever exists.
+        The body runs once per pass. The head runs over chunks of the wanted hidden states, so no tensor of the size
+        positions x vocabulary ever exists.
 
         Args:
-            input_ids_BT: int64[B, T] on the teacher's device.
-            row_P: Batch row of each wanted position, int64[P].
-            position_P: Position in that row, int64[P].
+            passes: The forward passes of the batch. Several only where `shares_prefixes`.
+            slots: Wanted places among the tokens of all passes, one line after another, padding included, int64[P],
+                ascending.
 
         Yields:
-            The slice of the P positions, their logits [C, S] and their last hidden states [C, D], in the dtype the
+            The slice of the P places, their logits [C, S] and their last hidden states [C, D], in the dtype the
             teacher computes in. The hidden states are empty where the teacher is run whole.
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
-        output = self._body(input_ids_BT)
+        spans = [slice(start, min(start + step, len(slots))) for start in range(0, len(slots), step)]
         if self._decoder is None:
-            output_BTS = output.logits
-            for start in range(0, len(row_P), step):
-                span = slice(start, min(start + step, len(row_P)))
-                logits_CS = output_BTS[row_P[span], position_P[span]]
+            (only,) = passes
+            logits_LTS = self._body(on_device(only.input_ids, self.device)).logits
+            slot_P = on_device(slots, self.device)
+            for span in spans:
+                logits_CS = logits_LTS.flatten(0, 1)[slot_P[span]]
                 yield span, logits_CS, logits_CS[:, :0]
             return
-        hidden_PD = output.last_hidden_state.to(self.device)[row_P, position_P]
-        for start in range(0, len(row_P), step):
-            span = slice(start, min(start + step, len(row_P)))
+        output, hidden_PD = self._hidden(passes, slots)
+        for span in spans:
             yield span, run_head(self._model, self._decoder, output, hidden_PD[span]), hidden_PD[span]
+
+    @torch.no_grad()
+    def share_prefixes(self) -> bool:
+        """Find out, with a few tokens, whether prefixes may be read once for several rows. Log the reason if not.
+
+        `computation` names it, because it rounds otherwise.
+        """
+        ways = small_tree(self.shard.vocab_size)
+        try:
+            if self._decoder is None:
+                raise RuntimeError("its body cannot be run apart")
+            shared, whole = (torch.cat([logits_CS for _, logits_CS, _ in self.logits(*way)]) for way in ways)
+        except Exception as error:  # families without such a cache raise errors of any type
+            reason = first_line(error)
+        else:
+            if close(shared, whole, relative=max(16 * torch.finfo(self.dtype).eps, SHARED_ERROR)):
+                self.computation["prefixes"] = "read once"
+                return True
+            reason = "the logits differ"
+        logger.warning("The tokens that several rows begin with are read again in every row: %s.", reason)
+        return False
+
+    def _hidden(self, passes: Sequence[Pass], slots: Array) -> tuple[Any, Tensor]:
+        """Run the body over all passes. Return the last output, and the last hidden states [P, D] at some places."""
+        trunk: Cache | None = None
+        name = "past_key_values"
+        before, found = 0, list[Tensor]()
+        for each in passes:
+            past = {}
+            if trunk is not None and each.parents is not None:
+                past[name] = continued(trunk, on_device(each.parents, self.device), for_trunk=each.is_trunk)
+            output = self._body(on_device(each.input_ids, self.device), use_cache=each.is_trunk, **past)
+            if each.is_trunk:
+                name = "cache_params" if "cache_params" in output else name  # as state space models call it
+                trunk = output[name]
+            start, end = np.searchsorted(slots, (before, before + each.input_ids.size))
+            slot_P = on_device(slots[start:end] - before, self.device)
+            found.append(output.last_hidden_state.to(self.device).flatten(0, 1)[slot_P])
+            before += each.input_ids.size
+        return output, found[0] if len(found) == 1 else torch.cat(found)
 
     def keep_step(self) -> None:
         """Run once for nothing, because another rank that shares the teacher runs it once more."""
         self._body(torch.zeros((1, 1), dtype=torch.int64, device=self.device))
 
     @torch.no_grad()
-    def _body(self, input_ids_BT: Tensor) -> Any:
+    def _body(self, input_ids_LT: Tensor, use_cache: bool = False, **past: Cache) -> Any:
         """Run all but the head; the head too where it cannot be run apart."""
         with _rows_not_packed():
-            return (self._decoder or self._model)(input_ids=input_ids_BT, use_cache=False)
+            return (self._decoder or self._model)(input_ids=input_ids_LT, use_cache=use_cache or bool(past), **past)
+
+
+def on_device(array: Array, device: torch.device) -> Tensor:
+    """Copy to a device, from pinned memory, so that a GPU need not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> PreTrainedModel:

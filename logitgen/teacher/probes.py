@@ -91,7 +91,7 @@ def _find_shard(model: PreTrainedModel, vocab_size: int, device: torch.device) -
     except Exception as error:  # the steps after the head may need all of it
         reason = f"running it on a part of the vocabulary fails: {first_line(error)}"
     else:
-        if _close(logits_BTV, expected_BTV, relative=4 * torch.finfo(expected_BTV.dtype).eps):
+        if close(logits_BTV, expected_BTV, relative=4 * torch.finfo(expected_BTV.dtype).eps):
             return shard
         reason = "its logits differ otherwise"
     head.forward = joining
@@ -119,7 +119,7 @@ def _separable_decoder(model: PreTrainedModel, shard: VocabShard, device: torch.
         except Exception as error:  # an unusual body raises errors of any type; the plain path remains
             reason = f"running it apart fails: {first_line(error)}"
         else:
-            if _close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
+            if close(chunked_CS, plain_BTS.flatten(0, 1), relative=4 * torch.finfo(plain_BTS.dtype).eps):
                 return cast(nn.Module, body)
             reason = "its logits differ from a plain forward"
     logger.warning("The teacher's head cannot be run in chunks, %s; memory holds a batch's full logits.", reason)
@@ -150,7 +150,7 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
     changed_BTS = model(input_ids=other_last_BT, use_cache=False).logits
     # Under quantisation to 8 bits, a token's numbers are rounded together with those of the others.
     noise = 0.1 if getattr(model, "hf_quantizer", None) else max(16 * torch.finfo(plain_BTS.dtype).eps, 0.01)
-    if not _close(changed_BTS[:, :-1], plain_BTS[:, :-1], relative=noise):
+    if not close(changed_BTS[:, :-1], plain_BTS[:, :-1], relative=noise):
         raise UsageError(
             "The teacher's logits depend on later tokens: it is no causal language model, or is not set up as one "
             "(is_decoder in its config.json)."
@@ -158,7 +158,7 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
     return cast(Tensor, plain_BTS)
 
 
-def _close(logits: Tensor, expected: Tensor, relative: float) -> bool:
+def close(logits: Tensor, expected: Tensor, relative: float) -> bool:
     """Compare logits relative to the largest. Masked tokens must be masked in both, and do not count as large."""
     usual = expected.isfinite() & (expected.abs() < torch.finfo(expected.dtype).max / 2)
     if not torch.equal(logits.isfinite(), expected.isfinite()):
@@ -215,7 +215,7 @@ def _find_head(model: PreTrainedModel, decoder: nn.Module | None, shard: VocabSh
     head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=found[0], soft_cap=found[1])
     own_PV = shard.whole(run_head(model, decoder, output, hidden_PD))
     relative = max(4 * torch.finfo(own_PV.dtype).eps, _PRODUCT_ERROR)
-    if not _close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
+    if not close(head.to(device, torch.float32)(hidden_PD), own_PV.float(), relative):
         raise _no_head("something is done to the hidden states before the product")
     return head
 

@@ -1,0 +1,71 @@
+"""The cache of shared prefixes: transformers' own, continued by any number of lines."""
+
+import copy
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from logitgen.file.layout import Array
+from logitgen.split.batch import Pass
+
+SHARED_ERROR = 1e-4
+"""Largest difference of float32 logits read after a shared prefix, relative to the largest. The families of the tests
+differ by 1e-6, and by 1e-5 with linear attention, which sums up blocks that begin elsewhere.
+"""
+
+_OF_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def small_tree(vocab_size: int) -> tuple[tuple[list[Pass], Array], tuple[list[Pass], Array]]:
+    """Make three small rows of two nested prefixes: the passes that read them, and the places of their last tokens.
+
+    Returns:
+        Both with prefixes read once, and both with whole rows.
+    """
+    token = np.arange(35) % vocab_size
+    root, branches, ends = token[None, :8], token[8:20].reshape(2, 6), token[20:].reshape(3, 5)
+    parents = np.array([1, 0, 1])
+    shared = [Pass(root, is_trunk=True), Pass(branches, np.array([0, 0]), is_trunk=True), Pass(ends, parents)]
+    whole = np.concatenate([root.repeat(3, axis=0), branches[parents], ends], axis=1)
+    last = np.arange(whole.size).reshape(whole.shape)[:, -ends.shape[1] :]
+    return (shared, token.size - ends.size + np.arange(ends.size)), ([Pass(whole)], last.flatten())
+
+
+def continued(cache: Cache, line_L: Tensor, for_trunk: bool) -> Cache:
+    """Return a cache for lines that continue lines of another, which stays as it is.
+
+    Args:
+        cache: The cache of the shared prefixes.
+        line_L: Its line that each new line continues, int64[L].
+        for_trunk: True to keep the new tokens too. Otherwise the prefixes' keys and values are copied for one layer
+            at a time, while it is computed.
+    """
+    selected = copy.copy(cache)
+    selected.layers = [
+        _selected(layer, line_L) if for_trunk or type(layer) not in _OF_ATTENTION else _for_once(layer, line_L)
+        for layer in cache.layers
+    ]
+    return selected
+
+
+def _selected(layer: Any, line_L: Tensor) -> Any:
+    """Copy some lines of a layer. States of linear attention are kept in lists, and are changed in place."""
+    selected = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, (list, dict)):
+            setattr(selected, name, copy.copy(value))
+    selected.reorder_cache(line_L)
+    return selected
+
+
+def _for_once(layer: Any, line_L: Tensor) -> Any:
+    """Return a layer that copies some lines of another when they are needed, and forgets them."""
+
+    def update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], _selected(layer, line_L).update(*args, **kwargs))
+
+    once = copy.copy(layer)
+    once.update = update
+    return once
