@@ -45,7 +45,7 @@ def test_all_ways_to_capture_yield_the_same_rows_and_are_in_the_table(teacher: P
     options |= {"batch_tokens": 256, "output": tmp_path / "bench"}
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.comparison", "--no_ablation", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / "bench" / "comparison.json").read_text())["data"]
     runs = {name: run for name, (run,) in data["rounds"].items()}
