@@ -2,8 +2,8 @@
 
     python -m benchmarks [NAME ...] --teacher FOLDER --dataset ROWS.jsonl
 
-One after another, each with its table on the terminal and its report (JSON, Markdown, PNG) in `.bench`.
-`python -m benchmarks.NAME --help` has the options of each.
+One after another, each with its table on the terminal and its report in `.bench`. `python -m benchmarks.NAME --help`
+has the options of each.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import sys
 
 from benchmarks.harness import ROOT
 
-ON_A_TEACHER = ("comparison", "overlap", "startup", "sharing", "fidelity", "chats", "padding")
-EVERYDAY = (*ON_A_TEACHER, "leader", "head", "student", "growth", "reading", "scaling")
+ON_ROWS = ("comparison", "overlap", "startup", "sharing", "fidelity", "padding")
+NEEDED = {"--teacher": (*ON_ROWS, "chats"), "--dataset": ON_ROWS}
+EVERYDAY = (*ON_ROWS, "chats", "leader", "head", "student", "growth", "reading", "scaling")
 ALL = (*EVERYDAY, "gpu")
 
 
@@ -21,19 +22,17 @@ def main() -> int:
     """Run the benchmarks that are named, or all but that for GPUs; return how many failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ALL))
-    for name in ("--teacher", "--dataset"):
-        parser.add_argument(name, help=f"for {', '.join(ON_A_TEACHER)}")
+    for option, names in NEEDED.items():
+        parser.add_argument(option, default="", help=f"for {', '.join(names)}")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(ALL)):
         parser.error(f"there is no benchmark {unknown[0]}; choose of {', '.join(ALL)}")
-    chosen = options.names or EVERYDAY
-    if set(chosen) & set(ON_A_TEACHER) and not (options.teacher and options.dataset):
-        parser.error(f"{', '.join(ON_A_TEACHER)} need --teacher and --dataset")
     num_failed = 0
-    for name in chosen:
+    for name in options.names or EVERYDAY:
         print(f"{name}:", flush=True)
-        teacher = ["--teacher", options.teacher, "--dataset", options.dataset] if name in ON_A_TEACHER else []
-        command = [sys.executable, "-m", f"benchmarks.{name}", *teacher]
+        given = {"--teacher": options.teacher, "--dataset": options.dataset}
+        words = [f"{option}={value}" for option, value in given.items() if value and name in NEEDED[option]]
+        command = [sys.executable, "-m", f"benchmarks.{name}", *words]
         num_failed += subprocess.run(command, cwd=ROOT, check=False).returncode != 0
     return num_failed
 

@@ -1,22 +1,20 @@
 """Conversations turned into tokens and completions, against rendering and tokenising each once.
 
-python -m benchmarks.chats --teacher FOLDER --rows 10000
+    python -m benchmarks.chats --teacher FOLDER --rows 10000
 
 A chat has `--turns` turns. One template renders earlier turns alike whatever follows, so a chat is one row. The other
 drops the thoughts of earlier turns, so every turn of the assistant has a row of its own.
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import datasets
 import numpy as np
-from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
-from benchmarks.harness import Spread, in_turns, parse, write_report
+from benchmarks.harness import Row, Spread, in_turns, parse, write_report
+from benchmarks.head import seconds_of
 from logitgen.config import Config
 from logitgen.split.tokens import tokenize
 
@@ -24,36 +22,24 @@ _SAID = "{% if m.thought and loop.last %}<think>{{ m.thought }}</think>{% endif 
 _START = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 _END = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TEMPLATES = {"keeps": _START + _SAID.replace(" and loop.last", "") + _END, "forgets": _START + _SAID + _END}
+AUTHORS = {"role": "user"}, {"role": "assistant", "thought": "some words of thought"}
 
 
-def make_chats(num_chats: int, num_turns: int) -> list[dict[str, Any]]:
+def make_chats(num_chats: int, num_turns: int) -> list[Row]:
     """Make up chats whose messages have some 30 words each."""
     words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta", "epsilon"], (num_chats, num_turns, 30))
-    roles = [("user", {}), ("assistant", {"thought": "some words of thought"})]
     return [
-        {
-            "messages": [
-                {"role": roles[n % 2][0], "content": " ".join(said), **roles[n % 2][1]} for n, said in enumerate(chat)
-            ]
-        }
+        {"messages": [AUTHORS[turn % 2] | {"content": " ".join(said)} for turn, said in enumerate(chat)]}
         for chat in words
     ]
-
-
-def seconds_of(way: Callable[[], object]) -> float:
-    """Time a call."""
-    start = time.monotonic()
-    way()
-    return time.monotonic() - start
 
 
 def main() -> None:
     """Measure the ways in turns, for both templates."""
     options = parse(__doc__, teacher=str, rows=10_000, turns=10, rounds=2)
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     tokenizer, chats = AutoTokenizer.from_pretrained(options.teacher), make_chats(options.rows, options.turns)
     split, table = datasets.Dataset.from_list(chats), []
-    config = partial(Config, teacher="none", dataset="none", output="none")
 
     def once() -> None:
         texts = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in chats]
@@ -62,24 +48,24 @@ def main() -> None:
 
     def ours(**how: bool) -> datasets.Dataset:
         split._fingerprint = f"chats {time.time()}"  # nothing is cached
-        return tokenize(split, tokenizer, config(**how))
+        return tokenize(split, tokenizer, Config(teacher="none", dataset="none", output="none", **how))
 
     for name, template in TEMPLATES.items():
         tokenizer.chat_template = template
         ways = {"once, by hand": once, "whole chats": ours, "completions": partial(ours, completion_only=True)}
         found = in_turns({way: partial(seconds_of, call) for way, call in ways.items()}, options.rounds)
-        num_rows = len(ours(completion_only=True))
+        num_rows = dict.fromkeys(ways, options.rows) | {"completions": len(ours(completion_only=True))}
         table += [
             {
                 "template": name,
                 "way": way,
-                "rows": num_rows if way == "completions" else options.rows,
+                "rows": num_rows[way],
                 "chats/s": Spread.of([options.rows / value for value in seconds]),
                 "time, by hand = 1": Spread.of(seconds, found["once, by hand"]),
             }
             for way, seconds in found.items()
         ]
-    write_report(options.output, "chats", table, {"chats/s": ",.0f", "time, by hand = 1": ".2f"})
+    write_report(options.output, "chats", table, {"time, by hand = 1": ".2f"})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
 """Whether two files hold the same capture, whatever their layout.
 
-Shape letters: K kept.
+Shape letters: P positions of a row, K kept.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
-from logitgen.file.layout import FLOAT16_ERROR
+from logitgen.file.layout import FLOAT16_ERROR, Array
 from logitgen.file.reader import LogitsFile
 
-Array = npt.NDArray[Any]
 Row = dict[str, Array]
+Rows = Iterator[tuple[int, Row]]
 
 TOLERANCE = 1e-3
 """Nats by which two ways to compute a log-prob may differ; batches of another shape round differently."""
@@ -27,34 +25,34 @@ class MismatchError(ValueError):
     """A file does not hold what ours does."""
 
 
-def read_ours(paths: Sequence[Path]) -> Iterator[tuple[int, Row]]:
+def read_ours(paths: Sequence[Path]) -> Rows:
     """Rows of a file of logitgen."""
     file = LogitsFile(paths[0])
     return ((number, file.row(number)) for number in range(len(file)))
 
 
-def read_flat(paths: Sequence[Path]) -> Iterator[tuple[int, Row]]:
+def read_flat(paths: Sequence[Path]) -> Rows:
     """Rows of HDF5 files of flat datasets, in the order in which they lie there."""
     for path in paths:
         with h5py.File(path) as file:
             yield from _rows({name: values[:] for name, values in file.items()})
 
 
-def read_groups(paths: Sequence[Path]) -> Iterator[tuple[int, Row]]:
+def read_groups(paths: Sequence[Path]) -> Rows:
     """Rows of an HDF5 file with a group for each."""
     with h5py.File(paths[0]) as file:
         for name, group in file.items():
             yield int(name.removeprefix("row_")), {field: values[:] for field, values in group.items()}
 
 
-def read_zarr(paths: Sequence[Path]) -> Iterator[tuple[int, Row]]:
+def read_zarr(paths: Sequence[Path]) -> Rows:
     """Rows of a Zarr store, where regions of several writers have gaps between them."""
     import zarr
 
     return _rows({name: values[:] for name, values in zarr.open_group(paths[0], mode="r").arrays()})
 
 
-def _rows(arrays: Row) -> Iterator[tuple[int, Row]]:
+def _rows(arrays: Row) -> Rows:
     lengths = arrays["num_tokens"]
     counts = np.maximum(lengths - 1, 0)
     numbers = arrays.get("row", np.arange(len(lengths)))
@@ -75,41 +73,41 @@ def check(found: Iterable[tuple[int, Row]], ours: LogitsFile) -> int:
         if number not in missing:
             raise MismatchError(f"Row {number} is there twice, or there is no such row among {len(ours)}.")
         missing.remove(number)
-        _check_row(number, row, ours.row(number))
+        if problem := _problem(row, ours.row(number)):
+            raise MismatchError(f"Row {number} {problem}.")
     if missing:
         raise MismatchError(f"{len(missing)} of {len(ours)} rows are missing, row {min(missing)} the first.")
     return len(ours)
 
 
-def _check_row(number: int, row: Row, ours: Row) -> None:
+def _problem(row: Row, ours: Row) -> str | None:
+    """Say what is wrong with a row, if anything is."""
     if not np.array_equal(row["input_ids"], ours["input_ids"]):
-        raise MismatchError(f"Row {number} has other tokens.")
+        return "has other tokens"
     if not np.array_equal(ours["positions"], row.get("positions", np.arange(len(row["logsumexp"])))):
-        raise MismatchError(f"Row {number} has other positions: {len(row['logsumexp'])} of them.")
-    # Each side was rounded to float16 on its own, by at most half a step.
-    for name, relative in {"logsumexp": 0, "target_logprob": 0, "kept_logprobs": 2 * FLOAT16_ERROR}.items():
-        if row[name].shape != ours[name].shape:
-            raise MismatchError(f"Row {number} has {name} of shape {row[name].shape}, expected {ours[name].shape}.")
-        values, expected = row[name].astype(np.float32), ours[name].astype(np.float32)
-        wrong = ~(np.abs(values - expected) <= TOLERANCE + relative * np.abs(expected))  # so that NaN is wrong, too
+        return f"has other positions: {len(row['logsumexp'])} of them"
+    if (np.diff(np.sort(row["kept_ids"])) == 0).any():
+        return "keeps a token twice"
+    pairs = {name: (row[name], ours[name]) for name in ("logsumexp", "target_logprob", "kept_logprobs")}
+    pairs["log-probs of kept_ids"] = row["kept_logprobs"], _expected_logprobs(row, ours)
+    for name, (values, expected) in pairs.items():
+        if values.shape != expected.shape:
+            return f"has {name} of shape {values.shape}, expected {expected.shape}"
+        values, expected = values.astype(np.float32), expected.astype(np.float32)
+        # Each side's kept log-probs were rounded to float16 on their own, by at most half a step.
+        rounding = 2 * FLOAT16_ERROR * np.abs(expected) if "kept" in name else 0
+        wrong = ~(np.abs(values - expected) <= TOLERANCE + rounding)  # so that NaN is wrong, too
         if wrong.any():
             at = tuple(map(int, np.argwhere(wrong)[0]))
-            raise MismatchError(f"Row {number} has {name} {values[at]:.5f} at {at}, expected {expected[at]:.5f}.")
-    for position in np.flatnonzero((row["kept_ids"] != ours["kept_ids"]).any(axis=-1)):
-        theirs, expected = (
-            dict(zip(side["kept_ids"][position].tolist(), side["kept_logprobs"][position].tolist(), strict=True))
-            for side in (row, ours)
-        )
-        _check_ids(f"Row {number}, position {position}:", theirs, expected)
+            return f"has {name} {values[at]:.5f} at {at}, expected {expected[at]:.5f}"
+    return None
 
 
-def _check_ids(where: str, theirs: dict[int, float], ours: dict[int, float]) -> None:
-    """Let ids differ only where log-probs are nearly equal: in their order, or in which one comes last."""
-    if len(theirs) < len(ours):
-        raise MismatchError(f"{where} keeps a token twice.")
-    least = min(ours.values())
-    for token, logprob in theirs.items():
-        expected = ours.get(token, least)
-        if not abs(logprob - expected) <= TOLERANCE + 2 * FLOAT16_ERROR * abs(expected):
-            wanted = f"{expected:.5f}" if token in ours else f"it below {least:.5f}"
-            raise MismatchError(f"{where} keeps token {token} with {logprob:.5f}, expected {wanted}.")
+def _expected_logprobs(row: Row, ours: Row) -> Array:
+    """Our log-probs of the tokens that a row keeps, [P, K], or our least one of a token that we do not keep.
+
+    So tokens may come in another order, or another one last, where their log-probs are nearly equal.
+    """
+    same_PKK = row["kept_ids"][:, :, None] == ours["kept_ids"][:, None]
+    logprobs_PK = np.take_along_axis(ours["kept_logprobs"], same_PKK.argmax(-1), axis=-1)
+    return np.where(same_PKK.any(-1), logprobs_PK, ours["kept_logprobs"].min(-1, keepdims=True))

@@ -2,175 +2,162 @@
 
     python -m benchmarks.comparison --teacher FOLDER --dataset ROWS.jsonl
 
-Whole commands in turns, from their start to a file that can be trained from, in another order each round. What they
-leave is compared with ours row by row; a difference ends the benchmark. `--batch_tokens` is for ours and for the
-forward passes alone, `--no_ablation` leaves out ours with one piece taken away. `--only` names rows of the table; ours
-and the forward passes are always there.
+Whole commands in turns, from their start to a file that can be trained from. What they leave is compared with ours row
+by row; a difference ends the benchmark. `--batch_tokens` is for ours and for the forward passes alone, `--no_ablation`
+leaves out ours with one piece taken away. `--only` names rows of the table; ours and the forward passes are always
+there.
 """
 
 import argparse
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from benchmarks.check import MismatchError, check
-from benchmarks.contenders import CEILING, OURS, Contender, code_lines, contenders
-from benchmarks.harness import BLUE, Measured, Row, Spread, drawing, measure, parse, scratch, write_report
+from benchmarks.check import MismatchError, check, read_flat, read_groups, read_ours, read_zarr
+from benchmarks.harness import ROOT, Measured, Row, Spread, in_turns, launch, measure, parse, scratch, write_report
 from logitgen.file.reader import LogitsFile
 
-_OTHERS, _REDUCED = "other ways", "logitgen with one piece replaced"
-_COLORS = {OURS: BLUE, _OTHERS: "#b8b8b8", _REDUCED: "#9dbfe3"}
+COMPETITORS = ROOT / "benchmarks" / "competitors"
+OURS, CEILING = "logitgen", "forward passes alone"
+PIECES = {
+    "plan": "rows in split order, by 8",
+    "chunks": "head not in chunks",
+    "transport": "all-gather every step",
+    "leader": "file per rank, merge",
+}
+"""What `benchmarks/without.py` takes away, and what is there instead."""
 
-Run = dict[str, float]
-"""What was measured of one run of one contender."""
+RATIO = "speed, ours = 1 (least-most)"
+FORMS = {RATIO: ".2f"} | dict.fromkeys(("seconds", "first row, s", "MB on disk"), ",.1f")
 
-
-def first_row_seconds(measured: Measured, folder: Path) -> float | None:
-    """When the first rows were in the file: as a competitor said, or as our log says; None if neither does."""
-    said = [seconds for seconds, line in measured.lines if "first row" in line]
-    for log in folder.glob("logs/**/rank_0.log"):
-        said += [seconds for seconds, message in measured.log_lines(log) if "First rows are in the file." in message]
-    return min(said, default=None)
-
-
-def in_order(found: dict[str, Contender], turn: int) -> list[str]:
-    """Put the names into another order each round; one that goes on from another stays behind it."""
-    starters = [name for name, contender in found.items() if not contender.after]
-    shift = turn % len(starters)
-    return [
-        name
-        for starter in starters[shift:] + starters[:shift]
-        for name, contender in found.items()
-        if starter in (name, contender.after)
-    ]
+Read = Callable[[list[Path]], Iterator[tuple[int, dict[str, Any]]]]
 
 
-def play_round(found: dict[str, Contender], turn: int, folder: Path, options: argparse.Namespace) -> dict[str, Run]:
-    """Run all contenders once, check what they left, and return what was measured by name."""
-    runs: dict[str, Run] = {}
-    names = {name: re.sub(r"\W+", "_", contender.after or name) for name, contender in found.items()}
-    folders = {name: folder / f"round_{turn}" / own for name, own in names.items()}
-    for name in in_order(found, turn):
-        folders[name].mkdir(parents=True, exist_ok=True)
-        runs[name] = run(found[name], folders[name], runs.get(found[name].after, {}), options)
-        print(f"round {turn + 1}: {name}, {runs[name]['wall_seconds']:.1f} s", flush=True)
-    ours = LogitsFile(folders[OURS] / "out.h5")
-    needed = ours.layout.num_positions  # the tokens up to the last captured position of each row
-    for name, contender in found.items():
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A way to capture."""
+
+    commands: list[list[str]]  # run one after the other
+    files: str = "*.h5"  # pattern of what they leave in their folder
+    read: Read | None = read_flat  # None where nothing is kept
+    code: str | None = None  # files in `competitors/` whose lines the user owns; None where none of it is a user's
+
+
+def contenders(options: argparse.Namespace, split: Path) -> dict[str, Contender]:
+    """List what is compared by name, each of them to leave its files in `{folder}`; ours comes first."""
+    ranks, profile = str(options.ranks), "multi_gpu" if options.ranks > 1 else "single_gpu"
+    accelerate = launch(options.ranks, profile if torch.cuda.is_available() else "cpu")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    read = [f"--teacher={options.teacher.resolve()}", f"--dataset={split}", f"--top_k={options.top_k}"]
+    tokens = f"--batch_tokens={options.batch_tokens}"
+    ours = [*read, tokens, "--output={folder}/out.h5", "--log_dir={folder}/logs", "--dtype=float32", "--overflow=error"]
+
+    def other(code: str, start: list[str], *words: str, **more: Any) -> Contender:
+        script = str(COMPETITORS / code.split()[0])
+        return Contender(commands=[[*start, script, *(words or read), "--output={folder}"]], code=code, **more)
+
+    def own(*script: str) -> Contender:
+        return Contender(commands=[[*accelerate, *script, *ours]], read=read_ours)
+
+    bash = other("independent.sh independent_worker.py recipe.py flat.py", ["bash"], ranks, *read, files="worker_*.h5")
+    merge = [sys.executable, str(COMPETITORS / "merge.py"), "{folder}"]
+    merged = replace(bash, commands=[*bash.commands, merge], files="merged.h5", code=f"merge.py {bash.code}")
+    found = {
+        OURS: replace(own("generate.py"), code=""),
+        CEILING: replace(other("ceiling.py", accelerate, *read, tokens), read=None, code=None),
+        "bash, file per process": bash,
+        "bash + merge": merged,
+        "Accelerate, gather": other("accelerate_gather.py recipe.py flat.py", accelerate),
+        "torch.distributed, gather": other("torch_distributed.py recipe.py flat.py", torchrun),
+        "one HDF5 file, lock": other("file_lock.py recipe.py flat.py", torchrun),
+        "Zarr, parallel writers": other("zarr_writers.py recipe.py", torchrun, files="*.zarr", read=read_zarr),
+        "HDF5 group per row, gzip": other(
+            "group_per_sample.py recipe.py", [sys.executable], *read, f"--num_ranks={ranks}", read=read_groups
+        ),
+    }
+    if not options.no_ablation:
+        found |= {f"ours, {words}": own("-m", "benchmarks.without", piece) for piece, words in PIECES.items()}
+    return {name: found[name] for name in found if name in (OURS, CEILING, *(options.only or found))}
+
+
+def code_lines(names: str) -> int:
+    """Count lines of files in `competitors/` that are neither blank nor comment nor docstring."""
+    texts = [(COMPETITORS / name).read_text(encoding="utf-8") for name in names.split()]
+    without_docstrings = re.sub(r'^\s*"""(?s:.*?)"""$', "", "\n".join(texts), flags=re.MULTILINE)
+    return sum(1 for line in without_docstrings.splitlines() if line.strip() and not line.strip().startswith("#"))
+
+
+def run(name: str, contender: Contender, base: Path, num_ranks: int) -> Row:
+    """Run a contender once, with as many threads as all and caches of its own, and check what it left."""
+    folder = base / re.sub(r"\W+", "_", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    env = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_ranks)), "PYTHON": sys.executable}
+    seconds, first_seconds, most_bytes = 0.0, None, 0
+    for words in contender.commands:
+        measured = measure([word.replace("{folder}", str(folder)) for word in words], folder, **env)
+        said = measured.seconds_of("[Ff]irst rows?")  # by a competitor, or by our log
+        first_seconds = said and seconds + said  # of the last command: the others' files are not what is trained from
+        seconds += measured.wall_seconds
+        most_bytes = max(most_bytes, measured.largest(1)[0][0])
+    ours = LogitsFile(base / OURS / "out.h5")
+    left = sorted(folder.glob(contender.files))
+    print(f"{name}: {seconds:.1f} s, {checked(name, contender, left, measured, ours)}", flush=True)
+    files = [file for path in left for file in (path, *path.rglob("*")) if file.is_file()]
+    return {
+        "tokens/s": ours.layout.num_positions / seconds,  # the tokens up to the last captured position of each row
+        "seconds": seconds,
+        "first row, s": first_seconds,
+        "MB per rank": most_bytes / 1e6,
+        "MB on disk": sum(file.stat().st_blocks * 512 for file in files) / 1e6 or None,
+        "files": len(files) or None,
+    }
+
+
+def checked(name: str, contender: Contender, left: list[Path], measured: Measured, ours: LogitsFile) -> str:
+    """Compare what a contender left with ours, or what it read if it keeps nothing; tell how much that was."""
+    if contender.read:
         try:
-            if contender.read:
-                runs[name]["rows_verified"] = check(contender.read(sorted(folders[name].glob(contender.files))), ours)
-            elif runs[name]["read_tokens"] != needed:
-                raise MismatchError(f"The teacher read {runs[name]['read_tokens']:,} tokens, not {needed:,}.")
+            return f"{check(contender.read(left), ours):,} rows as ours"
         except MismatchError as error:
             raise MismatchError(f"'{name}' does not yield what ours does. {error}") from error
-        runs[name]["tokens_per_second"] = needed / runs[name]["wall_seconds"]
-    return runs
-
-
-def run(contender: Contender, folder: Path, before: Run, options: argparse.Namespace) -> Run:
-    """Run a contender once, with as many threads as all and caches of its own; add what it goes on from."""
-    measured = measure(
-        [word.replace("{folder}", str(folder)) for word in contender.command],
-        HF_DATASETS_CACHE=str(folder / "cache"),
-        HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // options.ranks)),
-        TOKENIZERS_PARALLELISM="false",
-        PYTHON=sys.executable,
-    )
-    seconds_before = before.get("wall_seconds", 0.0)
-    numbers: Run = {
-        "wall_seconds": seconds_before + measured.wall_seconds,
-        "peak_rank_bytes": max(measured.peak_rank_bytes, before.get("peak_rank_bytes", 0)),
-    }
-    if contender.read is None:
-        told = [line for _, line in measured.lines if line.startswith("tokens ")]
-        return numbers | {"read_tokens": sum(int(line.split()[1]) for line in told)}
-    files = [file for path in folder.glob(contender.files) for file in (path, *path.rglob("*")) if file.is_file()]
-    numbers |= {"disk_bytes": sum(file.stat().st_blocks * 512 for file in files), "files": len(files)}
-    first_seconds = first_row_seconds(measured, folder)
-    return numbers if first_seconds is None else numbers | {"first_row_seconds": seconds_before + first_seconds}
-
-
-def relative(rounds: Sequence[dict[str, Run]], name: str, base: str) -> Spread:
-    """A contender's speed as a share of another one's, within each round."""
-    return Spread.of(*([runs[one]["tokens_per_second"] for runs in rounds] for one in (name, base)))
-
-
-COLUMNS = {
-    "tokens/s": ("tokens_per_second", 1, ",.0f"),
-    "seconds": ("wall_seconds", 1, ",.1f"),
-    "first row, s": ("first_row_seconds", 1, ",.1f"),
-    "MB per rank": ("peak_rank_bytes", 1e6, ",.0f"),
-    "MB on disk": ("disk_bytes", 1e6, ",.1f"),
-    "files": ("files", 1, ",.0f"),
-}
-"""What is in a column, in which unit and form."""
-
-RATIO, LINES = "speed, ours = 1 (least-most)", "own lines of code"
-
-
-def summarise(rounds: Sequence[dict[str, Run]], code: dict[str, str]) -> Iterator[Row]:
-    """Sum up the rounds of every contender."""
-    for name in rounds[0]:
-        row: Row = {"approach": name, "tokens/s": None, RATIO: relative(rounds, name, OURS)}
-        for column, (key, unit, _) in COLUMNS.items():
-            values = [runs[name][key] / unit for runs in rounds if key in runs[name]]
-            row[column] = median(values) if values else None
-        yield row | {LINES: code_lines(code[name]) if code[name] or name == OURS else None}
-
-
-def draw(rounds: Sequence[dict[str, Run]], path: Path, note: str) -> None:
-    """Draw the speed of everything but the ceiling as a share of it, with the spread over the rounds."""
-    from matplotlib.patches import Patch
-
-    shares = {name: relative(rounds, name, CEILING) for name in rounds[0] if name != CEILING}
-    kinds = [OURS if name == OURS else _REDUCED if name.startswith("ours") else _OTHERS for name in shares]
-    medians = [share.median for share in shares.values()]
-    spread = [[share.median - share.least for share in shares.values()], [s.most - s.median for s in shares.values()]]
-    with drawing(path, 1, 1, figsize=(8, 1.4 + 0.36 * len(shares))) as (figure, ((axes,),)):
-        axes.barh(list(shares), medians, color=[_COLORS[kind] for kind in kinds], xerr=spread, error_kw={"capsize": 2})
-        for index, share in enumerate(shares.values()):
-            axes.text(share.most + 0.015, index, f"{share.median:.0%}", va="center", backgroundcolor="white")
-        axes.axvline(1, color="#444444", linewidth=1, linestyle="--")
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlim(0, max(1.1, *(share.most + 0.12 for share in shares.values())))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_xlabel(f"end-to-end tokens/s, relative to forward passes alone (dashed)\n{note}")
-        legend = [Patch(color=_COLORS[kind], label=kind) for kind in dict.fromkeys(kinds)]
-        figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    read = sum(int(line.split()[1]) for _, line in measured.lines if line.startswith("tokens "))
+    if read != ours.layout.num_positions:
+        raise MismatchError(f"'{name}' read {read:,} tokens, not {ours.layout.num_positions:,}.")
+    return f"{read:,} tokens read"
 
 
 def main() -> None:
-    """Run all rounds; the report is there from the first one on."""
+    """Run all rounds, and sum them up."""
     sizes = {"rows": 200, "rounds": 2, "ranks": torch.cuda.device_count() or 2, "top_k": 64, "batch_tokens": 1024}
-    options = parse(__doc__, teacher=Path, dataset=Path, **sizes, no_ablation=False, only=[str])
-    options.teacher = options.teacher.resolve()
-    forms = {RATIO: ".2f"} | {column: form for column, (_, _, form) in COLUMNS.items()}
-    rounds: list[dict[str, Run]] = []
+    options = parse(__doc__, teacher=Path, dataset=Path, **sizes, no_ablation=False, only=[])
     with scratch(options) as folder:
         split = folder / "split.jsonl"
         with options.dataset.open(encoding="utf-8") as lines:
             split.write_text("".join(islice(lines, options.rows)), encoding="utf-8")
         found = contenders(options, split)
-        if options.only:
-            found = {name: found[name] for name in found if name in (OURS, CEILING, *options.only)}
-        for turn in range(options.rounds):
-            rounds.append(play_round(found, turn, folder, options))
-            table = list(summarise(rounds, {name: one.code for name, one in found.items()}))
-            data = {"settings": vars(options), "rounds": rounds}
-            write_report(options.output, "comparison", table, forms, data)
-            num_tokens = f"{rounds[0][CEILING]['read_tokens']:,.0f} tokens"
-            note = f"{options.rows:,} rows, {num_tokens}, {options.ranks} ranks, whole commands, rounds: {len(rounds)}"
-            draw(rounds, options.output / "comparison.png", note)
-    print(f"All checked against ours, row by row. The report is in {options.output}.")
+        ways = {name: partial(run, name, contender, folder, options.ranks) for name, contender in found.items()}
+        rounds = in_turns(ways, options.rounds)
+    table = []
+    for name, runs in rounds.items():
+        columns = {column: [run[column] for run in runs] for column in runs[0]}
+        medians = {column: None if None in values else median(values) for column, values in columns.items()}
+        speed = {"tokens/s": 0, RATIO: Spread.of(columns["tokens/s"], [run["tokens/s"] for run in rounds[OURS]])}
+        code = found[name].code
+        row = {"approach": name} | speed | medians
+        table.append(row | {"own lines of code": None if code is None else code_lines(code)})
+    write_report(options.output, "comparison", table, FORMS, {"settings": vars(options), "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from benchmarks.harness import launch
 from benchmarks.synthetic import Job, job_of, make_rows, ragged_lengths
 from logitgen.file.header import Header
+from logitgen.file.layout import Array
+from logitgen.generate import compute
 from logitgen.leader.writer import Writer
 from logitgen.ranks.deliver import Outbox
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
-from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher, _rows_not_packed
 
 CAPTURES: dict[str, dict[str, Any]] = {
@@ -43,21 +44,7 @@ def _config(kind: type[PreTrainedConfig], *sizes: int) -> PreTrainedConfig:
     return kind(**named, max_position_embeddings=2**17, tie_word_embeddings=kind is Qwen2Config)
 
 
-class Scale(NamedTuple):
-    """Sizes of everything."""
-
-    teachers: dict[str, PreTrainedConfig]
-    file_teacher: PreTrainedConfig
-    file_rows: int
-    batch_tokens: int
-    row_tokens: tuple[int, int, int]  # the fewest, the mean, the most
-    run_seconds: float
-    chunks: tuple[int, ...]  # logits
-    vocab_sizes: tuple[int, ...]
-    free_bytes: int  # of a small GPU
-
-
-ON_GPU = Scale(
+ON_GPU = SimpleNamespace(
     teachers={
         "Qwen2.5-0.5B": _config(Qwen2Config, 151_936, 896, 4864, 24, 14, 2),
         "Qwen2.5-1.5B": _config(Qwen2Config, 151_936, 1536, 8960, 28, 12, 2),
@@ -66,13 +53,13 @@ ON_GPU = Scale(
     file_teacher=_config(Qwen2Config, 32_000, 512, 2048, 8, 8, 2),
     file_rows=4000,
     batch_tokens=8192,
-    row_tokens=(100, 700, 4096),
+    row_tokens=(100, 700, 4096),  # the fewest, the mean, the most
     run_seconds=1.0,
-    chunks=(2**26, 2**27, 2**28, 2**29),
+    chunks=(2**26, 2**27, 2**28, 2**29),  # logits
     vocab_sizes=(151_936, 262_144),
-    free_bytes=6 * 2**30,
+    free_bytes=6 * 2**30,  # of a small GPU
 )
-TINY = Scale(
+TINY = SimpleNamespace(
     teachers={
         "tiny Qwen2": _config(Qwen2Config, 1000, 32, 64, 2, 4, 2),
         "tiny Llama": _config(LlamaConfig, 700, 32, 64, 1, 4, 4),
@@ -93,7 +80,7 @@ class Bench:
     """The device and the sizes of a run, and a folder for its files."""
 
     device: torch.device
-    scale: Scale
+    scale: SimpleNamespace
     folder: Path
 
     @property
@@ -165,21 +152,17 @@ def unpadded(job: Job, device: torch.device) -> Iterator[Tensor]:
 
 def capture(teacher: Teacher, job: Job, path: Path, header: Header, *, synchronous: bool = False) -> None:
     """Capture from rows to a file, as a single rank does it, but for the last sync, which no long run would feel."""
-    with (
-        Writer(path, header, job, np.zeros(len(job.rows), dtype=bool)) as writer,
-        Outbox(
-            int(job.payload_bytes.max()),
-            lambda number, message: writer.submit(number, message.numpy()[:-8]).result,
-            teacher.device,
-        ) as outbox,
-    ):
-        for number in range(job.plan.num_batches):
-            batch = job.batch(number)
-            payload = capture_batch(teacher, batch, job.layout)
-            finish = partial(seal, batch=batch, layout=job.layout, dtype=teacher.dtype)
-            if synchronous:
-                on_host = payload.cpu().numpy()
-                finish(on_host)
-                writer.submit(number, on_host).result()
-            else:
-                outbox.put(number, payload, finish)
+    share, most_bytes = np.arange(job.plan.num_batches), int(job.payload_bytes.max())
+    with Writer(path, header, job, np.zeros(len(job.rows), dtype=bool)) as writer:
+
+        def submit(number: int, message: Tensor) -> Callable[[], object]:
+            return writer.submit(number, message.numpy()[:-8]).result
+
+        def put_and_wait(number: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
+            on_host = payload.cpu().numpy()
+            finish(on_host)
+            writer.submit(number, on_host).result()
+
+        waiting = nullcontext(SimpleNamespace(put=put_and_wait))
+        with waiting if synchronous else Outbox(most_bytes, submit, teacher.device) as outbox:
+            compute(teacher, job, share, len(share), outbox)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
@@ -29,13 +30,9 @@ Work = Callable[[], object]
 
 def idle_share(spans: list[tuple[int, int]]) -> float:
     """Share of the time from the first start to the last end in which nothing ran."""
-    ordered = sorted(spans)
-    first = end = ordered[0][0]
-    idle = 0
-    for start, stop in ordered:
-        idle += max(0, start - end)
-        end = max(end, stop)
-    return idle / (end - first)
+    starts, ends = np.array(sorted(spans)).T
+    ends = np.maximum.accumulate(ends)
+    return float(np.maximum(0, starts[1:] - ends[:-1]).sum() / (ends[-1] - starts[0]))
 
 
 def idle_share_of(work: Work) -> float:
@@ -98,18 +95,15 @@ def stages(bench: Bench) -> Iterator[Row]:
     """Time each step of a chunk, by chunk size, in microseconds a position; and each step of a batch."""
     with bench.teacher(1) as model, torch.no_grad():
         taken: dict[str, Row] = {}
-        for chunk in bench.scale.chunks:
-            num_positions = max(1, chunk // model.shard.vocab_size)
-            works = _steps(model, num_positions)
-            for step, work in works.items():
+        counts = [max(1, chunk // model.shard.vocab_size) for chunk in bench.scale.chunks]
+        columns = {f"{num_positions:,} positions": num_positions for num_positions in counts}
+        for column, num_positions in columns.items():
+            for step, work in _steps(model, num_positions).items():
                 seconds = [seconds_of(work) for _ in range(6)][1:]  # the first time warms up
-                microseconds = 1e6 * Spread.of(seconds).median / num_positions
-                taken.setdefault(step, {"step": step})[f"{num_positions:,} positions"] = microseconds
-            del works
+                taken.setdefault(step, {"step": step})[column] = 1e6 * Spread.of(seconds).median / num_positions
         yield from taken.values()
-        empty = dict.fromkeys(taken["torch.topk"])
         for step, seconds in _steps_of_batch(bench, model).items():
-            yield empty | {"step": f"a batch: {step}, ms", list(empty)[1]: 1e3 * seconds}
+            yield {"step": f"a batch: {step}, ms", next(iter(columns)): 1e3 * seconds}
 
 
 def _steps(model: Teacher, num_positions: int) -> dict[str, Work]:
@@ -161,7 +155,7 @@ def attention(bench: Bench) -> Iterator[Row]:
     with bench.teacher(1) as model, torch.no_grad():
         for name in ("sdpa", "sdpa with cuDNN", "eager", "flash_attention_2"):
             if name == "flash_attention_2" and not is_flash_attn_2_available():
-                yield {"tokens/s": f"{name}: not installed"} | dict.fromkeys(("new shapes", *shapes))
+                yield {"tokens/s": f"{name}: not installed"}
                 continue
             model._model.set_attn_implementation(name.split()[0])
             torch.backends.cuda.enable_cudnn_sdp("cuDNN" in name)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, turns, the measure of a command, reports, plots."""
+"""What the benchmarks share: options, turns, the measure of a command, tables and reports, plots."""
 
 import argparse
 import json
@@ -20,24 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 BLUE = "#1f5fa8"
-
-_HELP = {
-    "teacher": "folder of a causal language model and its tokenizer",
-    "dataset": "a .jsonl file with a column `text`",
-    "output": "folder of the report, and the disk that is measured",
-    "rows": "number of rows",
-    "rounds": "how often each way takes its turn",
-}
-_POLL_SECONDS = 0.15
-_TAIL_LINES = 80
-_PLAIN_WIDTH = 200
-_LAUNCHERS = re.compile(r"(/accelerate|/torchrun|-m (accelerate\.commands\.\w+|torch\.distributed\.run)) ")
+_POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -45,23 +31,21 @@ Row = dict[str, Any]
 
 
 def parse(description: str | None, **options: Any) -> argparse.Namespace:
-    """Read the command line: an option for every default, and `--output`.
+    """Read the command line: an option for every default, and `--output`, the folder of the report.
 
-    A type instead of a default makes the option required. A list takes several values, and a type in it stands for
-    none. False is a switch.
+    A type instead of a default makes the option required. A list takes several values, texts if it is empty. False is
+    a switch.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (options | {"output": ROOT / ".bench"}).items():
-        value: Any = {"default": default, "type": type(default)}
-        told = f"{_HELP.get(name, '')} (default: %(default)s)"
+        how: Any = {"default": default, "type": type(default), "help": "(default: %(default)s)"}
         if isinstance(default, type):
-            value, told = {"required": True, "type": default}, _HELP.get(name, "")
-        elif isinstance(default, list):
-            kinds = [each for each in default if isinstance(each, type)]
-            value = {"default": [] if kinds else default, "type": (kinds or [type(default[0])])[0], "nargs": "*"}
+            how = {"type": default, "required": True}
         elif default is False:
-            value = {"action": "store_true"}
-        parser.add_argument(f"--{name}", help=told, **value)
+            how = {"action": "store_true"}
+        elif isinstance(default, list):
+            how |= {"type": type(default[0]) if default else str, "nargs": "*"}
+        parser.add_argument(f"--{name}", **how)
     found = parser.parse_args()
     found.output = found.output.resolve()
     found.output.mkdir(parents=True, exist_ok=True)
@@ -102,95 +86,84 @@ def in_turns(ways: Mapping[str, Callable[[], T]], num_rounds: int) -> dict[str, 
     return found
 
 
-class Process(NamedTuple):
-    """A process of a command's tree; private memory leaves out what it shares, such as mapped files."""
-
-    command: str
-    peak_bytes: int
-    peak_private_bytes: int
-
-    @property
-    def is_rank(self) -> bool:
-        """Whether it is Python at work: neither a shell nor a launcher that waits for its children."""
-        return "python" in self.command.partition(" ")[0] and not _LAUNCHERS.search(self.command)
-
-
 @dataclass
 class Measured:
-    """A command from its start to its end: its lines with the second of their arrival, its processes by id."""
+    """A command from its start to its end.
 
-    started: float  # as `time.time()` counts
-    wall_seconds: float = 0.0
+    Attributes:
+        lines: What it printed and logged, each line with the second after the start.
+        peaks: The most memory of each process, in bytes, by id: all that is resident, and without mapped files.
+        wall_seconds: The time from start to end.
+        killed: Whether it was ended before its time.
+    """
+
     lines: list[tuple[float, str]] = field(default_factory=list)
-    processes: dict[int, Process] = field(default_factory=dict)
+    peaks: dict[int, tuple[int, int]] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    killed: bool = False
 
-    @property
-    def ranks(self) -> list[Process]:
-        """The processes that worked."""
-        return [process for process in self.processes.values() if process.is_rank]
+    def seconds_of(self, pattern: str) -> float | None:
+        """When the first line came that a regular expression is found in; None if none did."""
+        return min((seconds for seconds, line in self.lines if re.search(pattern, line)), default=None)
 
-    @property
-    def peak_rank_bytes(self) -> int:
-        """Resident memory of the largest rank at its peak."""
-        return max((rank.peak_bytes for rank in self.ranks), default=0)
-
-    def seconds_of(self, text: str) -> float | None:
-        """When the first line that holds a text arrived, in seconds after the start; None if none did."""
-        return next((seconds for seconds, line in self.lines if text in line), None)
-
-    def log_lines(self, log: Path) -> list[tuple[float, str]]:
-        """Messages of a rank's log, each with its time in seconds after the start."""
-        found = []
-        for line in log.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # a line that continues another has no time
-                at = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
-                found.append((at - self.started, line.partition(": ")[2]))
-        return found
+    def largest(self, num_processes: int) -> list[tuple[int, int]]:
+        """Peaks of the largest processes, which are the ranks: a launcher that waits for them has none of the rows."""
+        return sorted(self.peaks.values(), reverse=True)[:num_processes]
 
     def look(self, root: psutil.Process) -> None:
         """Note the memory of a process and of all that descend from it."""
         with suppress(psutil.Error):
             for process in [root, *root.children(recursive=True)]:
                 with suppress(psutil.Error):  # it has just ended
-                    known = self.processes.get(process.pid, Process("", 0, 0))
                     memory = process.memory_info()
-                    peaks = memory.rss, memory.rss - getattr(memory, "shared", 0)
-                    if peaks[0] > known.peak_bytes or peaks[1] > known.peak_private_bytes:
-                        # The name again each time: a forked child is its parent until it runs a program of its own.
-                        highest = map(max, peaks, known[1:])
-                        self.processes[process.pid] = Process(" ".join(process.cmdline()), *highest)
+                    now = memory.rss, memory.rss - getattr(memory, "shared", 0)
+                    most = self.peaks.get(process.pid, (0, 0))
+                    self.peaks[process.pid] = max(most[0], now[0]), max(most[1], now[1])
 
 
-def measure(command: Sequence[str], **env: str) -> Measured:
-    """Run a command to its end, with variables on top of this process's own.
+def measure(
+    command: Sequence[str], logs: Path | None = None, until: Callable[[], bool] | None = None, **env: str
+) -> Measured:
+    """Run a command to its end, or kill it once it has come so far.
+
+    Args:
+        command: The words of the command.
+        logs: A folder where the leader's log is found at the end.
+        until: Tells whether the command, and all that it has started, is to be killed.
+        env: Variables on top of those of this process.
 
     Raises:
         RuntimeError: It failed; the message holds the end of what it printed.
     """
-    start = time.monotonic()
-    found = Measured(time.time())
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = psutil.Popen(list(command), env=os.environ | env, cwd=ROOT, **pipes)
+    found, start, ended = Measured(), time.time(), threading.Event()
 
-    def listen() -> None:
-        for line in process.stdout:
-            found.lines.append((time.monotonic() - start, line.rstrip("\n")))
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        while process.poll() is None:
+    def watch(process: psutil.Popen) -> None:
+        while not ended.wait(_POLL_SECONDS):
             found.look(process)
-            with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
-                process.wait(_POLL_SECONDS)
-    finally:
-        found.wall_seconds = time.monotonic() - start
-        for left in [process, *process.children(recursive=True)] if process.poll() is None else ():
-            left.kill()
-    listener.join(timeout=10)
-    if process.returncode:
-        tail = "\n".join(line for _, line in found.lines[-_TAIL_LINES:])
+            if until and until():
+                found.killed = True
+                for each in [process, *process.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+                return
+
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with psutil.Popen(list(command), env=os.environ | env, cwd=ROOT, **pipes) as process:
+        watcher = threading.Thread(target=watch, args=[process], daemon=True)
+        watcher.start()
+        for line in process.stdout:
+            found.lines.append((time.time() - start, line.rstrip("\n")))
+    found.wall_seconds = time.time() - start
+    ended.set()
+    watcher.join()
+    if process.returncode and not found.killed:
+        tail = "\n".join(line for _, line in found.lines[-80:])
         raise RuntimeError(f"{' '.join(command)}\nended with status {process.returncode}:\n{tail}")
+    for log in logs.rglob("rank_0.log") if logs else ():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a line that continues another has no time
+                at = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+                found.lines.append((at - start, line))
     return found
 
 
@@ -220,32 +193,21 @@ def text_of(value: Any, form: str) -> str:
     return value if isinstance(value, str) else f"{value:{form}}"
 
 
-def table_of(table: Sequence[Row], forms: Mapping[str, str]) -> str:
-    """Show a table on the terminal, and return it in Markdown; a number has the form of its column, or is whole."""
-    columns = list(table[0])
-    lines = [[text_of(row[column], forms.get(column, ",.0f")) for column in columns] for row in table]
-    shown = Table(box=box.SIMPLE)
-    for index, column in enumerate(columns):
-        shown.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for line in lines:
-        shown.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(shown)
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write(folder: Path, name: str, markdown: str, data: Any) -> None:
-    """Leave `NAME.md` and `NAME.json` in a folder."""
-    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
-    found = {"machine": machine(), "data": data}
-    (folder / f"{name}.json").write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 def write_report(
     folder: Path, name: str, table: Sequence[Row], forms: Mapping[str, str] | None = None, data: Any = None
 ) -> None:
-    """Show a table, and leave it and the data in a folder; the table is the data if there is nothing else."""
-    write(folder, name, table_of(table, forms or {}), table if data is None else data)
+    """Print a table in Markdown, and leave `NAME.json` in a folder, with the table or other data.
+
+    A number has the form of its column, or is whole. A row may lack some columns.
+    """
+    forms = {column: (forms or {}).get(column, ",.0f") for row in table for column in row}
+    lines = [[*forms], *([text_of(row.get(column), form) for column, form in forms.items()] for row in table)]
+    widths = [max(4, *map(len, cells)) for cells in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for first, *rest in lines:
+        print("|", " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]), "|", flush=True)
+    found = {"machine": machine(), "data": table if data is None else data}
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @contextmanager

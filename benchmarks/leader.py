@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness import Row, Spread, in_turns, launch, measure, parse, write_report
-from benchmarks.synthetic import Job, make_job, prepare_memory, random_payload
+from benchmarks.synthetic import Job, make_job, random_payload
 from logitgen.estimate import forget_peak, peak_bytes
 from logitgen.file.header import Places
 from logitgen.file.layout import nbytes
@@ -39,29 +38,30 @@ VOCAB_SIZE = 151_936
 GPU_TOKENS_PER_SECOND = (5_000, 20_000, 50_000)
 
 
-class Kind(NamedTuple):
-    """What is kept of a position, in the bytes of so many log-probs; tokens per batch, and per row on average."""
-
-    name: str
-    top_k: int
-    batch_tokens: int = 8192
-    row_tokens: int = 500
+Result = tuple[float, int]
+"""Seconds of some work, and this process's peak of memory in bytes."""
 
 
 KINDS = (
-    Kind("k=64", 64),
-    Kind("k=64, short rows", 64, row_tokens=60),
-    Kind("k=128", 128),
-    Kind("12 sampled ids (as k=9)", 9),
-    Kind("hidden 4096 x 2 B (as k=1364)", 1364, batch_tokens=1024, row_tokens=250),
+    ("k=64", 64, 8192, 500),
+    ("k=64, short rows", 64, 8192, 60),
+    ("k=128", 128, 8192, 500),
+    ("12 sampled ids (as k=9)", 9, 8192, 500),
+    ("hidden 4096 x 2 B (as k=1364)", 1364, 1024, 250),
 )
+"""What is kept of a position, in the bytes of so many log-probs; tokens of a batch, and of a row on average."""
 
 
 def main() -> None:
-    """Start the ranks, or be one of them."""
+    """Start the ranks, or be one of them, whose leader prints a line of JSON for each kind."""
     options = parse(__doc__, ranks=[2, 4, 8, 16], kinds=[*range(len(KINDS))], megabytes=300.0, rounds=3)
     if "RANK" in os.environ:
-        be_rank(options)
+        with launched() as ranks:
+            wire = dist.new_group(backend="gloo")
+            for number in options.kinds:
+                measured = measure_kind(ranks, wire, options, *KINDS[number])
+                if ranks.is_leader:
+                    print(json.dumps(measured), flush=True)
         return
     words = ["--module", "benchmarks.leader", *sys.argv[1:], f"--output={options.output}"]
     runs = [measure([*launch(num_ranks), *words], OMP_NUM_THREADS="1") for num_ranks in options.ranks]
@@ -80,36 +80,25 @@ def main() -> None:
     write_report(options.output, "leader_gpus", feeds)
 
 
-def be_rank(options: argparse.Namespace) -> None:
-    """Go through all kinds; the leader prints a line of JSON for each."""
-    with launched() as ranks:
-        wire = dist.new_group(backend="gloo")
-        for kind in (KINDS[number] for number in options.kinds):
-            measured = measure_kind(ranks, wire, kind, options)
-            if ranks.is_leader:
-                print(json.dumps(measured), flush=True)
-
-
-def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: argparse.Namespace) -> Row:
+def measure_kind(
+    ranks: Ranks, wire: dist.ProcessGroup, options: argparse.Namespace, name: str, k: int, batch: int, row: int
+) -> Row:
     """Run all ways in turns, and ours once more over twice the rows."""
     path = options.output / "leader.h5"
-    jobs = [
-        make_job(int(times * options.megabytes * 1e6), kind.top_k, VOCAB_SIZE, kind.batch_tokens, kind.row_tokens)
-        for times in (1, 2)
-    ]
-    job, long_job = jobs
-    payload = torch.from_numpy(random_payload(max(int(job.payload_bytes.max()) for job in jobs)))
+    size_bytes = int(1e6 * options.megabytes)
+    job, long_job = (make_job(times * size_bytes, k, VOCAB_SIZE, batch, row) for times in (1, 2))
+    payload = torch.from_numpy(random_payload(int(max(job.payload_bytes.max(), long_job.payload_bytes.max()))))
     plain = {"wire": (True, None), "disk": (False, False), "both": (True, False)}
     plain |= {"places": (False, True), "bare": (True, True)}
-    ways: dict[str, Callable[[], tuple[float, int]]] = {"ours": partial(deliver, ranks, job, payload, path)}
-    for name, (travels, in_places) in plain.items():
-        ways[name] = partial(move, ranks, job, payload, path, wire if travels else None, in_places)
+    ways = {"ours": partial(deliver, ranks, job, payload, path)}
+    for way, (travels, in_places) in plain.items():
+        ways[way] = partial(move, ranks, job, payload, path, wire if travels else None, in_places)
     found = in_turns(ways, options.rounds)
     megabytes = job.payload_bytes.sum() / 1e6  # of the whole file: the leader's own batches do not travel, but count
-    rates = {name: Spread.of([megabytes / seconds for seconds, _ in runs]) for name, runs in found.items()}
-    ours, medians = rates.pop("ours"), {name: rate.median for name, rate in rates.items()}
+    rates = {way: Spread.of([megabytes / seconds for seconds, _ in runs]) for way, runs in found.items()}
+    ours, medians = rates.pop("ours"), {way: rate.median for way, rate in rates.items()}
     return {
-        "kind": kind.name,
+        "kind": name,
         "ranks": ranks.num_ranks,
         "B/position": job.layout.bytes_per_position,
         "MB/s into the file": ours,
@@ -122,8 +111,8 @@ def measure_kind(ranks: Ranks, wire: dist.ProcessGroup, kind: Kind, options: arg
     }
 
 
-def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> tuple[float, int]:
-    """Send every batch through transport and writer into a new file; return the seconds and the peak of memory."""
+def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> Result:
+    """Send every batch through transport and writer into a new file."""
     sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
     with ranks.together():
         head = job.create_file(path) if ranks.is_leader else None
@@ -138,11 +127,7 @@ def deliver(ranks: Ranks, job: Job, payload: Tensor, path: Path) -> tuple[float,
                 if writer:
                     writer.finish()
 
-    found = timed(ranks, work)
-    ranks.gathered(None)
-    if ranks.is_leader:
-        path.unlink()
-    return found
+    return timed(ranks, path, work)
 
 
 class Bare:
@@ -150,11 +135,9 @@ class Bare:
 
     def __init__(self, path: Path, job: Job, *, in_places: bool) -> None:
         """Make the file, its space reserved."""
-        self._parts = list(parts_of(job, job.create_file(path).places)) if in_places else None
-        self._file = path.open("r+b" if in_places else "w+b", buffering=0)
-        if not in_places:
-            os.posix_fallocate(self._file.fileno(), 0, int(job.payload_bytes.sum()))
-            prepare_memory(path)
+        places = job.create_file(path).places
+        self._parts = list(parts_of(job, places)) if in_places else None
+        self._file = path.open("r+b", buffering=0)
         self._syncer, self._one_by_one = ThreadPoolExecutor(1), threading.Lock()
         self._sync, self._end, self._unsynced = self._syncer.submit(lambda: None), 0, 0
 
@@ -191,29 +174,26 @@ def parts_of(job: Job, places: Places) -> Iterator[list[tuple[int, int, int]]]:
 
 def move(
     ranks: Ranks, job: Job, payload: Tensor, path: Path, wire: dist.ProcessGroup | None, in_places: bool | None
-) -> tuple[float, int]:
-    """Move the same blocks with nothing around them; return the seconds and the peak of memory.
+) -> Result:
+    """Move the same blocks with nothing around them.
 
     Rank 0 has them all if there is no wire, and throws them away if they have no places, not even one after the other.
     """
-    sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks)
-    file = None if in_places is None or not ranks.is_leader else Bare(path, job, in_places=in_places)
-    write = file.write if file else lambda number, block: None
+    sizes, shares = job.payload_bytes, job.shares(ranks.num_ranks if wire else 1)
+    file = Bare(path, job, in_places=in_places) if ranks.is_leader and in_places is not None else None
 
     def take(peer: int) -> None:
         block = torch.empty_like(payload) if peer else payload
         for number in shares[peer]:
             if peer:
                 dist.recv(block[: sizes[number]], src=peer, group=wire)
-            write(number, block[: sizes[number]])
+            if file:
+                file.write(number, block[: sizes[number]])
 
     def work() -> None:
-        if ranks.is_leader and wire:
-            with ThreadPoolExecutor(ranks.num_ranks) as pool:
-                list(pool.map(take, range(ranks.num_ranks)))
-        elif ranks.is_leader:
-            for number, size in enumerate(sizes):
-                write(number, payload[:size])
+        if ranks.is_leader:
+            with ThreadPoolExecutor(len(shares)) as pool:
+                list(pool.map(take, range(len(shares))))
         elif wire:
             for number in shares[ranks.rank]:
                 dist.send(payload[: sizes[number]], dst=0, group=wire)
@@ -221,19 +201,20 @@ def move(
             file.close()
         ranks.gathered(None)
 
-    found = timed(ranks, work)
-    if file:
-        path.unlink()
-    return found
+    return timed(ranks, path, work)
 
 
-def timed(ranks: Ranks, work: Callable[[], None]) -> tuple[float, int]:
-    """Start some work on all ranks at once; return the seconds it took here, and the peak of memory in bytes."""
+def timed(ranks: Ranks, path: Path, work: Callable[[], None]) -> Result:
+    """Start some work on all ranks at once, and delete its file."""
     ranks.gathered(None)
     forget_peak()
     start = time.perf_counter()
     work()
-    return time.perf_counter() - start, peak_bytes()
+    found = time.perf_counter() - start, peak_bytes()
+    ranks.gathered(None)
+    if ranks.is_leader:
+        path.unlink(missing_ok=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -12,19 +12,15 @@ from benchmarks.harness import Row, parse, write_report
 from logitgen.file import header
 from logitgen.file.layout import ATTRIBUTES, STORED_DTYPES, HeadForm, Layout
 
+HEAD = HeadForm(hidden_size=4096, dtype=STORED_DTYPES["bfloat16"], has_bias=False)
 KINDS: dict[str, Row] = {
     "topk 64": {"capture": "topk", "top_k": 64},
     "topk 64, packed": {"capture": "topk", "top_k": 64, "encoding": "packed"},
     "topk 128, packed": {"capture": "topk", "top_k": 128, "encoding": "packed"},
     "sample 12, packed": {"capture": "sample", "top_k": 12, "encoding": "packed"},
-    "hidden 4096, bfloat16": {
-        "capture": "hidden",
-        "top_k": 0,
-        "head": HeadForm(hidden_size=4096, dtype=STORED_DTYPES["bfloat16"], has_bias=False),
-    },
+    "hidden 4096, bfloat16": {"capture": "hidden", "top_k": 0, "head": HEAD},
     "full": {"capture": "full", "top_k": 0},
 }
-SECONDS_PER_DAY = 86_400
 
 
 def lines(sizes: dict[str, int], gpus: list[int], tokens_per_second: float, leader_mb: list[float]) -> Iterator[Row]:
@@ -44,7 +40,7 @@ def lines(sizes: dict[str, int], gpus: list[int], tokens_per_second: float, lead
                 "B/position": layout.bytes_per_position,
                 "file, TB": size_bytes / 1e12,
                 "GPUs": num_gpus,
-                "days": seconds / SECONDS_PER_DAY,
+                "days": seconds / (24 * 60 * 60),
                 "MB/s": megabytes,
                 **{f"leaders of {mb:,.0f} MB/s": math.ceil(megabytes / mb) for mb in leader_mb},
             }
@@ -52,10 +48,10 @@ def lines(sizes: dict[str, int], gpus: list[int], tokens_per_second: float, lead
 
 def main() -> None:
     """Print the table, and leave it in a report."""
-    gpus = {"gpus": [8, 64, 512], "tokens_per_second": 20_000.0, "leader_mb": [float]}
-    options = parse(__doc__, tokens=1e12, rows=1e8, vocab_size=151_936, **gpus)
-    sizes = {"num_rows": int(options.rows), "num_tokens": int(options.tokens), "vocab_size": options.vocab_size}
-    table = list(lines(sizes, options.gpus, options.tokens_per_second, options.leader_mb))
+    speeds = {"tokens_per_second": 20_000.0, "leader_mb": [300.0, 1280.0]}
+    options = parse(__doc__, tokens=1e12, rows=1e8, gpus=[8, 64, 512], **speeds)
+    sizes = {"num_rows": int(options.rows), "num_tokens": int(options.tokens), "vocab_size": 151_936}
+    table = list(lines(sizes, options.gpus, **{name: getattr(options, name) for name in speeds}))
     write_report(options.output, "scaling", table, {"file, TB": ",.1f", "days": ",.1f"})
 
 

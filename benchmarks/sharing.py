@@ -1,6 +1,6 @@
 """Ranks that each hold a teacher, and the same number that hold one together: memory, speed, and what changes.
 
-python -m benchmarks.sharing --teacher FOLDER --dataset ROWS.jsonl
+    python -m benchmarks.sharing --teacher FOLDER --dataset ROWS.jsonl
 
 `--ranks` must divide the teacher's key-value heads. `--profile` is a launch profile in accelerate_configs/.
 """
@@ -25,27 +25,28 @@ def main() -> None:
     with scratch(options) as folder:
         run = [*launch(options.ranks, options.profile), "generate.py", "--batch_tokens=512", f"--limit={options.rows}"]
         run += [f"--teacher={options.teacher}", f"--dataset={options.dataset}", f"--log_dir={folder / 'logs'}"]
-        together = {"tensor parallel": "tp_size", "fully sharded": "fsdp_size"}
-        sizes = {WHOLE: []} | {name: [f"--{size}={options.ranks}"] for name, size in together.items()}
-        outputs = {name: f"--output={folder / name}.h5" for name in sizes}
-        runs = {name: partial(measure, [*run, *sizes[name], outputs[name], "--overwrite"], **ENV) for name in sizes}
-        found = in_turns(runs, options.rounds)
-        files = {name: LogitsFile(folder / f"{name}.h5").arrays["target_logprob"] for name in sizes}
-        far = {name: float(np.abs(values - files[WHOLE]).max()) for name, values in files.items()}
-    seconds = {name: [run.wall_seconds for run in runs] for name, runs in found.items()}
-    ranks = {name: [rank for run in runs for rank in run.ranks] for name, runs in found.items()}
+        size = f"size={options.ranks}"
+        shared = {WHOLE: [], "tensor parallel": [f"--tp_{size}"], "fully sharded": [f"--fsdp_{size}"]}
+        outputs = {way: folder / f"{way}.h5" for way in shared}
+        commands = {way: [*run, *words, "--overwrite", f"--output={outputs[way]}"] for way, words in shared.items()}
+        found = in_turns({way: partial(measure, command, **ENV) for way, command in commands.items()}, options.rounds)
+        values = {way: LogitsFile(output).arrays["target_logprob"] for way, output in outputs.items()}
+        far = {way: float(np.abs(ours - values[WHOLE]).max()) for way, ours in values.items()}
+    seconds = {way: [run.wall_seconds for run in runs] for way, runs in found.items()}
+    peaks = {way: [peak for run in runs for peak in run.largest(options.ranks)] for way, runs in found.items()}
     table = [
         {
-            f"{options.ranks} ranks": name,
-            "peak MB per rank": median(rank.peak_bytes for rank in ranks[name]) / 1e6,
-            "without mapped files": median(rank.peak_private_bytes for rank in ranks[name]) / 1e6,
-            "speed of whole commands": Spread.of(seconds[WHOLE], seconds[name]),
-            "largest difference, nats": far[name],
+            f"{options.ranks} ranks": way,
+            "peak MB per rank": median(resident for resident, _ in peaks[way]) / 1e6,
+            "without mapped files": median(private for _, private in peaks[way]) / 1e6,
+            "speed of whole commands": Spread.of(seconds[WHOLE], seconds[way]),
+            "largest difference, nats": far[way],
         }
-        for name in found
+        for way in found
     ]
-    forms = {"speed of whole commands": ".2f", "largest difference, nats": ".2g"}
-    write_report(options.output, "sharing", table, forms, {"seconds": seconds, "ranks": ranks, "table": table})
+    write_report(
+        options.output, "sharing", table, {"speed of whole commands": ".2f", "largest difference, nats": ".2g"}
+    )
 
 
 if __name__ == "__main__":

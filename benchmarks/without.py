@@ -12,10 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -35,7 +36,7 @@ from logitgen.split.plan import Plan
 from logitgen.teacher.model import Teacher
 
 _BATCH_ROWS = 8
-_OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC")
 
 
 class SplitOrder(Plan):
@@ -50,64 +51,39 @@ class SplitOrder(Plan):
         self.num_tokens = int(lengths.sum(dtype=np.int64))
 
 
-class Whole(Teacher):
-    """A teacher that runs whole, as it does where its head cannot be run apart."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Forget that the head can be run apart."""
-        super().__init__(*arguments, **options)
-        self._decoder = None
-
-
-class Gathering:
-    """Stands in for the outbox: a payload leaves when all ranks have one, and everybody waits."""
-
-    def __init__(self, shares: Sequence[Array], sizes: Array, submit: Submit | None, device: torch.device) -> None:
-        """Begin with the first batch of every rank."""
-        self._shares, self._sizes, self._submit, self._device = shares, sizes, submit, device
-        self._num_steps = 0
-        self._written: list[Future[None]] = []
-
-    def put(self, batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
-        """Hand a payload over."""
-        on_host = payload.cpu()
-        finish(on_host.numpy())
-        self._exchange(on_host)
-
-    def finish(self) -> None:
-        """Take part as long as others still have batches."""
-        while self._num_steps < max(map(len, self._shares)):
-            self._exchange(torch.zeros(0, dtype=torch.uint8))
-        self._wait()
-
-    def _exchange(self, payload: Tensor) -> None:
-        all_payloads = gather(pad_across_processes(payload[None].to(self._device), dim=1))
-        step, self._num_steps = self._num_steps, self._num_steps + 1
-        self._wait()
-        for theirs, received in zip(self._shares, all_payloads.cpu(), strict=True) if self._submit else ():
-            if step < len(theirs):
-                number = theirs[step]
-                self._written.append(self._submit(number, received[: self._sizes[number]].numpy()))
-
-    def _wait(self) -> None:
-        for future in self._written:
-            future.result()
-        self._written.clear()
+def whole(*arguments: Any, **options: Any) -> Teacher:
+    """Make a teacher that runs whole, as it does where its head cannot be run apart."""
+    teacher = Teacher(*arguments, **options)
+    teacher._decoder = None
+    return teacher
 
 
 @contextmanager
 def deliver_in_steps(
-    ranks: Ranks, shares: Sequence[Array], payload_bytes: Array, submit: Submit | None, on_waited: object
-) -> Iterator[Gathering]:
-    """Let every step end in an all-gather."""
-    gathering = Gathering(shares, payload_bytes, submit, ranks.device)
-    yield gathering
-    gathering.finish()
+    ranks: Ranks, shares: Sequence[Array], sizes: Array, submit: Submit | None, on_waited: object
+) -> Iterator[SimpleNamespace]:
+    """Stand in for the outbox: a payload leaves when all ranks have one, and everybody waits."""
+    steps = count()
+
+    def exchange(payload: Tensor) -> None:
+        step, received = next(steps), gather(pad_across_processes(payload[None].to(ranks.device), dim=1)).cpu()
+        for share, theirs in zip(shares, received, strict=True) if submit else ():
+            if step < len(share):
+                submit(share[step], theirs[: sizes[share[step]]].numpy())
+
+    def put(batch: int, payload: Tensor, finish: Callable[[Array], None]) -> None:
+        on_host = payload.cpu()
+        finish(on_host.numpy())
+        exchange(on_host)
+
+    yield SimpleNamespace(put=put)
+    for _ in range(max(map(len, shares)) - len(shares[ranks.stream])):  # others still have batches
+        exchange(torch.zeros(0, dtype=torch.uint8))
 
 
 REPLACED = {
     "plan": (generate, "Plan", SplitOrder),
-    "chunks": (generate, "Teacher", Whole),
+    "chunks": (generate, "Teacher", whole),
     "transport": (Ranks, "deliver", deliver_in_steps),
 }
 """Where each piece is, and what is there instead."""
@@ -119,7 +95,7 @@ def run_without_leader(arguments: list[str]) -> None:
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    for name in [name for name in os.environ if name in _OF_A_LAUNCH or name.startswith("TORCHELASTIC")]:
+    for name in [name for name in os.environ if name.startswith(_OF_A_LAUNCH)]:
         del os.environ[name]
     with open(config.dataset, "rb") as lines:
         num_rows = sum(1 for _ in lines)
@@ -142,15 +118,13 @@ def merge(parts: list[Path], output: Path) -> None:
     layout = replace(files[0].layout, **sums)
     with h5py.File(parts[0]) as first:
         plain = {name: v.decode() if isinstance(v, bytes) else int(v) for name, v in first.attrs.items()}
-    places = create(output, layout, plain)
-    for name, (shape, dtype) in layout.datasets.items():
-        values = [file.arrays[name] for file in files]
-        if name.endswith("offsets"):
-            bases = np.cumsum([part[-1] for part in values])
-            values = [values[0], *(part[1:] + base for part, base in zip(values[1:], bases, strict=False))]
-        merged = np.memmap(output, dtype, "r+", places[name], shape)
-        np.concatenate(values, out=merged)
-        merged.flush()
+    create(output, layout, plain)
+    with h5py.File(output, "r+") as merged:
+        for name in layout.datasets:
+            values = [file.arrays[name] for file in files]
+            if name.endswith("offsets"):
+                values = [np.zeros(1, np.int64), np.cumsum(np.concatenate([np.diff(part) for part in values]))]
+            merged[name][:] = np.concatenate(values)
     for part in parts:
         part.unlink()
 
