@@ -27,6 +27,7 @@ from logitgen.config import Config
 from logitgen.options import parse_config
 from logitgen.rerun import TOLERANCES
 from logitgen.split.tokens import tokenize
+from logitgen.student.measure import _MEASURES
 
 README, DESIGN = PAGES["README.md"], PAGES["docs/design.md"]
 MOST_LINES, MOST_BYTES = 200, 12_000
@@ -140,6 +141,10 @@ def test_the_argument_table_is_that_of_the_loss() -> None:
     documented = {name.strip("`"): default.strip("`") for name, default, _ in table_rows("argument")}
     options = [field for field in dataclasses.fields(DistillationLoss) if field.init and field.name != "dataset"]
     assert documented == {field.name: str(field.default) for field in options}
+
+
+def test_the_table_of_measures_has_all_that_are_logged() -> None:
+    assert [name.strip("`") for name, _ in table_rows("measure")] == list(_MEASURES["topk"])
 
 
 def test_the_module_table_is_the_package() -> None:
