@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from logitgen.errors import first_line
 from logitgen.head import Head, forward_replaced, probe_values, scale_and_cap, scaled_and_capped
 from logitgen.student.chunked import loss_of_hidden
-from logitgen.student.dataset import LogitsDataset
+from logitgen.student.dataset import LogitsDataset, check_ids
 from logitgen.student.losses import DistillationLoss
 from logitgen.student.measure import Meter
 
@@ -56,10 +56,13 @@ def distil(student: Student, dataset: LogitsDataset, *, measure: bool = False, *
         The student.
 
     Raises:
-        UsageError: An option is out of its range, or does not fit the file's capture.
+        UsageError: An option is out of its range, or does not fit the file's capture, or the rows have tokens that the
+            student does not know.
     """
     loss = DistillationLoss(dataset, **options)
     model: Any = student.get_base_model() if hasattr(student, "get_base_model") else student  # type: ignore[operator]
+    if num_ids := getattr(model.get_input_embeddings(), "num_embeddings", None):
+        check_ids(dataset, num_ids)
     names = {*(dataset[0] if len(dataset) else ()), *_BESIDE_ROWS}.difference(_FOR_STUDENT)
     model.meter = Meter(loss) if measure else None
     model.forward = _Forward(model, model.forward, loss, frozenset(names), _steps_after_product(model))

@@ -240,7 +240,14 @@ class DistillationLoss:
                 f"The student's logits must have the shape {[*captured_BT.shape, 'vocabulary']}, as the batch has, got "
                 f"{list(shape)}. Run the student on the batch's input_ids, and pass all its logits."
             )
-        num_columns = shape[-1]
+        self.check_vocabulary(shape[-1])
+
+    def check_vocabulary(self, num_columns: int) -> None:
+        """Compare the columns of a student's logits with the teacher's vocabulary.
+
+        Raises:
+            UsageError: There are too few or too many.
+        """
         vocab_size, tokenizer_size = (self.dataset.attributes[name] for name in ("vocab_size", "tokenizer_size"))
         least = min(vocab_size, tokenizer_size or vocab_size)
         most = max(vocab_size, tokenizer_size) + MAX_PADDED_ROWS
