@@ -93,7 +93,8 @@ def test_some_rows_are_drawn_and_the_teacher_is_at_no_distance_from_itself(
     text = " ".join(capsys.readouterr().out.split())
     assert f"rows 7 of 53, {known['positions']:,} positions" in text
     assert "top-1 agreement 100.00%" in text
-    assert f"perplexity student {known['perplexity']:,.3f}, teacher" in text
+    assert f"perplexity student {found['perplexity']:,.3f}, teacher {found['teacher_perplexity']:,.3f}" in text
+    assert "mass of the tail student 0.0000, teacher 0.0000" in text
 
 
 def test_an_adapter_is_a_student(

@@ -79,7 +79,8 @@ def sums_of(loss: DistillationLoss, student_CV: Tensor, values: Mapping[str, Ten
     tails = torch.zeros(2, device=student_CV.device)
     if "kept_logprobs" in known:
         of_student_CK = logprobs_CE[:, :-1].exp() * (kept_CK < student_CV.shape[-1])
-        tails = torch.stack([(1 - mass_CK.sum(-1)).sum() for mass_CK in (of_student_CK, known["kept_logprobs"].exp())])
+        masses = of_student_CK, known["kept_logprobs"].exp()
+        tails = torch.stack([(1 - mass_CK.sum(-1)).clamp(min=0).sum() for mass_CK in masses])
     found = (
         torch.ones_like(came_C).sum(),
         came_C.sum(),
