@@ -356,8 +356,8 @@ def test_the_python_that_reads_runs(
     """What trains is run in test_training, and what merges in test_adapter."""
     monkeypatch.chdir(tmp_path)
     capture(teacher=teacher, dataset=ragged, output=tmp_path / "teacher.h5")
-    for part in range(4):
-        shutil.copy("teacher.h5", f"part_{part}.h5")
+    for name in ("part_0", "part_1", "part_2", "part_3", "chat", "code"):
+        shutil.copy("teacher.h5", f"{name}.h5")
     reading = [(page, code) for page, code in PYTHON if "student" not in code and "peft" not in code]
     assert {page for page, _ in reading} >= {"docs/format.md", "docs/scaling.md"}
     for page, code in reading:
