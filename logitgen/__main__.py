@@ -122,10 +122,13 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    about = "Write the rows in the columns of axolotl's distillation, as a Parquet file or a save_to_disk folder."
+    about = "Write the rows in the columns of another trainer, as a Parquet file or a save_to_disk folder."
     export = commands.add_parser("export", help="Export a file for other trainers.", description=about)
     export.add_argument("file", type=Path, help="A complete file.")
     export.add_argument("output", type=Path, help="A name that ends in .parquet, or a folder's name without a dot.")
+    export.add_argument(
+        "--format", choices=["axolotl", "distillkit"], default="axolotl", help="The trainer (default: axolotl)."
+    )
     export.set_defaults(run=_export)
 
 
@@ -243,7 +246,7 @@ def _export(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     file = LogitsFile(options.file)
-    export(file, options.output)
+    export(file, options.output, options.format)
     print_result(Text(f"Exported {len(file):,} rows to {options.output}."))
     return 0
 
