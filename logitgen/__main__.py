@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
-        description="Preview and watch runs. Inspect, verify and export their files. Evaluate students.",
+        description="Preview and watch runs. Inspect, verify, export files. Evaluate students.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
     )
