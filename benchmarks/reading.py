@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import Spread, in_turns, parse, scratch, write_report
 from benchmarks.head import device_here
 from benchmarks.synthetic import Job, make_job, small_llama
-from logitgen import DistillationLoss, LogitsDataset, collate
+from logitgen import LogitsDataset, collate, distil
 from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, JSON_ATTRIBUTES, SETTINGS_READ
 
 VOCAB_SIZE, TOP_K, ROW_TOKENS = 32_000, 64, 256
@@ -74,13 +74,12 @@ def training_rate(dataset: LogitsDataset, batch_rows: int, steps: int) -> float:
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     student = small_llama(VOCAB_SIZE, tie_word_embeddings=True, **STUDENT).to(device, dtype).train()
-    loss, optimizer = DistillationLoss(dataset), torch.optim.AdamW(student.parameters(), lr=1e-4)
+    student, optimizer = distil(student, dataset), torch.optim.AdamW(student.parameters(), lr=1e-4)
     rates = []
     for batch in islice(shuffled(dataset, batch_rows, 0), steps + 1):
         on_device = {name: values.to(device) for name, values in batch.items()}
         start = time.perf_counter()
-        logits = student(on_device["input_ids"], attention_mask=on_device["attention_mask"]).logits
-        loss(logits, on_device).backward()
+        student(**on_device).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_linear_schedule_with_warmup
 
 from benchmarks.harness import ROOT, Spread, drawing, launch, write_report
-from logitgen import DistillationLoss, LogitsDataset, collate
+from logitgen import LogitsDataset, collate, distil
 from logitgen.student.dataset import IGNORED_LABEL
 
 KINDS = {
@@ -49,7 +49,7 @@ WARM_UP_SHARE = 0.1
 NUM_EVALUATIONS = 5
 
 Batch = dict[str, Tensor]
-Loss = Callable[[Tensor, Batch], Tensor]
+Loss = Callable[[PreTrainedModel, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def main() -> None:
     held_out = hold_out(options, teacher, num_rows)
 
     ways: dict[str, Loss] = {TOKENS_ALONE: tokens_alone, ONLINE: online(teacher)}
-    ways |= {f"file, {name}": DistillationLoss(dataset) for name, dataset in datasets.items()}
+    ways |= {f"file, {name}": of_file for name in datasets}
     curves: dict[str, list[Curve]] = {name: [] for name in ways}
     for seed in range(options.seeds):
         for name, loss in ways.items():
             dataset = datasets.get(name.removeprefix("file, "), next(iter(datasets.values())))
             student = cut_down(teacher, options.layers)
+            student = distil(student, dataset) if loss is of_file else student
             curve = train(student, loss, batches(dataset, seed), options.steps, options.learning_rate, held_out)
             curves[name].append(curve)
             print(f"seed {seed}, {name}: divergence {curve.points['divergence'][-1]:.4f} nats", flush=True)
@@ -169,7 +170,7 @@ def train(
     for step in range(1, steps + 1):
         start = time.perf_counter()
         batch = next(source)
-        loss(logits_of(student, batch), batch).backward()
+        loss(student, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -197,19 +198,25 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits
 
 
-def tokens_alone(logits_BTV: Tensor, batch: Batch) -> Tensor:
+def of_file(student: PreTrainedModel, batch: Batch) -> Tensor:
+    """The loss of a distilled student: it asks no teacher."""
+    loss: Tensor = student(**batch, use_cache=False).loss
+    return loss
+
+
+def tokens_alone(student: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy with the tokens that came."""
-    labels_BT = batch["labels"][:, 1:]
+    logits_BTV, labels_BT = logits_of(student, batch), batch["labels"][:, 1:]
     return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL)
 
 
 def online(teacher: PreTrainedModel) -> Loss:
     """Knowledge distillation as it is without a file: the teacher computes its logits at every step."""
 
-    def loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    def loss(student: PreTrainedModel, batch: Batch) -> Tensor:
         with torch.inference_mode():
             teacher_PV = logits_of(teacher, batch)[batch["captured"]].log_softmax(-1)
-        student_PV = logits_BTV[batch["captured"]].log_softmax(-1)
+        student_PV = logits_of(student, batch)[batch["captured"]].log_softmax(-1)
         return kl_div(student_PV, teacher_PV.clone(), reduction="batchmean", log_target=True)
 
     return loss

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from logitgen.student.dataset import LogitsDataset
     from logitgen.student.distil import distil
     from logitgen.student.losses import DistillationLoss
+    from logitgen.student.measure import Measured, measures
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,19 +22,23 @@ __all__ = [
     "LogitgenError",
     "LogitsDataset",
     "LogitsFile",
+    "Measured",
     "TokenBatches",
     "UsageError",
     "collate",
     "distil",
+    "measures",
 ]
 
 
 _NEEDING_TORCH = {
     "DistillationLoss": "losses",
     "LogitsDataset": "dataset",
+    "Measured": "measure",
     "TokenBatches": "batches",
     "collate": "collate",
     "distil": "distil",
+    "measures": "measure",
 }
 
 

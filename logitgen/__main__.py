@@ -1,4 +1,4 @@
-"""`python -m logitgen`: preview and watch a run; inspect, verify and export a file."""
+"""`python -m logitgen`: preview and watch a run; inspect, verify and export a file; evaluate a student."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from logitgen.facts import Decoder, facts, row_facts, status_facts
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import problems
 from logitgen.leader.status import Watch
-from logitgen.report import overview, preview_view, row_view, status_line, status_view, verdict_view
+from logitgen.report import evaluation_view, overview, preview_view, row_view, status_line, status_view, verdict_view
 
 MAX_PROBLEMS = 20
 """Number of problems after which `verify` stops."""
@@ -56,12 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="logitgen" if Path(sys.argv[0]).stem == "logitgen" else "python -m logitgen",
-        description="Preview and watch runs. Inspect, verify and export their files.",
+        description="Preview and watch runs. Inspect, verify, export files. Evaluate students.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the example keeps its lines
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for add in (_add_preview, _add_status, _add_inspect, _add_verify, _add_export):
+    for add in (_add_preview, _add_status, _add_inspect, _add_verify, _add_export, _add_evaluate):
         add(commands)
     return parser
 
@@ -122,11 +122,26 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    about = "Write the rows in the columns of axolotl's distillation, as a Parquet file or a save_to_disk folder."
+    about = "Write the rows in the columns of another trainer, as a Parquet file or a save_to_disk folder."
     export = commands.add_parser("export", help="Export a file for other trainers.", description=about)
     export.add_argument("file", type=Path, help="A complete file.")
     export.add_argument("output", type=Path, help="A name that ends in .parquet, or a folder's name without a dot.")
+    export.add_argument(
+        "--format", choices=["axolotl", "distillkit"], default="axolotl", help="The trainer (default: axolotl)."
+    )
     export.set_defaults(run=_export)
+
+
+def _add_evaluate(commands: Any) -> None:
+    about = "Run a student over the rows of a file: how far its distributions are from the teacher's."
+    evaluate = commands.add_parser("evaluate", help="Compare a student with a file's teacher.", description=about)
+    evaluate.add_argument("student", help="Folder or hub id of a causal language model, or of an adapter.")
+    evaluate.add_argument("--file", type=Path, required=True, help="A complete file of the student's teacher.")
+    evaluate.add_argument("--rows", type=int, help="Number of rows, drawn at random (default: all).")
+    evaluate.add_argument("--other_tokenizer", action="store_true", help="Take a tokenizer that is not the teacher's.")
+    evaluate.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the student.")
+    evaluate.add_argument("--json", action="store_true", help="Print JSON for scripts.")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _preview(options: argparse.Namespace) -> int:
@@ -231,8 +246,24 @@ def _export(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     file = LogitsFile(options.file)
-    export(file, options.output)
+    export(file, options.output, options.format)
     print_result(Text(f"Exported {len(file):,} rows to {options.output}."))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.rows is not None and options.rows < 1:
+        raise UsageError(f"--rows must be at least 1, got {options.rows}.")
+    file = LogitsFile(options.file)
+    from logitgen.evaluate import evaluate  # takes seconds
+
+    quiet_libraries()
+    tokenizer, code = options.other_tokenizer, options.trust_remote_code
+    known = evaluate(options.student, file, options.rows, other_tokenizer=tokenizer, trust_remote_code=code)
+    if options.json:
+        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+    else:
+        print_result(evaluation_view(known))
     return 0
 
 

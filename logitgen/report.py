@@ -195,6 +195,26 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
 
 
+def evaluation_view(known: dict[str, Any]) -> RenderableType:
+    """Draw what `evaluate` returns."""
+
+    def of(pattern: str, **values: float | None) -> str:
+        """Name the values that are known."""
+        return ", ".join(f"{name} {value:{pattern}}" for name, value in values.items() if value is not None)
+
+    lines = {
+        "student": known["student"],
+        "teacher": f"{known['teacher']}, {known['capture']} in {known['path']}",
+        "rows": f"{known['rows']:,} of {known['rows_of_file']:,}, {known['positions']:,} positions",
+        "divergence": of(".4f", forward=known["forward_kl"], reverse=known["reverse_kl"]) + "  nats per position",
+        "cross-entropy": of(".4f", student=known["cross_entropy"], teacher=known["teacher_cross_entropy"]),
+        "perplexity": of(",.3f", student=known["perplexity"], teacher=known["teacher_perplexity"]),
+        "top-1 agreement": of(".2%", **{"": known["agreement"]}).strip(),
+        "mass of the tail": of(".4f", student=known["tail"], teacher=known["teacher_tail"]),
+    }
+    return _definitions({name: line for name, line in lines.items() if line})
+
+
 def status_line(status: Status) -> str:
     """Return the status of a run in one line."""
     known = status.snapshot

@@ -1,13 +1,16 @@
 """The rows of every training batch: budgets, padding, epochs, ranks, and the loss of both forms of a batch."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from conftest import PAGES, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -148,3 +151,27 @@ def test_the_loss_is_the_same_with_padding_and_without(capture: Capture, teacher
     logits = student(free["input_ids"], position_ids=free["position_ids"], use_cache=False).logits
     assert loss(logits, free).item() == pytest.approx(expected.item(), rel=1e-9)
     assert expected.item() > 0.01
+
+
+def test_the_recipe_gives_each_file_its_share_of_the_positions(
+    capture: Capture, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole training, and of batches by tokens, whatever lengths and numbers of rows the files have."""
+    monkeypatch.chdir(tmp_path)
+    lengths = {"chat": [5, 9, 30, 1, 12], "code": [60, 2, 41, 55, 17, 80, 33, 0, 21, 10, 44, 62]}
+    for first_id, (name, sizes) in zip((10, 200), lengths.items(), strict=True):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", [{"input_ids": [first_id] * size} for size in sizes])
+        capture(teacher=teacher, dataset=data, output=tmp_path / f"{name}.h5", top_k=2)
+    (code,) = re.findall(r"```python\n([^`]*code\.h5.*?)```", PAGES["docs/training.md"], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    dataset = names["dataset"]
+    assert len(dataset) == 20_000
+    found = {10: 0, 200: 0}
+    batches = TokenBatches(dataset.lengths, 4096)
+    for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=collate):
+        for first_id in found:
+            found[first_id] += int((batch["captured"] & (batch["input_ids"] == first_id)).sum())
+    # A row of the shorter file has 10.4 positions, of the longer 34.5. The standard error of the share is 0.003.
+    assert found[10] / sum(found.values()) == pytest.approx(0.7, abs=0.012)
+    assert len(batches) > 50

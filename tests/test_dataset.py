@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_llama, make_tokenizer, write_jsonl
 from files import ARRAYS, ATTRIBUTES, FULL, write_file
 from launches import imported_by
 from tokenizers import Tokenizer, models
@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFl
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import logitgen
-from logitgen import DistillationLoss, FormatError, LogitsDataset, UsageError, collate
-from logitgen.student.dataset import IGNORED_LABEL
+from logitgen import DistillationLoss, FormatError, LogitsDataset, UsageError, collate, distil
+from logitgen.student.dataset import IGNORED_LABEL, check_ids
 
 Capture = Callable[..., Path]
 
@@ -417,17 +417,53 @@ def test_looking_into_a_file_needs_no_torch(path: Path) -> None:
 def test_the_package_hands_out_what_it_names() -> None:
     from logitgen import errors
     from logitgen.file import reader
-    from logitgen.student import batches, collate, dataset, distil, losses
+    from logitgen.student import batches, collate, dataset, distil, losses, measure
 
     origins = {
         "DistillationLoss": losses,
         "LogitsDataset": dataset,
         "collate": collate,
         "distil": distil,
+        "measures": measure,
         "LogitsFile": reader,
+        "Measured": measure,
         "TokenBatches": batches,
     }
     for name in logitgen.__all__:
         assert getattr(logitgen, name) is getattr(origins.get(name, errors), name)
     with pytest.raises(AttributeError, match="module 'logitgen' has no attribute 'nonsense'"):
         logitgen.nonsense  # noqa: B018
+
+
+def test_tokens_that_a_student_does_not_know_are_refused(capture: Capture, teacher: Path, tmp_path: Path) -> None:
+    """Where they are in rows that it is trained on, and not cut off."""
+    rows = [[5, 6, 7], [5, 300, 6], [5, 6, 350, 4], [], [7, 8]]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in rows])
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=data))
+    assert dataset.largest_id() == 350
+    message = r"The rows must have tokens below the student's 320, got 350\. Enlarge the student's embeddings"
+    for part in (dataset, dataset[2:3], ConcatDataset([dataset[:1], dataset]), Subset(dataset, [0, 2])):
+        with pytest.raises(UsageError, match=message):
+            check_ids(part, 320)
+    check_ids(dataset, 351)
+    check_ids(dataset[:2], 320)
+    check_ids(Subset(dataset, [0, 1, 3]), 320)
+    check_ids(ConcatDataset([dataset[:2], dataset[3:]]), 320)
+    check_ids(LogitsDataset(tmp_path / "out.h5", max_length=2), 320)
+
+
+def test_no_token_is_read_where_the_student_knows_all(
+    capture: Capture, teacher: Path, ragged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=ragged, limit=5))
+    monkeypatch.setattr(LogitsDataset, "largest_id", None)
+    check_ids(dataset, 384)
+
+
+def test_a_student_that_lacks_tokens_is_refused_before_it_trains(
+    capture: Capture, teacher: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 370, 7]}])
+    dataset = LogitsDataset(capture(teacher=teacher, dataset=data))
+    with pytest.raises(UsageError, match=r"tokens below the student's 360, got 370"):
+        distil(make_llama(360), dataset)

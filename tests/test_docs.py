@@ -27,6 +27,7 @@ from logitgen.config import Config
 from logitgen.options import parse_config
 from logitgen.rerun import TOLERANCES
 from logitgen.split.tokens import tokenize
+from logitgen.student.measure import _MEASURES
 
 README, DESIGN = PAGES["README.md"], PAGES["docs/design.md"]
 MOST_LINES, MOST_BYTES = 200, 12_000
@@ -140,6 +141,10 @@ def test_the_argument_table_is_that_of_the_loss() -> None:
     documented = {name.strip("`"): default.strip("`") for name, default, _ in table_rows("argument")}
     options = [field for field in dataclasses.fields(DistillationLoss) if field.init and field.name != "dataset"]
     assert documented == {field.name: str(field.default) for field in options}
+
+
+def test_the_table_of_measures_has_all_that_are_logged() -> None:
+    assert [name.strip("`") for name, _ in table_rows("measure")] == list(_MEASURES["topk"])
 
 
 def test_the_module_table_is_the_package() -> None:
@@ -351,8 +356,8 @@ def test_the_python_that_reads_runs(
     """What trains is run in test_training, and what merges in test_adapter."""
     monkeypatch.chdir(tmp_path)
     capture(teacher=teacher, dataset=ragged, output=tmp_path / "teacher.h5")
-    for part in range(4):
-        shutil.copy("teacher.h5", f"part_{part}.h5")
+    for name in ("part_0", "part_1", "part_2", "part_3", "chat", "code"):
+        shutil.copy("teacher.h5", f"{name}.h5")
     reading = [(page, code) for page, code in PYTHON if "student" not in code and "peft" not in code]
     assert {page for page, _ in reading} >= {"docs/format.md", "docs/scaling.md"}
     for page, code in reading:

@@ -1,6 +1,8 @@
 """The export, read back by `datasets` and pyarrow, and by what axolotl does with its columns."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from conftest import ROOT, make_llama, write_jsonl
 from files import ARRAYS, FULL, write_file
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
-from logitgen import LogitsFile, UsageError
+from logitgen import DistillationLoss, LogitsDataset, LogitsFile, UsageError, collate
 from logitgen.__main__ import main
+from logitgen.config import Config
 from logitgen.student import export as module
 from logitgen.student.export import export, target_logprobs
 
@@ -164,7 +170,7 @@ def test_a_capture_of_all_logits_is_refused(tmp_path: Path) -> None:
     path = write_file(tmp_path / "out.h5", FULL, capture="full", top_k=0)
     with pytest.raises(
         UsageError,
-        match=r"The export needs a file of --capture topk or sample, .* has --capture full.*Train from it with",
+        match=r"for axolotl needs a file of --capture topk or sample, .* has --capture full.*Train from it with",
     ):
         export(LogitsFile(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -215,3 +221,109 @@ def test_the_command_says_what_it_did(path: Path, tmp_path: Path, capsys: pytest
 def test_an_incomplete_file_is_refused(tmp_path: Path) -> None:
     path = write_file(tmp_path / "out.h5", ARRAYS | {"done": np.array([0, 0, 1], "u1")})
     assert main(["export", str(path), str(tmp_path / "out.parquet")]) == 2
+
+
+# DistillKit.
+
+
+@pytest.fixture
+def packed(capture: Capture, teacher: Path, ragged: Path) -> Path:
+    return capture(teacher=teacher, dataset=ragged, packing=True, max_length=33, top_k=8)
+
+
+def test_distillkits_columns_are_the_kept_values_and_the_tokens_without_the_last(packed: Path, tmp_path: Path) -> None:
+    export(LogitsFile(packed), tmp_path / "rows", "distillkit")
+    rows, file = load(tmp_path / "rows"), LogitsFile(packed)
+    assert list(rows.features) == ["input_ids", "token_ids", "top_values"]
+    for number, row in enumerate(rows.to_list()):
+        kept = file.row(number)
+        assert row["input_ids"] == kept["input_ids"][:32].tolist()
+        assert row["token_ids"] == kept["kept_ids"].tolist()
+        assert row["top_values"] == kept["kept_logprobs"].astype(float).tolist()
+
+
+def test_distillkits_loss_over_the_columns_is_that_of_the_file(packed: Path, teacher: Path, tmp_path: Path) -> None:
+    """As its `lossfuncs/kl.py` computes it with `symmetric_uniform`, entry t against the student's output at t."""
+    export(LogitsFile(packed), tmp_path / "rows.parquet", "distillkit")
+    rows, dataset = load(tmp_path / "rows.parquet").with_format("torch")[:4], LogitsDataset(packed)
+    student = make_llama(num_hidden_layers=1).double()
+    with torch.no_grad():
+        logits_BTV = student(rows["input_ids"]).logits
+        whole = collate([dataset[row] for row in range(4)])
+        expected = DistillationLoss(dataset)(student(whole["input_ids"]).logits, whole)
+    student_BTK = logits_BTV.log_softmax(-1).gather(-1, rows["token_ids"].long())
+    teacher_BTK = rows["top_values"].double()
+    missing = [torch.log1p(-kept.exp().sum(-1).clamp(1e-8, 1 - 1e-8)) for kept in (teacher_BTK, student_BTK)]
+    total = (teacher_BTK.exp() * (teacher_BTK - student_BTK)).sum() + (
+        missing[0].exp() * (missing[0] - missing[1])
+    ).sum()
+    assert expected.item() > 0.1
+    assert total.item() / rows["input_ids"].numel() == pytest.approx(expected.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": True, "max_length": 33, "completion_only": True}], ids=["ragged", "completions"]
+)
+def test_distillkit_takes_no_rows_of_which_it_would_train_the_wrong_positions(
+    capture: Capture, teacher: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    data = [{"prompt": "say " * length, "completion": "nothing but this " * 9} for length in (3, 9, 4, 7)]
+    file = LogitsFile(capture(teacher=teacher, dataset=write_jsonl(tmp_path / "rows.jsonl", data), **options))
+    with pytest.raises(UsageError, match=r"needs packed rows of one length with all.*Capture with --packing, without"):
+        export(file, tmp_path / "rows", "distillkit")
+    assert not (tmp_path / "rows").exists()
+
+
+def test_distillkit_takes_no_drawn_tokens(capture: Capture, teacher: Path, ragged: Path, tmp_path: Path) -> None:
+    path = capture(teacher=teacher, dataset=ragged, packing=True, max_length=33, capture="sample", top_k=8)
+    with pytest.raises(UsageError, match=r"The export for distillkit needs a file of --capture topk, .* sample"):
+        export(LogitsFile(path), tmp_path / "rows", "distillkit")
+
+
+def test_the_command_takes_the_format(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(packed), str(tmp_path / "rows"), "--format", "distillkit"]) == 0
+    assert "token_ids" in load(tmp_path / "rows").features
+    assert main(["export", str(packed), str(tmp_path / "other"), "--format", "megatron"]) == 2
+    assert "invalid choice: 'megatron'" in capsys.readouterr().err.lower()
+
+
+# The examples.
+
+
+def example(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
+
+
+def test_axolotls_example_has_what_it_documents() -> None:
+    """Of 0.19.0: `integrations/kd/args.py`, its README, and `docs/dataset-formats/tokenized.qmd`."""
+    config = example("axolotl")
+    kd = {"kd_trainer", "kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_beta", "kd_normalize_topk"}
+    assert {name for name in config if name.startswith("kd_")} <= kd
+    assert (config["plugins"], config["kd_trainer"]) == (["axolotl.integrations.kd.KDPlugin"], True)
+    assert (config["kd_temperature"], config["kd_normalize_topk"]) == (1.0, True)
+    assert config["datasets"] == [{"path": "rows.parquet", "ds_type": "parquet", "type": None}]
+
+
+def test_distillkits_example_has_what_it_documents() -> None:
+    """Of 1.0.0: `configuration.py`, `compression/config.py` and `missing_probability.py`."""
+    config = example("distillkit")
+    run = {"project_name", "model", "dataset", "teacher", "sequence_length", "output_path", "loss_functions"}
+    assert config.keys() == run | {"training_args"}
+    assert config["dataset"] == {"train_dataset": {"disk_path": "rows"}, "prepacked": True}
+    compressor = config["teacher"]["logprob_compressor"]
+    assert config["teacher"].keys() == {"kind", "logprob_compressor"}
+    assert compressor.keys() == {"d", "k", "exact_k", "residual_bins"}  # those that must be given
+    assert compressor["k"] == compressor["exact_k"] == Config(teacher="t", dataset="d", output="o").top_k
+    (loss,) = config["loss_functions"]
+    assert loss["missing_probability_handling"] in ("zero", "symmetric_uniform")
+    assert loss["function"] == "kl"
+    assert config["training_args"]["remove_unused_columns"] is False
+    assert config["training_args"].keys() <= {field.name for field in dataclasses.fields(SFTConfig)}
+
+
+def test_the_examples_say_how_their_rows_are_made() -> None:
+    for name in ("axolotl", "distillkit"):
+        text = (ROOT / "examples" / f"{name}.yaml").read_text()
+        (command,) = re.findall(r"python -m logitgen (export .*)", text)
+        rows = command.split()[2]
+        assert f": {rows}\n" in text

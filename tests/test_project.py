@@ -23,6 +23,7 @@ YAML_FILES = [
     ROOT / "CITATION.cff",
     *ROOT.glob(".github/**/*.yml"),
     *ROOT.glob("accelerate_configs/*.yaml"),
+    *ROOT.glob("examples/*.yaml"),
 ]
 
 
@@ -107,6 +108,7 @@ def test_help_names_the_command_as_it_was_started(
         "inspect",
         "verify",
         "export",
+        "evaluate",
     ]
     assert f"\n  {command} inspect teacher.h5 --row 1" in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -23,7 +23,7 @@ TRAINING = [
 ]
 """All Python that trains; test_docs runs the rest."""
 
-RECIPES = dict(zip(["loop", "padding_free", "step", "trainer", "trl"], TRAINING, strict=True))
+RECIPES = dict(zip(["loop", "padding_free", "measured", "step", "trainer", "trl"], TRAINING, strict=True))
 
 
 @pytest.fixture
@@ -142,6 +142,32 @@ def test_a_trainer_evaluates(dataset: LogitsDataset, teacher: Path) -> None:
     change = "train_dataset=dataset", "eval_dataset=[dataset[row] for row in range(8)]"
     names = run(RECIPES["trainer"], teacher, student, change, ("trainer.train()", "found = trainer.evaluate()"))
     assert names["found"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["measured", "trl"])
+def test_a_trainer_logs_what_its_student_measures(name: str, dataset: LogitsDataset, teacher: Path) -> None:
+    changes = [("=1e-3", "=3e-3, save_strategy='no', per_device_eval_batch_size=2, bf16=False")]
+    if name == "trl":
+        changes += [("(SFTTrainer)", "(logitgen.Measured, SFTTrainer)"), ("=3e-3", "=3e-3, logging_steps=5")]
+        changes += [("distil(student, dataset)", "distil(student, dataset, measure=True, cross_entropy_weight=0.5)")]
+    names = run("import logitgen\n" + RECIPES[name], teacher, make_student(), *changes)
+    history = names["trainer"].state.log_history
+    logged = [line for line in history if "loss" in line]
+    for line in logged:
+        assert line["loss"] == pytest.approx((line["divergence"] + line["cross_entropy"]) / 2, rel=1e-5)
+        assert 0 < line["teacher_tail"] < line["tail"] < 1
+    assert len(logged) >= 3
+    assert logged[-1]["divergence"] < 0.9 * logged[0]["divergence"]
+    assert logged[-1]["agreement"] > logged[0]["agreement"]
+    if name == "measured":
+        test, student = names["test"], names["student"].eval()
+        expected = DistillationLoss(dataset, cross_entropy_weight=0.5)
+        batch = collate([row for row in test if len(row["positions"])])
+        with torch.no_grad():
+            logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        (*_, evaluated) = (line for line in history if "eval_loss" in line)
+        assert evaluated["eval_loss"] == pytest.approx(expected(logits, batch).item(), rel=1e-4)
+        assert evaluated["eval_divergence"] > 0
 
 
 RANK = """

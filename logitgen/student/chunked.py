@@ -26,6 +26,9 @@ _WHOLE_SHARE = 4
 """Whole distributions take eight tensors of a chunk's size at their peak, kept tokens two: so the former get a quarter
 of the positions, and both take no more than two times `CHUNK_LOGITS`."""
 
+Watch = Callable[[Tensor, Mapping[str, Tensor], tuple[Tensor, Tensor | None]], None]
+"""Takes the student's logits of a chunk [C, V], the values at its positions, and the parts of its loss."""
+
 
 def loss_of_hidden(
     loss: DistillationLoss,
@@ -33,11 +36,12 @@ def loss_of_hidden(
     hidden_BTD: Tensor,
     batch: Mapping[str, Tensor],
     num_items_in_batch: Tensor | int | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Compute the same as `loss(logits, batch, num_items_in_batch)` from the hidden states that the head reads.
 
     The products have the dtype of autocast, or else of the hidden states. All else has float32, or float64 if they do.
-    The gradients for hidden states, weight and bias are summed in float32.
+    The gradients for hidden states, weight and bias are summed in float32. `watch` is called for every chunk.
 
     Returns:
         A scalar, float32 or float64. It has one backward pass.
@@ -51,12 +55,15 @@ def loss_of_hidden(
 
     def sum_of(logits_CV: Tensor, chunk: slice) -> Tensor:
         at = {name: captured_P[chunk].to(tensor.device) for name, tensor in values.items()}
-        return loss.sum_over(head.after_product(logits_CV), {name: values[name][at[name]] for name in values})
+        student_CV, known = head.after_product(logits_CV), {name: values[name][at[name]] for name in values}
+        parts = loss.parts_over(student_CV, known)
+        if watch:
+            watch(student_CV, known, parts)
+        return loss.joined(*parts)
 
     hidden_PD = hidden_BTD.flatten(0, 1)[captured_P.to(hidden_BTD.device)]
     device_type = hidden_BTD.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_PD.dtype
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_PD.dtype
     num_logits = losses.CHUNK_LOGITS if "kept_ids" in values else losses.CHUNK_LOGITS // _WHOLE_SHARE
     step = max(1, num_logits // len(head.weight_VD))
     task = _Task(sum_of, dtype, step, torch.is_grad_enabled())

@@ -159,6 +159,17 @@ class LogitsDataset(Dataset[Row]):
         first, second = np.split(order, [round(share * len(self))])
         return self.select(np.sort(first)), self.select(np.sort(second))
 
+    def largest_id(self) -> int:
+        """Return the largest token id of these rows, or -1. It reads their tokens and nothing else."""
+        largest = -1
+        for number in self._rows:
+            index = bisect_right(self._ends, number)
+            file = self._files[index]
+            row = number - self._ends[index] + len(file)
+            ids = file.arrays["input_ids"][slice(*file.arrays["offsets"][row : row + 2])][: self.max_length]
+            largest = max(largest, int(ids.max(initial=0)) if len(ids) else -1)
+        return largest
+
     def _view(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "LogitsDataset":
         view = copy(self)
         view._rows = rows
@@ -239,6 +250,29 @@ def source_of(dataset: Any) -> Any:
             _check_fits(other._files[0], first._files[0])
         return first
     return dataset
+
+
+def check_ids(dataset: Any, vocab_size: int) -> None:
+    """Refuse rows with tokens that a student's vocabulary does not have.
+
+    Tokens are read only where the vocabulary is smaller than the teacher's.
+
+    Raises:
+        UsageError: A row has such a token.
+    """
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            check_ids(part, vocab_size)
+    elif isinstance(dataset, Subset):
+        inner = dataset.dataset
+        check_ids(inner.select(dataset.indices) if isinstance(inner, LogitsDataset) else inner, vocab_size)
+    elif isinstance(dataset, LogitsDataset):
+        known = max(dataset.attributes["vocab_size"], dataset.attributes["tokenizer_size"])
+        if vocab_size < known and (largest := dataset.largest_id()) >= vocab_size:
+            raise UsageError(
+                f"The rows must have tokens below the student's {vocab_size}, got {largest}. Enlarge the student's "
+                "embeddings to the teacher's tokenizer, or leave the rows out with dataset.select."
+            )
 
 
 def _tensor(array: Any) -> Tensor:

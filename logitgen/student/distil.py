@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from logitgen.errors import first_line
 from logitgen.head import Head, forward_replaced, probe_values, scale_and_cap, scaled_and_capped
 from logitgen.student.chunked import loss_of_hidden
-from logitgen.student.dataset import LogitsDataset
+from logitgen.student.dataset import LogitsDataset, check_ids
 from logitgen.student.losses import DistillationLoss
+from logitgen.student.measure import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _FOR_STUDENT = ("input_ids",)
 Student = TypeVar("Student", bound=nn.Module)
 
 
-def distil(student: Student, dataset: LogitsDataset, **options: Any) -> Student:
+def distil(student: Student, dataset: LogitsDataset, *, measure: bool = False, **options: Any) -> Student:
     """Have a student's forward take batches of `collate` and return an output with their `loss`.
 
     The loss is that of `DistillationLoss`, computed from the last hidden states a chunk of positions at a time. The
@@ -48,17 +49,22 @@ def distil(student: Student, dataset: LogitsDataset, **options: Any) -> Student:
     Args:
         student: A causal language model of transformers, or a PEFT model of one. It is changed in place.
         dataset: The dataset of the batches.
+        measure: Have it keep what `measures` reads, at the cost of another look at the logits of each chunk.
         options: Arguments of `DistillationLoss`.
 
     Returns:
         The student.
 
     Raises:
-        UsageError: An option is out of its range, or does not fit the file's capture.
+        UsageError: An option is out of its range, or does not fit the file's capture, or the rows have tokens that the
+            student does not know.
     """
     loss = DistillationLoss(dataset, **options)
     model: Any = student.get_base_model() if hasattr(student, "get_base_model") else student  # type: ignore[operator]
+    if num_ids := getattr(model.get_input_embeddings(), "num_embeddings", None):
+        check_ids(dataset, num_ids)
     names = {*(dataset[0] if len(dataset) else ()), *_BESIDE_ROWS}.difference(_FOR_STUDENT)
+    model.meter = Meter(loss) if measure else None
     model.forward = _Forward(model, model.forward, loss, frozenset(names), _steps_after_product(model))
     model.accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
     return student
@@ -96,6 +102,8 @@ class _Forward:
                 _warn_once(f"its head is now a {type(head).__name__}")
             output = self.plain(*args, **inputs)
             value = self.loss(output.logits, batch, num_items_in_batch)
+            if self.model.meter:
+                self.model.meter.add_logits(output.logits, batch, self.model.training)
         return type(output)(**{**output, "loss": value, "logits": None})
 
     def _run_chunked(
@@ -104,11 +112,13 @@ class _Forward:
         """Run the student with a head that computes the loss, and returns logits of no tokens."""
         scale, soft_cap = cast(tuple[float, float], self.steps)
         found: list[Tensor] = []
+        meter = self.model.meter
+        watch = partial(meter.add, training=self.model.training) if meter else None
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def lose(hidden_BTD: Tensor) -> Tensor:
             form = Head(weight_VD=head.weight, bias_V=head.bias, scale=scale, soft_cap=soft_cap)
-            found.append(loss_of_hidden(self.loss, form, hidden_BTD, batch, num_items))
+            found.append(loss_of_hidden(self.loss, form, hidden_BTD, batch, num_items, watch))
             return hidden_BTD.new_empty((*hidden_BTD.shape[:-1], 0))
 
         with forward_replaced(head, lose):

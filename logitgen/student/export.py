@@ -1,6 +1,6 @@
 """A file as a `datasets` folder or a Parquet file, in the columns of trainers that read stored log-probs from rows.
 
-The columns are those of axolotl's knowledge distillation. Every row is one training example of T tokens:
+Every row is one training example. The columns of axolotl's knowledge distillation, for T tokens:
 
     input_ids, attention_mask, labels   int32[T], labels unshifted, -100 where nothing is trained
     target_token_ids, target_logprobs   int32[T, K] and float32[T, K]; entry t is the distribution of token t+1
@@ -9,12 +9,23 @@ The columns are those of axolotl's knowledge distillation. Every row is one trai
 Source: axolotl 0.19.0, `integrations/kd/collator.py` (the columns) and `kernels/liger.py`, which compares entry t with
 the student's output at t and shifts the labels alone.
 
+Those of DistillKit's offline distillation, for a packed row of T + 1 tokens, all captured:
+
+    input_ids    int32[T], the last token left out, because nothing is known of the one after it
+    token_ids    int32[T, K], entry t is the distribution of token t+1
+    top_values   float32[T, K], log-probs as they are
+
+Source: DistillKit 1.0.0, `compression/compressor.py` (the raw form of a row) and `trainer.py`, which compares entry t
+with the student's output at t. It trains position t where there is a label of token t, not of token t+1. Where all
+positions are trained, as here, that is no matter.
+
 Shape letters: T tokens of a row, P captured positions, K kept per position, E entries of several rows together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,32 +43,35 @@ MASKED_LOGPROB = -1e9
 
 _ENTRIES_AT_ONCE = 2**21
 
-SCHEMA = pa.schema(
-    {name: pa.list_(pa.int32()) for name in ("input_ids", "attention_mask", "labels")}
-    | {
-        "target_token_ids": pa.list_(pa.list_(pa.int32())),
-        "target_logprobs": pa.list_(pa.list_(pa.float32())),
-        "target_mask": pa.list_(pa.list_(pa.int8())),
-    }
+_IDS, _WIDE_IDS, _WIDE_VALUES = (
+    pa.list_(pa.int32()),
+    pa.list_(pa.list_(pa.int32())),
+    pa.list_(pa.list_(pa.float32())),
 )
 
 Example = dict[str, Array]
 
 
-def export(file: LogitsFile, output: Path) -> None:
+Format = Literal["axolotl", "distillkit"]
+
+
+def export(file: LogitsFile, output: Path, form: Format = "axolotl") -> None:
     """Write a file's rows as Parquet where the output's name ends in `.parquet`, else as a `save_to_disk` folder.
 
     Rows are streamed. A folder takes twice its size on the disk during the write. The output appears in full or not at
     all.
 
     Raises:
-        UsageError: The file holds neither topk nor sample, or the output exists or cannot be written.
+        UsageError: The trainer cannot use what the file holds, or the output exists or cannot be written.
     """
-    if file.layout.capture not in WITH_KEPT_IDS:
+    kinds, schema, examples = _FORMATS[form]
+    if file.layout.capture not in kinds:
         raise UsageError(
-            f"The export needs a file of --capture {' or '.join(WITH_KEPT_IDS)}, {file.path} has --capture "
+            f"The export for {form} needs a file of --capture {' or '.join(kinds)}, {file.path} has --capture "
             f"{file.layout.capture}. Train from it with LogitsDataset."
         )
+    if form == "distillkit":
+        _check_packed(file)
     if output.suffix not in ("", ".parquet"):
         raise UsageError(f"The output must end in .parquet, or be a folder's name without a dot, got {output.name}.")
     if output.exists():
@@ -65,14 +79,36 @@ def export(file: LogitsFile, output: Path) -> None:
     write = _write_parquet if output.suffix else _write_folder
     try:
         with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
-            write(file, Path(beside) / output.name)
+            write(schema, _tables(file, schema, examples), Path(beside) / output.name)
             (Path(beside) / output.name).rename(output)
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {reason(error)}. Choose another place.") from error
 
 
-def examples(file: LogitsFile) -> Iterator[Example]:
-    """Yield the rows one by one in the trainers' columns, shapes and dtypes as at the top."""
+def _check_packed(file: LogitsFile) -> None:
+    """Refuse rows that DistillKit would train at the wrong positions, or could not stack into a batch."""
+    lengths, counts = (np.diff(file.arrays[name]) for name in ("offsets", "position_offsets"))
+    if np.any(lengths != lengths[0]) or np.any(counts != lengths - 1):
+        raise UsageError(
+            f"The export for distillkit needs packed rows of one length with all positions captured, {file.path} has "
+            f"rows of {lengths.min():,} to {lengths.max():,} tokens, {counts.sum():,} positions in all. Capture with "
+            "--packing, without --completion_only."
+        )
+
+
+def _of_distillkit(file: LogitsFile) -> Iterator[Example]:
+    """Yield the rows one by one in DistillKit's columns."""
+    for number in range(len(file)):
+        row = file.row(number)
+        yield {
+            "input_ids": row["input_ids"][:-1].astype(np.int32),
+            "token_ids": row["kept_ids"].astype(np.int32),
+            "top_values": row["kept_logprobs"].astype(np.float32),
+        }
+
+
+def _of_axolotl(file: LogitsFile) -> Iterator[Example]:
+    """Yield the rows one by one in axolotl's columns."""
     for number in range(len(file)):
         row = file.row(number)
         num_tokens, positions = len(row["input_ids"]), row["positions"]
@@ -110,40 +146,62 @@ def target_logprobs(row: dict[str, Array]) -> Array:
     return targets_PK.clamp(min=MASKED_LOGPROB).float().numpy()
 
 
-def _write_parquet(file: LogitsFile, path: Path) -> None:
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for table in _tables(file):
+_FORMATS: dict[Format, tuple[Sequence[str], pa.Schema, Callable[[LogitsFile], Iterator[Example]]]] = {
+    "axolotl": (
+        WITH_KEPT_IDS,
+        pa.schema(
+            dict.fromkeys(("input_ids", "attention_mask", "labels"), _IDS)
+            | {"target_token_ids": _WIDE_IDS, "target_logprobs": _WIDE_VALUES}
+            | {"target_mask": pa.list_(pa.list_(pa.int8()))}
+        ),
+        _of_axolotl,
+    ),
+    "distillkit": (
+        ("topk",),
+        pa.schema({"input_ids": _IDS, "token_ids": _WIDE_IDS, "top_values": _WIDE_VALUES}),
+        _of_distillkit,
+    ),
+}
+"""By format: the kinds of capture it takes, its columns, and the rows in them. DistillKit has no place for weights of
+drawn tokens."""
+
+
+def _write_parquet(schema: pa.Schema, tables: Iterator[pa.Table], path: Path) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in tables:
             writer.write_table(table)
 
 
-def _write_folder(file: LogitsFile, path: Path) -> None:
+def _write_folder(schema: pa.Schema, tables: Iterator[pa.Table], path: Path) -> None:
     """Write the rows as one Arrow stream, which `datasets` maps into memory and saves in its own way."""
     from datasets import Dataset  # takes a second: only for a folder
 
     stream = path.with_suffix(".arrow")
-    with pa.ipc.new_stream(stream, SCHEMA) as writer:
-        for table in _tables(file):
+    with pa.ipc.new_stream(stream, schema) as writer:
+        for table in tables:
             writer.write_table(table)
     Dataset.from_file(str(stream)).save_to_disk(path)
 
 
-def _tables(file: LogitsFile) -> Iterator[pa.Table]:
+def _tables(
+    file: LogitsFile, schema: pa.Schema, examples: Callable[[LogitsFile], Iterator[Example]]
+) -> Iterator[pa.Table]:
     """Yield the rows as tables of a bounded number of entries."""
     collected: list[Example] = []
     num_entries = 0
     for example in examples(file):
         collected.append(example)
-        num_entries += example["target_mask"].size
+        num_entries += max(array.size for array in example.values())
         if num_entries >= _ENTRIES_AT_ONCE:
-            yield _table(collected)
+            yield _table(collected, schema)
             collected, num_entries = [], 0
     if collected or not len(file):
-        yield _table(collected)
+        yield _table(collected, schema)
 
 
-def _table(rows: Sequence[Example]) -> pa.Table:
-    columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+def _table(rows: Sequence[Example], schema: pa.Schema) -> pa.Table:
+    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _column(arrays: Sequence[Array], kind: pa.ListType) -> pa.ListArray:

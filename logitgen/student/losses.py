@@ -177,14 +177,18 @@ class DistillationLoss:
 
     def sum_over(self, student_CV: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Sum the loss over captured positions, given the student's logits in float32 or float64, and the values."""
-        known = {name: _like(student_CV, tensor) for name, tensor in values.items()}
-        weight = self.cross_entropy_weight
+        return self.joined(*self.parts_over(student_CV, values))
+
+    def parts_over(self, student_CV: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Sum the two parts of the loss: the divergence, and the cross-entropy unless its weight is 0."""
+        known = {name: like_student(student_CV, tensor) for name, tensor in values.items()}
         total = self._divergence_sum(student_CV, known)
-        if not weight:
-            return total
-        came_C = known["labels"] != IGNORED_LABEL
-        next_C = logprobs_at(student_CV, known["labels"].clamp(min=0)[:, None])[:, 0]
-        return (1 - weight) * total - weight * next_C[came_C].sum()
+        return total, cross_entropy_sum(student_CV, known["labels"]) if self.cross_entropy_weight else None
+
+    def joined(self, divergence: Tensor, cross_entropy: Tensor | None) -> Tensor:
+        """Weigh the parts of the loss."""
+        weight = self.cross_entropy_weight
+        return divergence if cross_entropy is None else (1 - weight) * divergence + weight * cross_entropy
 
     def _divergence_sum(self, student_CV: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         if self._capture == "sample":
@@ -192,7 +196,7 @@ class DistillationLoss:
         if self._capture == "topk":
             events = kept_events(student_CV, known["kept_ids"], known["kept_logprobs"], ghost=self.tail == "ghost")
         else:
-            events = common_columns(student_CV, self._teacher_logits(known))
+            events = common_columns(student_CV, self.teacher_logits(known))
         teacher_CE, student_CE = (normalised(logprobs / self.temperature) for logprobs in events)
         return self.temperature**2 * self._divergence(teacher_CE, student_CE)
 
@@ -204,7 +208,7 @@ class DistillationLoss:
         mixture_CE = torch.logaddexp(teacher_CE + math.log(self.beta), student_CE + math.log(1 - self.beta))
         return self.beta * kl_sum(teacher_CE, mixture_CE) + (1 - self.beta) * kl_sum(student_CE, mixture_CE)
 
-    def _teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
+    def teacher_logits(self, known: Mapping[str, Tensor]) -> Tensor:
         """Return the teacher's logits [C, W]. Hidden states go through the head in the teacher's own dtype."""
         if self._capture == "full":
             return known["logits"]
@@ -236,7 +240,14 @@ class DistillationLoss:
                 f"The student's logits must have the shape {[*captured_BT.shape, 'vocabulary']}, as the batch has, got "
                 f"{list(shape)}. Run the student on the batch's input_ids, and pass all its logits."
             )
-        num_columns = shape[-1]
+        self.check_vocabulary(shape[-1])
+
+    def check_vocabulary(self, num_columns: int) -> None:
+        """Compare the columns of a student's logits with the teacher's vocabulary.
+
+        Raises:
+            UsageError: There are too few or too many.
+        """
         vocab_size, tokenizer_size = (self.dataset.attributes[name] for name in ("vocab_size", "tokenizer_size"))
         least = min(vocab_size, tokenizer_size or vocab_size)
         most = max(vocab_size, tokenizer_size) + MAX_PADDED_ROWS
@@ -253,6 +264,12 @@ def _next_labels(labels_BT: Tensor) -> Tensor:
     return pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
 
+def cross_entropy_sum(student_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Sum the student's cross-entropy with the tokens that came."""
+    came_C = labels_C != IGNORED_LABEL
+    return -logprobs_at(student_CV, labels_C.clamp(min=0)[:, None])[:, 0][came_C].sum()
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: never below float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -265,7 +282,7 @@ def mean_of(total: Tensor, num_captured: int, num_items_in_batch: Tensor | int |
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
-def _like(student_CV: Tensor, values: Tensor) -> Tensor:
+def like_student(student_CV: Tensor, values: Tensor) -> Tensor:
     """Move the teacher's values to the student's device, and all but ids to its dtype."""
     dtype = student_CV.dtype if values.is_floating_point() else values.dtype
     return values.to(student_CV.device, dtype, non_blocking=True)
