@@ -18,6 +18,7 @@ from logitgen.errors import UsageError
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.rerun import sample_rows
+from logitgen.split.batch import Pass
 from logitgen.split.tokens import load_tokenizer
 from logitgen.student.batches import TokenBatches
 from logitgen.student.collate import collate
@@ -91,12 +92,12 @@ def _measured(student: Teacher, dataset: LogitsDataset) -> dict[str, Any]:
     of_teacher, num_positions = 0.0, 0
     batches = TokenBatches(dataset.lengths, _MAX_TOKENS)
     for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=collate):
-        row_P, position_P = (each.to(student.device) for each in batch["captured"].nonzero(as_tuple=True))
         captured_P = batch["captured"].flatten()
+        slots = captured_P.nonzero()[:, 0].numpy()
         values = {key: tensor[captured_P] for key, tensor in forward.values_of(batch).items()}
         of_teacher -= batch["target_logprob"].flatten()[captured_P].sum(dtype=torch.float64).item()
-        num_positions += len(row_P)
-        for span, logits_CV, _ in student.logits(batch["input_ids"].to(student.device), row_P, position_P):
+        num_positions += len(slots)
+        for span, logits_CV, _ in student.logits([Pass(batch["input_ids"].numpy())], slots):
             student_CV, known = logits_CV.float(), {key: tensor[span] for key, tensor in values.items()}
             for meter in meters.values():
                 meter.add(student_CV, known, meter.loss.parts_over(student_CV, known), training=False)

@@ -28,7 +28,7 @@ from logitgen.file.layout import Layout
 from logitgen.file.reader import LogitsFile
 from logitgen.leader.output import Output
 from logitgen.leader.places import write_known
-from logitgen.leader.progress import Progress
+from logitgen.leader.progress import Progress, Speed
 from logitgen.leader.writer import Writer
 from logitgen.options import parse_config
 from logitgen.provenance import (
@@ -42,7 +42,7 @@ from logitgen.ranks.agree import UNLIMITED, Ranks
 from logitgen.ranks.deliver import Outbox
 from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
-from logitgen.report import Speed, estimate_view, summary
+from logitgen.report import estimate_view, summary
 from logitgen.split.encoded import remarks
 from logitgen.split.job import Job
 from logitgen.split.load import load_split

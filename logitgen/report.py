@@ -1,7 +1,6 @@
 """Views of a file and a run for the terminal: tables and lines, drawn from facts."""
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from rich.text import Text
 from logitgen.console import format_bytes, format_seconds, printable
 from logitgen.facts import facts
 from logitgen.file.reader import LogitsFile
-from logitgen.leader.progress import bars
+from logitgen.leader.progress import Speed, bars
 from logitgen.leader.status import Status
 
 if TYPE_CHECKING:
@@ -89,25 +88,6 @@ def _quantized(how: str) -> str:
         return f", quantised by {json.loads(how)['quant_method']}" if how else ""
     except (ValueError, TypeError, KeyError, RecursionError):  # of another version, or forged
         return ", quantised"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed of a run.
-
-    Attributes:
-        num_tokens: Tokens of rows that the teacher had to read, without padding.
-        seconds: Time from the first forward pass to the last row written.
-        padding_share: Share of padding among all that went through the teacher.
-        saved_share: Share of the rows' tokens that did not go through it, because rows share prefixes.
-        waited_share: Share of the ranks' time in which they waited for transport or disk.
-    """
-
-    num_tokens: int
-    seconds: float
-    padding_share: float
-    saved_share: float
-    waited_share: float
 
 
 def summary(file: LogitsFile, num_duplicates: int, speed: Speed) -> RenderableType:

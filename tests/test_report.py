@@ -22,7 +22,8 @@ from logitgen import FormatError, LogitsFile, UsageError, console
 from logitgen.__main__ import main
 from logitgen.estimate import Estimate, Pilot
 from logitgen.facts import facts, row_facts
-from logitgen.report import Speed, estimate_view, overview, row_view, summary, verdict_view
+from logitgen.leader.progress import Speed
+from logitgen.report import estimate_view, overview, row_view, summary, verdict_view
 from logitgen.rerun import Rerun
 
 Capture = Callable[..., Path]

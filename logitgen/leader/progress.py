@@ -91,6 +91,25 @@ class Snapshot:
         return f"rank {stream * self.ranks_of_stream}"
 
 
+@dataclass(frozen=True)
+class Speed:
+    """The speed of a run.
+
+    Attributes:
+        num_tokens: Tokens of rows that the teacher had to read, without padding.
+        seconds: Time from the first forward pass to the last row written.
+        padding_share: Share of padding among all that went through the teacher.
+        saved_share: Share of the rows' tokens that did not go through it, because rows share prefixes.
+        waited_share: Share of the ranks' time in which they waited for transport or disk.
+    """
+
+    num_tokens: int
+    seconds: float
+    padding_share: float
+    saved_share: float
+    waited_share: float
+
+
 def bars(known: Snapshot, eta: str, max_streams: int) -> RenderableType:
     """Draw a bar for the whole and one for each stream, or only for the slowest if there are too many."""
     table = Table.grid(padding=(0, 1), expand=True)
