@@ -12,7 +12,7 @@ import sys
 
 from benchmarks.harness import ROOT
 
-ON_ROWS = ("comparison", "overlap", "startup", "sharing", "fidelity", "padding")
+ON_ROWS = ("comparison", "overlap", "startup", "sharing", "fidelity", "padding", "prefixes")
 NEEDED = {"--teacher": (*ON_ROWS, "chats"), "--dataset": ON_ROWS}
 EVERYDAY = (*ON_ROWS, "chats", "leader", "head", "student", "growth", "reading", "scaling")
 ALL = (*EVERYDAY, "gpu")

@@ -44,9 +44,8 @@ from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
 from logitgen.report import estimate_view, summary
 from logitgen.split.encoded import remarks
-from logitgen.split.job import Job
+from logitgen.split.job import Job, job_of
 from logitgen.split.load import load_split
-from logitgen.split.plan import Plan
 from logitgen.split.prefixes import Neighbours, neighbours
 from logitgen.split.rows import Rows
 from logitgen.split.shapes import template_of
@@ -193,17 +192,16 @@ def load_teacher(
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)
     prefixes = shared_prefixes(ranks, config, rows, teacher, info.length_switch)
     if config.batch_tokens.is_auto:
-        plan = Plan(rows.forward_lengths, PROBE_TOKENS, info.length_switch, prefixes)
+        probe = job_of(rows, layout, PROBE_TOKENS, info.length_switch, prefixes)
         with ranks.in_step():
-            fitting = fitting_batch_tokens(teacher, Job(rows, plan, layout), ranks.ranks_of_machine)
+            fitting = fitting_batch_tokens(teacher, probe, ranks.ranks_of_machine)
         config = config.with_batch_tokens(min(ranks.gathered(fitting)))
         logger.info(f"As many tokens as fit into memory: --batch_tokens {config.batch_tokens:,}.")
     about = split.about | settings_attributes(config) | teacher_attributes(teacher)
     with ranks.together():
         if ranks.is_leader:
             output.check(about)
-    plan = Plan(rows.forward_lengths, config.batch_tokens, info.length_switch, prefixes)
-    return config, Job(rows, plan, layout), teacher, about
+    return config, job_of(rows, layout, config.batch_tokens, info.length_switch, prefixes), teacher, about
 
 
 def shared_prefixes(

@@ -36,6 +36,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import datasets
 import numpy as np
 import psutil
 import torch.distributed as dist
@@ -45,15 +46,20 @@ from rich.table import Table
 
 import logitgen.leader.writer
 from logitgen import LogitsFile, generate
+from logitgen.config import Config
 from logitgen.file import header
 from logitgen.file.layout import row_crc32
 from logitgen.leader.progress import Progress
-from logitgen.split.plan import Plan
+from logitgen.split.job import job_of
+from logitgen.split.prefixes import neighbours
+from logitgen.split.rows import Rows
 
 messages = Console(stderr=True, width=160)
 
 COMMIT_SECONDS = 0.1
 BATCH_TOKENS = 200
+
+LISTS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 BATCH_SECONDS = 0.004
 """How long a forward pass takes at least, so that there is something to disturb."""
 ENDS_WITHIN_SECONDS = 60
@@ -149,16 +155,16 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wrapped)
 
-    datasets = logitgen.leader.writer.Arrays
+    arrays = logitgen.leader.writer.Arrays
     match fault.moment:
         case "create":
             after(header, "create", lambda path, *_: path.suffix == ".new")
         case "known":
-            after(datasets, "put")
+            after(arrays, "put")
         case "fsync":
             after(os, "fsync")
         case "done":
-            after(datasets, "put_parts", lambda _, name, *__: name == "done")
+            after(arrays, "put_parts", lambda _, name, *__: name == "done")
         case "first rename":
             after(os, "replace", lambda old, new: str(new).endswith(".partial"))
         case "last rename":
@@ -322,6 +328,11 @@ class Lab:
             raise SystemExit((folder / "undisturbed.log").read_text())
         self.expected = LogitsFile(self.undisturbed)
         self.bytes = self.undisturbed.read_bytes()
+        tokens = [self.expected.row(row)["input_ids"].tolist() for row in range(len(self.expected))]
+        config = Config(teacher="t", dataset="d", output="o")
+        rows = Rows(datasets.Dataset.from_dict({"input_ids": tokens}, features=LISTS), config, max_length=None)
+        self.plan = job_of(rows, self.expected.layout, BATCH_TOKENS, None, neighbours(rows)).plan
+        assert len(self.plan.sharing)
 
     def run(self, kind: Any, output: Path, fault: Fault, num_ranks: int) -> int | None:
         """Run once, disturb it, wait for its end; returns the launcher's status, None if processes are left."""
@@ -497,10 +508,9 @@ def done_rows(partial: Path) -> np.ndarray:
 
 def batches_between(lab: Lab, before: np.ndarray, after: np.ndarray) -> int:
     """Batches that were committed: those with a row that was not done before and is done now."""
-    plan = Plan(np.diff(lab.expected.arrays["position_offsets"]), BATCH_TOKENS)
     if len(before) == 0:
         before = np.zeros_like(after)
-    return len(plan.pending(before == 1)) - len(plan.pending(after == 1))
+    return len(lab.plan.pending(before == 1)) - len(lab.plan.pending(after == 1))
 
 
 def table(counts: dict[str, Count], seconds: float) -> Table:

@@ -160,12 +160,14 @@ def test_batches_end_where_the_least_is_read_twice() -> None:
     assert all(plan.rows(number)[0] % 5 == 0 for number in range(plan.num_batches))
 
 
-def test_a_batch_captures_no_more_positions_than_its_budget() -> None:
-    """What is kept of a batch grows with them, however few tokens are read."""
+def test_a_batch_captures_no_more_positions_than_it_may() -> None:
+    """The payload of a batch grows with them, however few tokens are read."""
     lengths = np.full(40, 110, dtype=np.int32)
     shared = np.append(0, np.full(39, 104))
-    plan = Plan(lengths, 512, None, Neighbours(np.arange(40), shared, np.full(40, 109)))
-    assert [len(plan.rows(number)) for number in range(plan.num_batches)] == [4] * 10
+    near = Neighbours(np.arange(40), shared, np.full(40, 109))
+    for most_positions, rows in ((0, 4), (600, 5), (10_000, 40)):
+        plan = Plan(lengths, 512, None, near, most_positions)
+        assert [len(plan.rows(number)) for number in range(plan.num_batches)] == [rows] * (40 // rows)
 
 
 def test_what_saves_too_little_is_read_whole() -> None:

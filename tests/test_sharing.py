@@ -1,8 +1,8 @@
 """Captures that read shared prefixes once say what a direct forward pass over every row says.
 
-    python tests/test_sharing.py
+    PYTHONPATH=. python tests/test_sharing.py
 
-Prints how far every family is from direct passes, as docs/capture.md shows it.
+Prints how far every family is from direct passes, as docs/benchmarks.md shows it.
 """
 
 import sys

@@ -13,8 +13,8 @@ _WORTH = 0.9
 class Forest:
     """Batches that read prefixes once.
 
-    Apart from the prefix that its first two rows share, a batch reads no more tokens than the budget, and captures no
-    more positions: its payload and its passes then take no more memory than those of other batches.
+    Apart from the prefix that its first two rows share, a batch reads no more tokens than the budget. Its payload has
+    the positions of all rows, which are limited too.
 
     Attributes:
         rows: Row numbers of all batches, one after another, int64[S].
@@ -24,18 +24,19 @@ class Forest:
         num_read: Tokens of all batches that go through the teacher, without padding.
     """
 
-    def __init__(self, lengths: Array, neighbours: Neighbours, batch_tokens: int) -> None:
+    def __init__(self, lengths: Array, neighbours: Neighbours, batch_tokens: int, most_positions: int) -> None:
         """Cut the batches, and leave out those that save too little.
 
         Args:
             lengths: Tokens the teacher must read of each row of the split, [N].
             neighbours: The rows that share prefixes.
             batch_tokens: The token budget.
+            most_positions: Captured positions of a batch of several rows.
         """
         tree_lengths = lengths[neighbours.rows].astype(np.int64)
         rows, shared, num_rows, padded_tokens = [], [], [], []
         self.num_read = 0
-        for start, end in zip(*_spans(tree_lengths, neighbours, batch_tokens), strict=True):
+        for start, end in zip(*_spans(tree_lengths, neighbours, batch_tokens, most_positions), strict=True):
             of_rows = neighbours.shared[start:end].copy()
             of_rows[0] = 0
             plan = steps(tree_lengths[start:end], of_rows, batch_tokens)
@@ -52,7 +53,9 @@ class Forest:
         self.num_rows, self.padded_tokens = np.array(num_rows, dtype=int), np.array(padded_tokens, dtype=int)
 
 
-def _spans(lengths: Array, neighbours: Neighbours, batch_tokens: int) -> tuple[list[int], list[int]]:
+def _spans(
+    lengths: Array, neighbours: Neighbours, batch_tokens: int, most_positions: int
+) -> tuple[list[int], list[int]]:
     """Return where the batches start and end, in the order of the neighbours."""
     shared = neighbours.shared
     tokens = np.append(0, np.cumsum(lengths - shared))
@@ -64,7 +67,7 @@ def _spans(lengths: Array, neighbours: Neighbours, batch_tokens: int) -> tuple[l
         after = min(start + 1, len(lengths) - 1)
         left = batch_tokens - (lengths[start] - shared[after])
         within_tokens = np.searchsorted(tokens, tokens[start + 1] + left, side="right") - 1
-        within_positions = np.searchsorted(positions, positions[start] + batch_tokens, side="right") - 1
+        within_positions = np.searchsorted(positions, positions[start] + most_positions, side="right") - 1
         end = max(start + 1, int(min(within_tokens, within_positions, len(lengths))))
         if end < len(lengths):  # near there, where the least is read twice
             first = max(start + 1, end - (end - start) // 4)

@@ -6,7 +6,11 @@ from functools import cached_property
 from logitgen.file.layout import Array, Layout
 from logitgen.split.batch import Batch
 from logitgen.split.plan import Plan
+from logitgen.split.prefixes import Neighbours
 from logitgen.split.rows import Rows
+
+_SHARING_BYTES = 2**24
+"""Most bytes of the payload of a batch that shares prefixes, unless its token budget allows for more."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,11 @@ class Job:
     def batch(self, number: int) -> Batch:
         """Collect the rows of a batch of the plan."""
         return self.rows.batch(self.plan.rows(number), self.plan.shared(number), self.plan.batch_tokens)
+
+
+def job_of(
+    rows: Rows, layout: Layout, batch_tokens: int, length_switch: int | None, prefixes: Neighbours | None
+) -> Job:
+    """Plan a job. See `Plan` for the last three arguments."""
+    most_positions = _SHARING_BYTES // layout.bytes_per_position
+    return Job(rows, Plan(rows.forward_lengths, batch_tokens, length_switch, prefixes, most_positions), layout)

@@ -38,6 +38,7 @@ class Plan:
         batch_tokens: int,
         length_switch: int | None = None,
         neighbours: Neighbours | None = None,
+        most_positions: int = 0,
     ) -> None:
         """Plan one forward pass over every row that needs it.
 
@@ -46,11 +47,12 @@ class Plan:
             batch_tokens: Upper bound of rows x longest row of a batch. A single longer row is a batch of its own.
             length_switch: Rows longer than this never share a batch with the others.
             neighbours: The rows that may share prefixes, or None to read every row whole.
+            most_positions: Captured positions that a batch of them may have beyond `batch_tokens`.
         """
         self.batch_tokens = batch_tokens
         alone = lengths
         if neighbours is not None and len(neighbours.rows):
-            forest = Forest(lengths, neighbours, batch_tokens)
+            forest = Forest(lengths, neighbours, batch_tokens, max(most_positions, batch_tokens))
             alone = lengths.copy()
             alone[forest.rows] = 0
         needed = np.flatnonzero(alone).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits
