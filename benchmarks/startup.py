@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import in_turns, launch, measure, parse, scratch, write_report
+from benchmarks.harness import Spread, in_turns, launch, measure, parse, scratch, write_report
 from logitgen.config import Config
 from logitgen.estimate import _taken_bytes
 from logitgen.teacher.identity import fingerprint, weights_of
@@ -24,6 +24,7 @@ PHASES = {
     "First rows are in the file.": "first batch",
 }
 """What the leader logs, and what has happened before it."""
+ABOVE = "until the first batch starts, above an empty launch"
 
 
 def loading(teacher: str) -> dict[str, float]:
@@ -66,13 +67,15 @@ def main() -> None:
             "`inspect`": lambda: phases(sys.executable, "-m", "logitgen", "inspect", str(out)),
         }
         seconds = in_turns(ways, options.rounds)
-    table = [
-        {"seconds": way} | dict(zip(PHASES.values(), map(median, zip(*runs, strict=True)), strict=False))
-        for way, runs in seconds.items()
-    ]
-    write_report(
-        options.output, "startup", table, dict.fromkeys(PHASES.values(), ".2f"), {"seconds": seconds} | teacher
-    )
+    table, (empty, *_) = [], seconds.values()
+    for way, runs in seconds.items():
+        row = {"seconds": way} | dict(zip(PHASES.values(), map(median, zip(*runs, strict=True)), strict=False))
+        if len(runs[0]) > 1:
+            more = [sum(run[:-1]) - nothing for run, (nothing,) in zip(runs, empty, strict=True)]
+            row[ABOVE] = Spread.of(more)
+        table.append(row)
+    forms = dict.fromkeys((*PHASES.values(), ABOVE), ".2f")
+    write_report(options.output, "startup", table, forms, {"seconds": seconds} | teacher)
     print(
         f"Loading {teacher['weight_bytes'] / 1e6:,.0f} MB of weights took {teacher['taken_bytes'] / 1e6:,.0f} MB at "
         f"most and {teacher['load_seconds']:.2f} s, their hash {teacher['hash_seconds']:.2f} s."
