@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import programs
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -148,5 +149,4 @@ def launch_command(num_ranks: int, **options: Any) -> list[str]:
 
 def launch(num_ranks: int, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start the real launcher with so many CPU ranks, and wait for its end."""
-    command = launch_command(num_ranks, **options)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return programs.run(launch_command(num_ranks, **options))
