@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import accelerate.commands.accelerate_cli
 import accelerate.commands.launch
@@ -59,12 +59,18 @@ class Forked:
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            if start_new_session:
-                os.setsid()
-            _take_streams(stdout, stderr)
-            _take_environment(env)
-            os.chdir(cwd)
-            _become(args[1:])
+            status = 70
+            try:
+                if start_new_session:
+                    os.setsid()
+                _take_streams(stdout, stderr)
+                _take_environment(env)
+                os.chdir(cwd)
+                status = _become(args[1:])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -99,20 +105,17 @@ def _take_environment(environment: Mapping[str, str]) -> None:
     ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
 
 
-def _become(words: Sequence[str]) -> NoReturn:
-    """Do what `python WORDS` does, and end."""
+def _become(words: Sequence[str]) -> int:
+    """Do what `python WORDS` does, and return its exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = 70
-    try:
-        status = _status_of(words[words[0] == "-u" :])
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+    status = _status_of(words[words[0] == "-u" :])
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 def _status_of(words: Sequence[str]) -> int:

@@ -54,7 +54,9 @@ class Program:
 
     def _answer(self) -> dict[str, Any]:
         assert self._forks.stdout
-        answer: dict[str, Any] = json.loads(self._forks.stdout.readline())
+        line = self._forks.stdout.readline()
+        assert line, f"tests/forked.py has ended with status {self._forks.wait()}"
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
