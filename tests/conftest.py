@@ -1,5 +1,6 @@
 """Tiny teachers, tokenizers and datasets, made on disk, offline."""
 
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import programs
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -60,8 +62,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of 384 tokens: any Unicode goes in and comes out."""
+@functools.cache
+def trained_tokenizer() -> str:
+    """Train a byte-level BPE tokenizer of 384 tokens, and return it as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,6 +72,12 @@ def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=specials, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    return str(tokenizer.to_str())
+
+
+def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of 384 tokens: any Unicode goes in and comes out."""
+    tokenizer = Tokenizer.from_str(trained_tokenizer())
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **special_tokens)
 
 
@@ -148,5 +157,4 @@ def launch_command(num_ranks: int, **options: Any) -> list[str]:
 
 def launch(num_ranks: int, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start the real launcher with so many CPU ranks, and wait for its end."""
-    command = launch_command(num_ranks, **options)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return programs.run(launch_command(num_ranks, **options))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import programs
 import psutil
 from conftest import ROOT, launch_command
 from rich.console import Console, RenderableType
@@ -44,7 +45,7 @@ def launch_changed(folder: Path, change: str, num_ranks: int = 2, **options: Any
     places = {"output": folder / "out.h5", "log_dir": folder / "logs"}
     command = launch_command(num_ranks, **(places | options))
     command[command.index("generate.py")] = str(script)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return programs.run(command)
 
 
 SLOW = (
@@ -73,7 +74,7 @@ def imported_by(code: str, *arguments: object) -> set[str]:
     return set(done.stdout.split())
 
 
-def ranks_of(run: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks_of(run: subprocess.Popen[str] | programs.Program) -> dict[int, psutil.Process]:
     """The processes of a launch's ranks by number; one that has just been forked does not know its own yet."""
     found = {}
     for process in psutil.Process(run.pid).children(recursive=True):

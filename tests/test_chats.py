@@ -1,5 +1,6 @@
 """Conversations become what the teacher reads at every turn, whatever their chat template does with earlier turns."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -385,14 +386,21 @@ def directly(tokenizer: Any, name: str, kind: str, num_messages: int) -> str:
     return str(tokenizer.apply_chat_template(chat, tokenize=False, **given))
 
 
+@functools.cache
+def captured(name: str, kind: str) -> datasets.Dataset | None:
+    """The rows of a conversation with one of TRL's templates, or None where it is refused."""
+    try:
+        return run([row_of(kind)], with_template(name), completion_only=True)
+    except UsageError:
+        return None
+
+
 @pytest.mark.parametrize("kind", CHATS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_what_the_template_itself_renders(name: str, kind: str) -> None:
     """And every turn is captured once, with all that it says and nothing that the user says."""
-    tokenizer = with_template(name)
-    try:
-        found = run([row_of(kind)], tokenizer, completion_only=True)
-    except UsageError:
+    tokenizer, found = with_template(name), captured(name, kind)
+    if found is None:
         with pytest.raises(jinja2.TemplateError):
             directly(tokenizer, name, kind, len(CHATS[kind]))
         return
@@ -413,9 +421,8 @@ def test_every_row_is_what_the_template_itself_renders(name: str, kind: str) -> 
 
 
 def outcome(name: str, kind: str) -> str:
-    try:
-        found = run([row_of(kind)], with_template(name), completion_only=True)
-    except UsageError:
+    found = captured(name, kind)
+    if found is None:
         return "refused"
     return "1 row" if len(found) == 1 else f"{len(found)} rows"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from conftest import ROOT, launch_command
 from launches import SLOW, Ended, error_lines, exit_statuses, launch_changed
@@ -185,7 +186,7 @@ def test_the_launcher_brings_a_run_back(
     command = launch_command(2, output=tmp_path / "out.h5", **options)
     command[command.index("generate.py")] = str(script)
     command.insert(command.index("--config_file"), "--max_restarts=1")
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = programs.run(command)
     assert result.returncode == 0, result.stderr
     assert died.exists()
     began = re.findall(r"Capturing (\d+) of 53 rows", (tmp_path / "logs" / "rank_0.log").read_text())
@@ -203,7 +204,7 @@ def test_sigterm_keeps_what_is_computed_and_says_run_me_again(
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOW.format(stop)}\ngenerate.main()\n")
     words = [f"--teacher={teacher}", f"--dataset={ragged}", "--batch_tokens=40", f"--log_dir={tmp_path / 'logs'}"]
     command = [sys.executable, str(script), *words, f"--output={tmp_path / 'out.h5'}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    result = programs.run(command, cwd=tmp_path)
     assert error_lines(result) == ["error: The run was stopped by SIGTERM."]
     assert result.returncode == 75
     safe = re.search(r"(\d+) of 53 rows are safe", result.stderr)

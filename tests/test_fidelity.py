@@ -2,15 +2,14 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +175,7 @@ def test_the_report_has_every_method_and_knows_which_is_exact(teacher: Path, rag
     options = {"teacher": teacher, "dataset": ragged, "batches": 2, "positions": 32, "seeds": 2}
     words = [f"--{name}={value}" for name, value in (options | {"output": tmp_path}).items()]
     command = [sys.executable, "-m", "benchmarks.fidelity", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr
     lines = {line["method"].strip("*"): line for line in json.loads((tmp_path / "fidelity.json").read_text())["data"]}
     assert all(0 <= lines[name]["angle, all"] < 0.1 for name in ("hidden, float32", "full, float16"))

@@ -1,20 +1,18 @@
 """Teachers that several ranks, or several devices, hold together."""
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 import transformers
-from conftest import ROOT, launch, launch_command, save_teacher, write_jsonl
+from conftest import launch, launch_command, save_teacher, write_jsonl
 from families import ROWS, make
-from launches import error_lines, exit_statuses, launch_changed, ranks_that_ran
+from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_that_ran
 from transformers import PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
@@ -48,32 +46,30 @@ BOUND = 1e-4
 
 
 class Runs:
-    """Runs that are done together, in forked ranks; `results` and `folder` are there once they were."""
+    """Runs of one module, by name; each is launched when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._runs: dict[str, dict[str, Any]] = {}
+        self._runs: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._ended: dict[str, Ended] = {}
 
     def add(self, name: str, num_ranks: int, **options: Any) -> None:
-        places = {"output": str(self.folder / f"{name}.h5"), "log_dir": str(self.folder / f"{name} logs")}
-        self._runs[name] = {"num_ranks": num_ranks, "options": places | options}
-
-    def run(self) -> "Runs":
-        plan = self.folder / "runs.json"
-        plan.write_text(json.dumps(list(self._runs.values())))
-        ended = subprocess.run(
-            [sys.executable, "tests/forked.py", plan], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True
-        )
-        self.results = dict(zip(self._runs, json.loads(ended.stdout), strict=True))
-        return self
+        places = {"output": self.folder / f"{name}.h5", "log_dir": self.folder / f"{name} logs"}
+        self._runs[name] = num_ranks, places | options
 
     def options(self, name: str) -> dict[str, Any]:
-        return dict(self._runs[name]["options"])
+        return dict(self._runs[name][1])
+
+    def ended(self, name: str) -> Ended:
+        if name not in self._ended:
+            num_ranks, options = self._runs[name]
+            self._ended[name] = launch(num_ranks, **options)
+        return self._ended[name]
 
     def path(self, name: str) -> Path:
-        assert self.results[name]["statuses"] == [0] * self._runs[name]["num_ranks"], self.results[name]["stderr"]
-        ranks = [f"rank_{rank}" for rank in range(self._runs[name]["num_ranks"])]
-        assert ranks_that_ran(self.folder / f"{name} logs") == ranks
+        ended, num_ranks = self.ended(name), self._runs[name][0]
+        assert ended.returncode == 0, ended.stderr
+        assert ranks_that_ran(self.folder / f"{name} logs") == [f"rank_{rank}" for rank in range(num_ranks)]
         return self.folder / f"{name}.h5"
 
 
@@ -103,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Ru
     runs.add("heads", 4, **own, tp_size=4)
     runs.add("mapped", 2, **own, device_map="auto")
     runs.add("pilot", 2, **own, fsdp_size=2, dry_run=True)
-    return runs.run()
+    return runs
 
 
 def assert_equals_direct_passes(path: Path, model: PreTrainedModel) -> None:
@@ -137,7 +133,7 @@ def test_a_shared_teacher_says_what_a_direct_forward_pass_says(
 ) -> None:
     path = runs.path(f"{layout}, {kind}")
     assert_equals_direct_passes(path, model)
-    assert "joined on every rank" not in runs.results[f"{layout}, {kind}"]["stderr"]
+    assert "joined on every rank" not in runs.ended(f"{layout}, {kind}").stderr
     one = runs.path(f"one rank, {kind}")
     if "tensor" not in layout:
         assert path.read_bytes() == one.read_bytes()
@@ -166,24 +162,26 @@ def test_families_of_all_kinds_can_be_shared(runs: Runs, family: str) -> None:
     """Tied heads, soft-caps, scales, biases and experts."""
     assert_equals_direct_passes(runs.path(f"tp {family}"), make(family))
     assert runs.path(f"fsdp {family}").read_bytes() == runs.path(f"one {family}").read_bytes()
-    assert "cannot be run in chunks" not in runs.results[f"tp {family}"]["stderr"]
+    assert "cannot be run in chunks" not in runs.ended(f"tp {family}").stderr
 
 
 def test_a_family_without_a_tensor_parallel_plan_can_only_be_sharded(runs: Runs) -> None:
-    refused = runs.results[f"tp {NO_TP_PLAN}"]
-    assert refused["statuses"] == [2, 2]
-    assert "Share it with --fsdp_size." in refused["stderr"]
+    refused = runs.ended(f"tp {NO_TP_PLAN}")
+    assert exit_statuses(refused) == [2, 2]
+    assert "Share it with --fsdp_size." in refused.stderr
     assert runs.path(f"fsdp {NO_TP_PLAN}").read_bytes() == runs.path(f"one {NO_TP_PLAN}").read_bytes()
 
 
 def test_more_ranks_than_key_value_heads_are_refused(runs: Runs) -> None:
-    assert runs.results["heads"]["statuses"] == [2] * 4
-    assert "Choose one that divides its key-value heads" in runs.results["heads"]["stderr"]
+    refused = runs.ended("heads")
+    assert exit_statuses(refused) == [2] * 4
+    assert "Choose one that divides its key-value heads" in refused.stderr
 
 
 def test_several_ranks_do_not_each_take_all_devices(runs: Runs) -> None:
-    assert runs.results["mapped"]["statuses"] == [2, 2]
-    assert "--device_map must run on one rank, got 2" in runs.results["mapped"]["stderr"]
+    refused = runs.ended("mapped")
+    assert exit_statuses(refused) == [2, 2]
+    assert "--device_map must run on one rank, got 2" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def test_options_that_say_nothing_are_refused(options: list[str], message: str) 
 
 
 def test_ranks_that_share_a_teacher_run_the_same_pilot(runs: Runs) -> None:
-    assert runs.results["pilot"]["statuses"] == [0, 0]
+    assert runs.ended("pilot").returncode == 0
 
 
 KILL = """
@@ -276,7 +274,7 @@ def test_profiles_that_have_accelerate_shard_the_teacher_are_refused(
     )
     command = launch_command(2, teacher=teacher, dataset=ragged, output=tmp_path / "out.h5", log_dir=tmp_path)
     command[command.index("accelerate_configs/cpu.yaml")] = str(profile)
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    ended = programs.run(command)
     assert len(set(error_lines(ended))) == 1
     assert error_lines(ended)[0].startswith(
         "error: The launch profile turns on FSDP, which Accelerate uses for training only."

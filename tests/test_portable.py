@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 from batches import batch_of, captured, layout_of
@@ -36,7 +37,7 @@ def run_on_windows(*words: object, num_ranks: int = 0) -> subprocess.CompletedPr
     if num_ranks:
         launcher = launch_command(num_ranks)
         command = [*launcher[: launcher.index("generate.py")], *command[1:]]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return programs.run(command)
 
 
 # Windows.

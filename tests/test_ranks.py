@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import psutil
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, launch, launch_command, make_llama, save_teacher, write_jsonl
 from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_of, ranks_that_ran
+from programs import Program
 
 from logitgen import LogitsFile, UsageError
 from logitgen.ranks import ending
@@ -87,8 +89,7 @@ def test_a_mistake_only_the_leader_sees_ends_every_rank(teacher: Path, ragged: P
 
 
 def test_help_is_printed_once(tmp_path: Path) -> None:
-    command = [*launch_command(2), "--help"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    ended = programs.run([*launch_command(2), "--help"])
     assert ended.returncode == 0
     assert ended.stdout.count("usage: generate.py") == 1
 
@@ -158,16 +159,14 @@ def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, rag
 
 
 @pytest.fixture
-def long_run(teacher: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def long_run(teacher: Path, tmp_path: Path) -> Iterator[Program]:
     """A run of two ranks that takes long enough to be disturbed, caught in the middle of its rows."""
     rows = [{"text": SENTENCES[index % 40][: 300 + index % 97]} for index in range(6000)]
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     command = launch_command(
         2, teacher=teacher, dataset=data, output=tmp_path / "out.h5", log_dir=tmp_path / "logs", batch_tokens=256
     )
-    run = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    run = Program(command)
     log = tmp_path / "logs" / "rank_0.log"
     deadline = time.monotonic() + 120
     while not (log.exists() and "Capturing" in log.read_text()) and time.monotonic() < deadline:
@@ -179,12 +178,12 @@ def long_run(teacher: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     run.communicate()
 
 
-def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended:
+def ended(run: Program, ranks: dict[int, psutil.Process]) -> Ended:
     """Wait for the end of a run, and check that no process of it is left."""
     out, err = run.communicate(timeout=60)
     _, alive = psutil.wait_procs(ranks.values(), timeout=10)
     assert not alive
-    return subprocess.CompletedProcess(run.args, run.returncode, out, err)
+    return subprocess.CompletedProcess(run.args, int(run.returncode or 0), out, err)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def ended(run: subprocess.Popen[str], ranks: dict[int, psutil.Process]) -> Ended
     [(1, "Rank 1 ended without an error message"), (0, "The leader ended without an error message")],
 )
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(
-    long_run: subprocess.Popen[str], tmp_path: Path, rank: int, message: str
+    long_run: Program, tmp_path: Path, rank: int, message: str
 ) -> None:
     ranks = ranks_of(long_run)
     assert sorted(ranks) == [0, 1]
@@ -205,9 +204,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_every_rank_with_one_line(
-    long_run: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_stops_every_rank_with_one_line(long_run: Program, tmp_path: Path, number: signal.Signals) -> None:
     ranks = ranks_of(long_run)
     if number == signal.SIGINT:
         os.killpg(long_run.pid, number)  # as Ctrl-C in a terminal does

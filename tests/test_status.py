@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, launch_command
 from files import ARRAYS, ATTRIBUTES, write_file
 from launches import imported_by
+from programs import Program
 from rich.console import Console
 
 import logitgen.__main__
@@ -420,40 +421,42 @@ def test_a_disk_that_has_no_room_for_the_line_does_not_matter(
 GATED = (
     "import os, sys, time\nfrom logitgen import generate\n"
     "from logitgen.leader import writer\nwriter.COMMIT_SECONDS = 0.2\n"
-    "gate, most = {gate!r}, {most}[int(os.environ['RANK'])]\n"
+    "start, gate, most = {start!r}, {gate!r}, {most}[int(os.environ['RANK'])]\n"
     "compute, number = generate.capture_batch, 0\n"
     "def gated(*arguments):\n"
     "    global number\n"
     "    number += 1\n"
     "    while number > most and not os.path.exists(gate): time.sleep(0.02)\n"
     "    return compute(*arguments)\n"
-    "generate.capture_batch = gated\ngenerate.main()\n"
+    "generate.capture_batch = gated\n"
+    "while not os.path.exists(start): time.sleep(0.02)\n"
+    "generate.main()\n"
 )
-"""The main program on two ranks, each of which does so many batches and then waits for a file."""
+"""The main program on two ranks, each of which waits for a file to start, and for another after so many batches."""
 
 MOST = [7, 3]
 
 
 @pytest.fixture
-def gated(teacher: Path, ragged: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def gated(teacher: Path, ragged: Path, tmp_path: Path) -> Iterator[Program]:
     script = tmp_path / "gated.py"
-    text = GATED.format(gate=str(tmp_path / "gate"), most=MOST)
+    text = GATED.format(start=str(tmp_path / "start"), gate=str(tmp_path / "gate"), most=MOST)
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
     command = launch_command(2, output=tmp_path / "out.h5", **options_of(teacher, ragged, tmp_path))
     command[command.index("generate.py")] = str(script)
-    with (tmp_path / "run.log").open("w") as log:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    run = Program(command)
     yield run
     kill(run)
 
 
-def kill(run: subprocess.Popen[bytes]) -> None:
+def kill(run: Program) -> tuple[str, str]:
+    """End a run, and return what it wrote."""
     if run.poll() is None:
         processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
         for process in processes:
             process.kill()
-        run.wait()
         psutil.wait_procs(processes, timeout=10)
+    return run.communicate()
 
 
 def looked(path: Path) -> dict[str, Any]:
@@ -462,16 +465,16 @@ def looked(path: Path) -> dict[str, Any]:
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def wait_for(path: Path, wanted: Callable[[Status], bool], log: Path) -> None:
+def wait_for(path: Path, wanted: Callable[[Status], bool], run: Program) -> None:
     deadline = time.monotonic() + 120
     watch = Watch(path)
     while not wanted(watch.look()):
-        assert time.monotonic() < deadline, log.read_text()
+        assert time.monotonic() < deadline, kill(run)
         time.sleep(0.05)
 
 
 def test_status_shows_the_numbers_of_the_flags_and_the_plan(
-    gated: subprocess.Popen[bytes], capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+    gated: Program, capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
 ) -> None:
     path, partial = tmp_path / "out.h5", tmp_path / "out.h5.partial"
 
@@ -479,7 +482,8 @@ def test_status_shows_the_numbers_of_the_flags_and_the_plan(
         """Both ranks have done what they may, and nothing is about to be written."""
         return found.snapshot is not None and found.idle_seconds > 2 and all(found.snapshot.stream_tokens)
 
-    wait_for(path, both_wait, tmp_path / "run.log")
+    (tmp_path / "start").touch()
+    wait_for(path, both_wait, gated)
     before = partial.read_bytes(), partial.stat()
     found = looked(path)
     after = partial.read_bytes(), partial.stat()
@@ -524,7 +528,7 @@ def test_status_shows_the_numbers_of_the_flags_and_the_plan(
 
 
 def test_a_run_that_is_watched_has_the_same_bytes(
-    gated: subprocess.Popen[bytes],
+    gated: Program,
     capture: Capture,
     teacher: Path,
     ragged: Path,
@@ -536,8 +540,9 @@ def test_a_run_that_is_watched_has_the_same_bytes(
 
     class Opening(Watch):
         def look(self) -> Status:
-            assert gated.poll() in (None, 0), (tmp_path / "run.log").read_text()
+            assert gated.poll() in (None, 0), gated.communicate()
             found = super().look()
+            (tmp_path / "start").touch()
             if found.snapshot and all(found.snapshot.stream_tokens):
                 (tmp_path / "gate").touch()
             return found
@@ -552,7 +557,8 @@ def test_a_run_that_is_watched_has_the_same_bytes(
     counts = [line["rows_done"] for line in printed if line["rows_done"] is not None]
     assert counts == sorted(counts)
     assert counts[-1] == 53
-    assert gated.wait(60) == 0
+    gated.communicate()
+    assert gated.returncode == 0
     options = options_of(teacher, ragged, tmp_path)
     unwatched = capture(output=tmp_path / "unwatched.h5", **options)
     assert (tmp_path / "out.h5").read_bytes() == unwatched.read_bytes()

@@ -18,21 +18,26 @@ from logitgen.console import _Stream
 
 Capture = Callable[..., Path]
 
-SLOW = (
-    "import sys, time, pathlib\nfrom logitgen import generate\n"
-    "compute = generate.capture_batch\n"
-    "def slow(*arguments):\n"
-    "    time.sleep(0.05)\n"
+GATED = (
+    "import os, sys, time\nfrom logitgen import generate\n"
+    "compute, number = generate.capture_batch, 0\n"
+    "def gated(*arguments):\n"
+    "    global number\n"
+    "    number += 1\n"
+    "    while number > 9 and not os.path.exists({gate!r}): time.sleep(0.02)\n"
     "    return compute(*arguments)\n"
-    "generate.capture_batch = slow\n"
+    "generate.capture_batch = gated\n"
     "generate.main()\n"
 )
+"""The main program, which waits for a file after nine batches."""
 
 
-def command(tmp_path: Path, teacher: Path, ragged: Path, name: str = "out.h5") -> list[str]:
+def command(tmp_path: Path, teacher: Path, ragged: Path, name: str = "out.h5", is_open: bool = True) -> list[str]:
+    if is_open:
+        (tmp_path / "gate").touch()
     options = {"teacher": teacher, "dataset": ragged, "output": tmp_path / name, "log_dir": tmp_path / "logs"}
     words = [f"--{option}={value}" for option, value in options.items()]
-    return [sys.executable, "-c", SLOW, *words, "--batch_tokens=100", "--top_k=4"]
+    return [sys.executable, "-c", GATED.format(gate=str(tmp_path / "gate")), *words, "--batch_tokens=100", "--top_k=4"]
 
 
 def log_of(tmp_path: Path) -> str:
@@ -53,7 +58,7 @@ def test_a_closed_terminal_costs_nothing_but_the_display(
 ) -> None:
     leader, follower = pty.openpty()
     with subprocess.Popen(
-        command(tmp_path, teacher, ragged),
+        command(tmp_path, teacher, ragged, is_open=False),
         cwd=ROOT,
         stdin=follower,
         stdout=follower,
@@ -68,14 +73,17 @@ def test_a_closed_terminal_costs_nothing_but_the_display(
         os.close(leader)
         if hangs_up:
             run.send_signal(signal.SIGHUP)
+        else:
+            (tmp_path / "gate").touch()
         status = run.wait(120)
+    options = {"teacher": teacher, "dataset": ragged, "batch_tokens": 100, "top_k": 4}
     if hangs_up:
         assert status == 75
         assert "rows are safe in" in log_of(tmp_path)
         assert LogitsFile(tmp_path / "out.h5.partial", partial=True).arrays["done"].any()
-        assert subprocess.run(command(tmp_path, teacher, ragged), cwd=ROOT, timeout=120, check=False).returncode == 0
+        capture(output=tmp_path / "out.h5", **options)
     assert status == (75 if hangs_up else 0)
-    expected = capture(teacher=teacher, dataset=ragged, output=tmp_path / "expected.h5", batch_tokens=100, top_k=4)
+    expected = capture(output=tmp_path / "expected.h5", **options)
     assert (tmp_path / "out.h5").read_bytes() == expected.read_bytes()
 
 
@@ -106,10 +114,14 @@ def test_a_path_that_the_console_cannot_spell_is_shown_escaped(tmp_path: Path, t
 
 def test_a_run_that_nohup_shields_goes_on_after_sighup(tmp_path: Path, teacher: Path, ragged: Path) -> None:
     with subprocess.Popen(
-        ["nohup", *command(tmp_path, teacher, ragged)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["nohup", *command(tmp_path, teacher, ragged, is_open=False)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as run:
         wait_for(lambda: "First rows" in log_of(tmp_path))
         run.send_signal(signal.SIGHUP)
+        (tmp_path / "gate").touch()
         assert run.wait(120) == 0
 
 

@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from conftest import PAGES, ROOT, make_llama
@@ -237,7 +237,7 @@ def on_two_ranks(script: Path) -> tuple[float, float]:
     """Launch a script, and return the loss and the norm of the gradient that it logs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.name]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    ended = programs.run(launcher, cwd=script.parent, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert "ranks 2" in ended.stdout
     logged = re.search(r"logged (\S+) (\S+)", ended.stdout)
