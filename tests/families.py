@@ -259,6 +259,23 @@ ROWS = [
 """Ragged, so that rows are padded; longer than the sliding windows."""
 
 
+def _tokens(first: int, count: int) -> list[int]:
+    return [(first + 11 * index) % VOCAB for index in range(count)]
+
+
+def _trees() -> list[list[int]]:
+    rows = [_tokens(3, 36) + _tokens(40 + row, 5 + 2 * row) for row in range(6)]
+    history = _tokens(7, 34)
+    for turn in range(3):
+        rows.append(history + _tokens(60 + turn, 6))
+        history = history + _tokens(80 + turn, 7)
+    return [*rows, rows[0], _tokens(1, 23), _tokens(2, 40)]
+
+
+TREES = _trees()
+"""A prefix of six rows, a conversation of three turns, two equal rows and rows that share nothing."""
+
+
 def make(family: str) -> transformers.PreTrainedModel:
     name, sizes = (FAMILIES | READ_BY_ANOTHER_CLASS)[family]
     ids = {} if "text_config" in sizes else IDS

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import launch, launch_command, save_teacher, write_jsonl
-from families import ROWS, make
+from families import ROWS, TREES, make
 from launches import Ended, error_lines, exit_statuses, launch_changed, ranks_that_ran
 from transformers import PreTrainedModel
 
@@ -99,6 +99,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Ru
     runs.add("heads", 4, **own, tp_size=4)
     runs.add("mapped", 2, **own, device_map="auto")
     runs.add("pilot", 2, **own, fsdp_size=2, dry_run=True)
+    trees = {"dataset": str(write_jsonl(folder / "trees.jsonl", [{"input_ids": ids} for ids in TREES])), "top_k": 11}
+    for name, num_ranks, sizes in (
+        ("one", 1, {}),
+        ("two", 2, {}),
+        ("tp", 2, {"tp_size": 2}),
+        ("fsdp", 2, {"fsdp_size": 2}),
+    ):
+        runs.add(f"trees {name}", num_ranks, **own | trees, **sizes)
+    runs.add("trees whole", 1, **own | trees, share_prefixes=False)
     return runs
 
 
@@ -163,6 +172,28 @@ def test_families_of_all_kinds_can_be_shared(runs: Runs, family: str) -> None:
     assert_equals_direct_passes(runs.path(f"tp {family}"), make(family))
     assert runs.path(f"fsdp {family}").read_bytes() == runs.path(f"one {family}").read_bytes()
     assert "cannot be run in chunks" not in runs.ended(f"tp {family}").stderr
+
+
+def test_prefixes_are_shared_by_any_number_of_ranks(runs: Runs, model: PreTrainedModel) -> None:
+    one = runs.path("trees one")
+    assert LogitsFile(one).attributes["computation"]["prefixes"] == "read once"
+    assert runs.path("trees two").read_bytes() == one.read_bytes()
+    assert_equals_direct_passes(one, model)
+
+
+def test_tensor_parallel_ranks_share_prefixes(runs: Runs, model: PreTrainedModel) -> None:
+    path = runs.path("trees tp")
+    assert LogitsFile(path).attributes["computation"]["prefixes"] == "read once"
+    assert_equals_direct_passes(path, model)
+
+
+def test_fully_sharded_ranks_read_rows_whole_and_say_why(runs: Runs) -> None:
+    path, whole = runs.path("trees fsdp"), runs.path("trees whole")
+    assert "with --fsdp_size, all ranks must run the teacher equally often." in runs.ended("trees fsdp").stderr
+    settings = [LogitsFile(each).attributes.pop("settings") for each in (path, whole)]
+    assert settings[0] == settings[1] | {"share_prefixes": True}
+    arrays, expected = LogitsFile(path).arrays, LogitsFile(whole).arrays
+    assert all((arrays[name] == expected[name]).all() for name in ("kept_ids", "kept_logprobs", "logsumexp"))
 
 
 def test_a_family_without_a_tensor_parallel_plan_can_only_be_sharded(runs: Runs) -> None:

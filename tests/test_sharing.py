@@ -16,7 +16,7 @@ import pytest
 import torch
 from batches import batch_of, captured, layout_of
 from conftest import make_llama, write_jsonl
-from families import FAMILIES, VOCAB, assert_row_is_right, make
+from families import FAMILIES, TREES, VOCAB, assert_row_is_right, make
 from torch import Tensor
 
 from logitgen import LogitsFile, UsageError
@@ -34,24 +34,9 @@ SHARING = [name for name in FAMILIES if name not in (CONTINUES_WRONGLY, "phi3 wi
 """Of the last one only rows within its short context share prefixes, which are too long for that here."""
 
 
-def tokens(first: int, count: int) -> list[int]:
-    return [(first + 11 * index) % VOCAB for index in range(count)]
-
-
-def rows_of_trees() -> list[list[int]]:
-    """A prefix of six rows, a conversation of three turns, two equal rows and rows that share nothing."""
-    schema = tokens(3, 36)
-    rows = [schema + tokens(40 + row, 5 + 2 * row) for row in range(6)]
-    history = tokens(7, 34)
-    for turn in range(3):
-        rows.append(history + tokens(60 + turn, 6))
-        history = history + tokens(80 + turn, 7)
-    return [*rows, rows[0], tokens(1, 23), tokens(2, 40)]
-
-
 @pytest.fixture
 def trees(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "trees.jsonl", [{"input_ids": ids} for ids in rows_of_trees()])
+    return write_jsonl(tmp_path / "trees.jsonl", [{"input_ids": ids} for ids in TREES])
 
 
 def tree_of(rows: list[list[int]]) -> Batch:
@@ -84,7 +69,7 @@ def logprobs(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", SHARING)
 def test_every_family_reads_on_from_a_shared_prefix(family: str) -> None:
-    batch = tree_of(rows_of_trees())
+    batch = tree_of(TREES)
     assert len(batch.passes) > 5
     shared_PV, _, alone_PV = logprobs(make(family), batch)
     torch.testing.assert_close(shared_PV, alone_PV, atol=1e-4 if "qwen3.5" in family else 2e-5, rtol=0)
@@ -93,7 +78,7 @@ def test_every_family_reads_on_from_a_shared_prefix(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral with a sliding window", "gemma2 with both soft-caps", "mixtral"])
 def test_bfloat16_is_as_far_from_float32_as_rows_read_whole(family: str) -> None:
-    batch = tree_of(rows_of_trees())
+    batch = tree_of(TREES)
     _, _, exact_PV = logprobs(make(family), batch)
     shared_PV, _, alone_PV = logprobs(make(family).bfloat16(), batch)
     assert (shared_PV - exact_PV).abs().mean() <= 1.2 * (alone_PV - exact_PV).abs().mean()
@@ -107,7 +92,7 @@ def test_a_family_that_reads_on_wrongly_is_read_whole(
     file = LogitsFile(capture(teacher=tmp_path / "teacher", dataset=trees, top_k=11, max_length=64))
     assert "are read again in every row: the logits differ." in capsys.readouterr().err
     assert "prefixes" not in file.attributes["computation"]
-    for index, ids in enumerate(rows_of_trees()):
+    for index, ids in enumerate(TREES):
         with torch.no_grad():
             assert_row_is_right(file.row(index), model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1))
 
@@ -145,7 +130,7 @@ def test_every_kind_keeps_what_rows_read_whole_keep(
 def test_draws_of_rows_that_share_a_prefix_are_each_rows_own(capture: Capture, tmp_path: Path) -> None:
     """They are those of rows read whole: they depend on the row, the position and the seed alone."""
     make("llama").save_pretrained(tmp_path / "teacher")
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in rows_of_trees()])
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in TREES])
     common = {"teacher": tmp_path / "teacher", "dataset": data, "capture": "sample", "top_k": 12, "batch_tokens": 256}
     shared = LogitsFile(capture(**common))
     whole = LogitsFile(capture(**common, share_prefixes=False, output=tmp_path / "whole.h5"))
@@ -200,8 +185,8 @@ def test_what_is_saved_is_said_before_and_after_a_run(
     capture(teacher=teacher, dataset=trees, top_k=4, batch_tokens=256)
     after = capsys.readouterr().out
     (share,) = {line.split()[2] for text in (before, after) for line in text.splitlines() if "shared prefixes" in line}
-    read = sum(len(ids) - 1 for ids in rows_of_trees())
-    assert 0.3 < float(share.rstrip("%")) / 100 < 1 - len(tokens(3, 36)) / read
+    read = sum(len(ids) - 1 for ids in TREES)
+    assert 0.3 < float(share.rstrip("%")) / 100 < 1 - 36 / read
     capture(teacher=teacher, dataset=trees, top_k=4, share_prefixes=False, overwrite=True)
     assert "shared prefixes" not in capsys.readouterr().out
 
@@ -227,7 +212,7 @@ def test_the_teacher_reads_no_more_tokens_than_it_must(
 
 def table() -> str:
     """Write down how far every family is from direct passes, in nats."""
-    batch = tree_of(rows_of_trees())
+    batch = tree_of(TREES)
     lines = ["| family | float32 | batched | bfloat16 | batched | row by row |", "| --- |" + " ---: |" * 5]
     for family in SHARING:
         shared_PV, batched_PV, exact_PV = logprobs(make(family), batch)
