@@ -40,6 +40,14 @@ KINDS = {
 }
 """What to capture, by name: options of generate.py."""
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "forward KL": {},
+    "reverse KL": {"divergence": "reverse_kl"},
+    "JSD": {"divergence": "jsd"},
+    "half cross-entropy": {"cross_entropy_weight": 0.5},
+}
+"""What to train on of a file, by name: options of the loss."""
+
 TOKENS_ALONE, ONLINE = "cross-entropy", "teacher in memory"
 NUM_RANKS = 2
 BATCH_ROWS = 4
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="Of the student; they are taken from the teacher.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--losses", nargs="*", default=["forward KL"], choices=list(LOSSES))
     parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "distil")
     options = parser.parse_args()
     num_rows = options.steps * BATCH_ROWS
@@ -95,13 +104,14 @@ def main() -> None:
     held_out = hold_out(options, teacher, num_rows)
 
     ways: dict[str, Loss] = {TOKENS_ALONE: tokens_alone, ONLINE: online(teacher)}
-    ways |= {f"file, {name}": of_file for name in datasets}
+    ways |= {f"file, {kind}, {loss}": of_file for kind in datasets for loss in options.losses}
     curves: dict[str, list[Curve]] = {name: [] for name in ways}
     for seed in range(options.seeds):
         for name, loss in ways.items():
-            dataset = datasets.get(name.removeprefix("file, "), next(iter(datasets.values())))
+            kind, _, said = name.removeprefix("file, ").rpartition(", ")
+            dataset = datasets.get(kind, next(iter(datasets.values())))
             student = cut_down(teacher, options.layers)
-            student = distil(student, dataset) if loss is of_file else student
+            student = distil(student, dataset, **LOSSES[said]) if loss is of_file else student
             curve = train(student, loss, batches(dataset, seed), options.steps, options.learning_rate, held_out)
             curves[name].append(curve)
             print(f"seed {seed}, {name}: divergence {curve.points['divergence'][-1]:.4f} nats", flush=True)
@@ -229,7 +239,7 @@ def report(folder: Path, curves: dict[str, list[Curve]], files: dict[str, tuple[
         last = {measure: [run.points[measure][-1] for run in runs] for measure in ("divergence", "loss", "agreement")}
         against = [of - at for of, at in zip(last["divergence"], ends(curves[ONLINE], "divergence"), strict=True)]
         seconds = mean(value for run in runs for value in run.step_seconds)
-        path, capture_seconds = files.get(name.removeprefix("file, "), (None, 0.0))
+        path, capture_seconds = files.get(name.removeprefix("file, ").rpartition(", ")[0], (None, 0.0))
         row = {"trained on": name}
         row |= {
             "KL to teacher": spread(last["divergence"], ".3f"),

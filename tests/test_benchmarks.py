@@ -287,7 +287,7 @@ def test_token_batches_hold_at_most_5_percent_of_padding(teacher: Path, tmp_path
         assert shares[rows, padding.FREE] == 0
 
 
-def test_both_ways_of_the_students_head_give_one_loss_and_one_holds_less(monkeypatch: pytest.MonkeyPatch):
+def test_the_ways_of_the_students_head_give_one_loss_and_chunks_hold_less(monkeypatch: pytest.MonkeyPatch):
     num_positions, vocab_size = 64, 500
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * vocab_size)
     attributes = {"capture": "topk", "vocab_size": vocab_size, "tokenizer_size": vocab_size}
@@ -295,8 +295,25 @@ def test_both_ways_of_the_students_head_give_one_loss_and_one_holds_less(monkeyp
     head = Head(weight_VD=torch.randn(vocab_size, 8, requires_grad=True), bias_V=None, scale=1.0, soft_cap=0.0)
     hidden_BTD = torch.randn(1, num_positions, 8, requires_grad=True)
     arguments = loss, head, hidden_BTD, student.make_batch(num_positions, vocab_size, k=4)
-    plain, chunked = (way(*arguments).item() for way in student.WAYS.values())
-    assert chunked == pytest.approx(plain, rel=1e-5)
-    plain, chunked = (student.peak_bytes_of(way, *arguments) for way in student.WAYS.values())
+    found = [student.peak_bytes_of(way, *arguments) for way in student.WAYS.values()]
+    assert [value for _, value in found] == pytest.approx(
+        [loss(hidden_BTD @ head.weight_VD.T, arguments[3]).item()] * 3
+    )
+    plain, chunked, measured = (peak for peak, _ in found)
     assert plain > 4 * num_positions * vocab_size
     assert chunked < 4 * num_positions * vocab_size
+    assert measured < 4 * num_positions * vocab_size
+
+
+def test_the_benchmark_of_the_students_head_compares_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(student, "HEADS", {"tiny": (300, 8)})
+    monkeypatch.setattr(sys, "argv", ["student", "--positions=16", "--top_k=4", "--rounds=1", f"--output={tmp_path}"])
+    student.main()
+    report = (tmp_path / "student.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "tiny" in line]
+    by_kind: dict[str, list[float]] = {}
+    for _, kept, *_, value in rows:
+        by_kind.setdefault(kept, []).append(float(value))
+    assert by_kind.keys() >= {"top 4", "hidden states"}
+    for values in by_kind.values():
+        assert values == pytest.approx([values[0]] * len(values), rel=1e-4)

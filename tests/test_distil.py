@@ -56,12 +56,12 @@ def test_a_run_reports_every_way_and_draws_it(
     teacher: Path, ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind = next(iter(distil.KINDS))
-    words = [f"--teacher={teacher}", f"--dataset={ragged}", f"--output={tmp_path}", f"--kinds={kind}"]
+    words = [f"--teacher={teacher}", f"--dataset={ragged}", f"--output={tmp_path}", f"--kinds={kind}", "--losses=JSD"]
     words += ["--steps=4", "--seeds=2", "--layers=2"]  # all of the teacher's: the students start as the teacher
     monkeypatch.setattr(sys, "argv", ["distil", *words])
     distil.main()
     data = json.loads((tmp_path / "distil.json").read_text())["data"]
-    assert list(data) == ["cross-entropy", "teacher in memory", f"file, {kind}"]
+    assert list(data) == ["cross-entropy", "teacher in memory", f"file, {kind}, JSD"]
     for runs in data.values():
         for run in runs:
             assert abs(run["points"]["divergence"][0]) < 1e-4

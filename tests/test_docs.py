@@ -147,6 +147,28 @@ def test_the_table_of_measures_has_all_that_are_logged() -> None:
     assert [name.strip("`") for name, _ in table_rows("measure")] == list(_MEASURES["topk"])
 
 
+def test_what_to_choose_follows_from_the_tables_of_the_benchmarks() -> None:
+    """The numbers of one are the differences of the others, rounded."""
+    (near, far, small, tail, tokens) = (measured for _, _, measured in table_rows("where"))
+    angles = {name.strip("*"): [float(angle) for angle in cells[7:9]] for name, *cells in table_rows("method")}
+    students = {name: [re.split("[ (]", cell)[0] for cell in cells] for name, *cells in table_rows("trained on")}
+    exact, alone = students["teacher in memory"], students["cross-entropy"]
+    assert f"is {round(angles['topk 64, packed'][0])} degrees" in near
+    assert [round(angle) for angle in reversed(angles["sample 64, packed"])] == [3, 4]
+    assert "3 to 4" in near
+    assert f"{float(students['file, sample 12'][1]):.3f} nats above" in far
+    assert f"from the top 12 {float(students['file, topk 12'][1]):.2f} nats" in far
+    assert students["file, hidden"][0] == exact[0]
+    sizes = [float(students[name][-1]) for name in ("file, hidden", "file, topk 64, packed")]
+    assert f"{round(sizes[0] / sizes[1], -2):.0f} times" in small
+    assert (
+        f"is {round(angles['renormalised top 64'][1])} degrees off instead of {round(angles['topk 64, plain'][1])}"
+        in tail
+    )
+    assert f"lower by {float(exact[2]) - float(alone[2]):.2f} nats" in tokens
+    assert f"higher by {float(alone[1]):.2f}" in tokens
+
+
 def test_the_module_table_is_the_package() -> None:
     """What each may import is tested in test_rooms."""
     source = ROOT / "logitgen"
