@@ -45,9 +45,10 @@ settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:
-    """In the background of a script SIGINT is ignored, and all that the tests start would inherit that."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A script ignores SIGINT in its background, nohup ignores SIGHUP: all that the tests start would inherit it."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
