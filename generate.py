@@ -13,7 +13,6 @@ gc.disable()  # looking for garbage, of which there is none yet, takes a quarter
 
 from logitgen.generate import main  # noqa: E402
 
-gc.freeze()
 gc.enable()
 
 if __name__ == "__main__":
