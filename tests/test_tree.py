@@ -162,3 +162,12 @@ def test_halves_of_a_tree_are_the_trees_of_their_rows(rows: list[list[int]], bat
 def test_rows_that_differ_after_all_share_nothing() -> None:
     rows = [np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]), np.array([1, 2, 9, 5]), np.array([1, 2, 9])]
     assert checked(rows, np.array([0, 3, 3, 3])).tolist() == [0, 3, 0, 3]
+
+
+def test_trunks_keep_no_more_tokens_than_the_budget() -> None:
+    """A document of 600 tokens, and 4 questions of 50 about it with 3 answers each."""
+    lengths = np.full(12, 700)
+    shared = np.where(np.arange(12) % 3, 650, 600) * (np.arange(12) > 0)
+    of_budget = {budget: [(step.start, len(step.rows)) for step in steps(lengths, shared, budget) if step.is_trunk]
+                 for budget in (2048, 4096)}  # fmt: skip
+    assert of_budget == {2048: [(0, 1)], 4096: [(0, 1), (600, 4)]}
