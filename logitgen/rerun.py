@@ -147,7 +147,7 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             torch.from_numpy(data[name].astype(np.int64)).to(teacher.device) for name in ("positions", "input_ids")
         )
         for span, logits_CV, _ in teacher.logits(input_ids_T[None], torch.zeros_like(position_P), position_P):
-            now_CV = logits_CV.float().log_softmax(-1).cpu()
+            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
             stored = {name: values[span] for name, values in data.items()}
             if head:
                 hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)
