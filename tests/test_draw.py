@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logitgen.file.packing import Packing
 from logitgen.student.events import certain_tokens, sample_level, sample_weights
 from logitgen.teacher import draw as draw_module
 from logitgen.teacher import shard as shard_module
@@ -172,6 +173,22 @@ def test_the_level_follows_from_the_drawn_tokens_alone() -> None:
         certain = [(p > level).sum() for p, level in zip(logits_CV.double().softmax(-1), levels, strict=True)]
         assert certain_tokens(kept_CK.double()).sum(-1).tolist() == certain
         np.testing.assert_allclose(sample_weights(kept_CK.double()).sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("value_bits", "most_off", "most_missing"), [(8, 0.01, 1e-3), (16, 1e-3, 1e-6)])
+@pytest.mark.parametrize("scale", [1.5, 3.0, 6.0])
+def test_packed_draws_keep_their_weights(value_bits: int, most_off: float, most_missing: float, scale: float) -> None:
+    """On average over positions: the weights' rounding together, and what they lack of 1 where a tail is lost."""
+    logits_CV = scale * torch.randn((400, 2000), generator=torch.Generator().manual_seed(1))
+    for k in (12, 64):
+        drawn = drawn_from(logits_CV, k)
+        exact = weights_of(drawn, 2000)
+        packing = Packing(vocab_size=2000, k=k, value_bits=value_bits, has_tail=False)
+        ids, logprobs = packing.unpack(packing.pack(drawn["kept_ids"], drawn["kept_logprobs"]).numpy())
+        read = {"kept_ids": torch.from_numpy(ids.astype("int64")), "kept_logprobs": torch.from_numpy(logprobs)}
+        off = weights_of(read, 2000) - exact
+        assert np.abs(off).sum(1).mean() < most_off
+        assert np.abs(off.sum(1)).mean() < most_missing
 
 
 def test_padded_rows_of_the_head_are_never_drawn_and_have_no_share() -> None:
