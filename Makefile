@@ -7,7 +7,7 @@ DEMO := .demo
 OUTPUT := $(DEMO)/teacher.h5
 BENCH := .bench
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
-QUICK := $(foreach name,config console deliver docs errors export head header identity layout load losses noise output packing \
+QUICK := $(foreach name,config console deliver docs draw errors export head header identity layout load losses noise output packing \
 	plan project provenance reader report rooms rows shapes tokens writer,tests/test_$(name).py)
 export HF_HUB_DISABLE_TELEMETRY := 1
 

@@ -3,9 +3,9 @@
     python -m benchmarks.fidelity --teacher FOLDER --dataset ROWS.jsonl
 
 What we keep is written and read back by the project's own functions. The student is the teacher without two of its
-layers. Angles are between the gradient of a method's own loss and that of the exact KL divergence: by the logits of
-each position; and by the weights of the student's output head, as training takes it, of a batch's mean and of that of
-all batches. What is drawn at random averages out over positions;
+layers, or with `--layers 3` far from it: three of them. Angles are between the gradient of a method's own loss and that
+of the exact KL divergence: by the logits of each position; and by the weights of the student's output head, as training
+takes it, of a batch's mean and of that of all batches. What is drawn at random averages out over positions;
 what is wrong with every one does not.
 
 `--positions` is of a batch, `--seeds` of what is drawn at random, at least 2. `--only` is a regular expression of the
@@ -54,12 +54,14 @@ FORMS |= dict.fromkeys(("KL, tail as one", "RMSE of p", "bias of p"), ".2g")
 FORMS |= dict.fromkeys(("record B", "total B", f"at V={LARGE_VOCAB:,}"), ",.1f")
 
 
-def shallower(teacher: PreTrainedModel) -> PreTrainedModel:
-    """Make a student: take two layers out, at a half and at two thirds of the depth."""
+def shallower(teacher: PreTrainedModel, num_layers: int = 0) -> PreTrainedModel:
+    """Make a student of so many evenly spread layers; or take two out, at a half and at two thirds of the depth."""
     student = copy.deepcopy(teacher)
     layers = student.get_decoder().layers
-    left_out = {len(layers) // 2, 2 * len(layers) // 3}
-    student.get_decoder().layers = nn.ModuleList(layer for at, layer in enumerate(layers) if at not in left_out)
+    kept = set(range(len(layers))) - {len(layers) // 2, 2 * len(layers) // 3}
+    if num_layers:
+        kept = {round(number * (len(layers) - 1) / max(1, num_layers - 1)) for number in range(num_layers)}
+    student.get_decoder().layers = nn.ModuleList(layer for at, layer in enumerate(layers) if at in kept)
     return student
 
 
@@ -75,7 +77,7 @@ def load(options: argparse.Namespace) -> list[Batch]:
     """Run teacher and student over rows from all over the file, until there are enough positions."""
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
-    models = teacher, shallower(teacher)
+    models = teacher, shallower(teacher, options.layers)
     texts = [json.loads(line)["text"] for line in options.dataset.read_text(encoding="utf-8").splitlines()]
     wanted, found = options.batches * options.positions, 0
     parts: list[list[Tensor]] = []
@@ -180,7 +182,7 @@ def plot(families: dict[str, list[Row]], options: argparse.Namespace, path: Path
 
 def main() -> None:
     """Measure all methods."""
-    sizes = {"batches": 4, "positions": 512, "seeds": 4}
+    sizes = {"batches": 4, "positions": 512, "seeds": 4, "layers": 0}
     options = parse(__doc__, teacher=Path, dataset=Path, only="", **sizes)
     batches = load(options)
     student_divergence = fmean(divergence(batch.student, batch.probs).mean().item() for batch in batches)

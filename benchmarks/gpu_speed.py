@@ -115,7 +115,7 @@ def _steps(model: Teacher, num_positions: int) -> dict[str, Work]:
     top = partial(keep.top_k, logits_CV, target_C, 64)
 
     def torch_alone() -> None:
-        with mock.patch.object(keep, "_gpu_scan", return_value=None):
+        with mock.patch.object(keep, "_gpu_kernel", return_value=None):
             top()
 
     return {

@@ -1,9 +1,10 @@
-"""The output head: what it costs to keep the top k of its logits, on top of computing them, and how much memory.
+"""The output head: what it costs to keep or draw k of its logits, on top of computing them, and how much memory.
 
     python -m benchmarks.head
 
-Alternating in one process: the matrix product alone, with one pass over its result, with what a capture does, and with
-torch's own top-k and log-sum-exp. Memory is that of a whole captured batch above the model.
+Alternating in one process: the matrix product alone, with one pass over its result, with what a capture of the top k or
+of a sample does, and with torch's own top-k and log-sum-exp. *without product* is the time of keeping alone: the
+sample's, relative to the top k's, on logits that are there. Memory is that of a whole captured batch above the model.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from benchmarks.harness import Spread, in_turns, parse, write_report
 from benchmarks.synthetic import job_of, make_rows, small_llama
 from logitgen.estimate import _taken_bytes
 from logitgen.teacher.capture import capture_batch
-from logitgen.teacher.keep import _largest, _logsumexp_in_passes, top_k
+from logitgen.teacher.keep import _largest, _logsumexp_in_passes, sample, top_k
 from logitgen.teacher.model import CHUNK_LOGITS, GPU_CHUNK_LOGITS, Teacher
+from logitgen.teacher.noise import position_keys
 
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen3-0.6B": (151_936, 1024), "Gemma 3 270M": (262_144, 640)}
 """Vocabulary and hidden size of some heads."""
 
 BASE = "product, one pass"
+ALONE = {"as captured": "top k alone", "as drawn": "sample alone"}
+"""Ways that are also timed on logits that are there."""
 
 Work = Callable[[], object]
 
@@ -55,6 +59,7 @@ def contenders(vocab_size: int, hidden_size: int, k: int, device: torch.device) 
     head = nn.Linear(hidden_size, vocab_size, bias=False, device=device)
     hidden_CD = torch.randn(num_positions, hidden_size, device=device)
     target_C = torch.randint(vocab_size, (num_positions,), device=device)
+    key_C = position_keys(0, torch.zeros_like(target_C), torch.arange(num_positions, device=device))
     compiled = torch.compile(_logsumexp_in_passes)
 
     def unfused(logits_CV: Tensor) -> None:
@@ -69,12 +74,15 @@ def contenders(vocab_size: int, hidden_size: int, k: int, device: torch.device) 
         "product alone": lambda logits_CV: None,
         BASE: lambda logits_CV: logits_CV.amax(-1),
         "as captured": lambda logits_CV: top_k(logits_CV, target_C, k),
+        "as drawn": lambda logits_CV: sample(logits_CV, target_C, k, key_C, vocab_size),
         "torch.topk, logsumexp": unfused,
     }
     with suppress(Exception):  # no compiler on this machine; torch says so in many ways
         with_compiled(head(hidden_CD))
         found["log-sum-exp compiled"] = with_compiled
-    return {name: lambda keep=keep: keep(head(hidden_CD)) for name, keep in found.items()}
+    logits_CV = head(hidden_CD)
+    alone = {name: lambda keep=found[title]: keep(logits_CV) for title, name in ALONE.items()}
+    return {name: lambda keep=keep: keep(head(hidden_CD)) for name, keep in found.items()} | alone
 
 
 def memory_chunks(vocab_size: int, k: int, device: torch.device) -> tuple[float, float]:
@@ -102,7 +110,9 @@ def main() -> None:
         with torch.inference_mode():
             works = contenders(vocab_size, hidden_size, options.top_k, device)
             found = in_turns({title: partial(seconds_of, work) for title, work in works.items()}, options.rounds)
+        top, drawn = (found.pop(name) for name in ALONE.values())
         ratios = {title: Spread.of(seconds, found[BASE]) for title, seconds in found.items() if title != BASE}
+        ratios["without product"] = Spread.of(drawn, top)
         head = {"head": f"{name}, {vocab_size:,} x {hidden_size:,}"}
         table.append(head | ratios | {"memory, chunks": chunked, "unchunked": whole})
     forms = dict.fromkeys(table[0], ".2f") | {"memory, chunks": ".1f", "unchunked": ".1f"}

@@ -31,7 +31,7 @@ TRIMMED = ((0.8, 100), (0.9, 100), (0.95, 100), (0.98, 100), (0.9, 256), (0.95, 
 
 ENCODINGS: tuple[Encoding, ...] = ("plain", "packed", "packed16")
 
-SCALARS = ("logsumexp", "target_logprob", "threshold")
+SCALARS = ("logsumexp", "target_logprob")
 """What our files hold of a position beside its record."""
 
 
@@ -119,7 +119,7 @@ def ours(hidden_size: int) -> Iterator[Method]:
 
         captured = layout_of(LARGE_VOCAB, **kind).captured
         scalar_bytes = sum(nbytes(captured[scalar]) for scalar in SCALARS if scalar in captured)
-        is_random = "threshold" in captured
+        is_random = kind["capture"] == "sample"
         return Method(name, family, target, total_bytes, scalar_bytes, is_ours=True, is_random=is_random)
 
     for capture in ("topk", "sample"):
@@ -145,7 +145,7 @@ def stored(kind: dict[str, Any], batch: Batch, seed: int) -> Kept:
         ids_PK, logprobs_PK = torch.from_numpy(ids.astype("int64")), torch.from_numpy(logprobs)
     logprobs_PK = (logprobs_PK if packing else logprobs_PK.half()).double()
     if is_sample:
-        return Kept(ids_PK, sample_weights(logprobs_PK, kept["threshold"].double()), has_tail=False)
+        return Kept(ids_PK, sample_weights(logprobs_PK), has_tail=False)
     return Kept(ids_PK, logprobs_PK.exp(), has_tail=True)
 
 

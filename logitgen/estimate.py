@@ -246,8 +246,9 @@ def _other_layouts(layout: Layout) -> list[Layout]:
         for k in OTHER_KEPT
         if k <= layout.vocab_size
     ]
-    if layout.num_drawable > OTHER_DRAWN:
-        others.append(replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed"))
+    drawn = replace(layout, capture="sample", top_k=OTHER_DRAWN, encoding="packed")
+    if drawn.top_k <= drawn.num_ids:
+        others.append(drawn)
     if layout.head:
         others.append(replace(layout, capture="hidden", top_k=0, encoding="plain"))
     return [*others, replace(layout, capture="full", top_k=0, encoding="plain")]

@@ -146,7 +146,7 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
         data = file.row(row)
         positions, input_ids = (data[name].astype(np.int64) for name in ("positions", "input_ids"))
         for span, logits_CV, _ in teacher.logits([Pass(input_ids[None])], positions):
-            now_CV = logits_CV.float().log_softmax(-1).cpu()
+            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
             stored = {name: values[span] for name, values in data.items()}
             if head:
                 hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)

@@ -1,6 +1,5 @@
 """What is kept, against the definition in float64; and what happens where memory or numbers run out."""
 
-import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +18,8 @@ from logitgen.split.batch import Pass
 from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
-from logitgen.teacher.keep import _largest, full, sample, top_k
+from logitgen.teacher.keep import _largest, full, top_k
 from logitgen.teacher.model import Teacher
-from logitgen.teacher.noise import position_keys
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 50), st.floats(0.1, 30), st.data())
@@ -195,91 +193,6 @@ def test_full_keeps_the_logits_themselves() -> None:
     assert kept["logits"].tolist() == [[0, 1, 2]]
     assert kept["logsumexp"].item() == pytest.approx(np.log(1 + np.e + np.e**2))
     assert kept["target_logprob"].item() == pytest.approx(1 - np.log(1 + np.e + np.e**2))
-
-
-# Draws, against enumeration and the true distribution.
-
-STANDARD_ERRORS = 4.5
-"""How far a mean of independent draws may be from what is expected; further with a chance of 7e-6."""
-PEAKED = [0.9, 0.06, 0.02, 0.01, 0.006, 0.003, 0.001]
-FLAT = [0.2, 0.17, 0.16, 0.15, 0.12, 0.11, 0.09]
-
-
-def draw(probabilities: list[float], k: int, num_positions: int, num_drawable: int | None = None) -> dict[str, Any]:
-    logits_CV = torch.tensor(probabilities).log().add(3).expand(num_positions, -1)
-    key_C = position_keys(1, torch.zeros(num_positions, dtype=torch.int64), torch.arange(num_positions))
-    target_C = torch.zeros(num_positions, dtype=torch.int64)
-    return sample(logits_CV, target_C, k, key_C, num_drawable or len(probabilities))
-
-
-def weights_of(drawn: dict[str, Any], vocab_size: int) -> np.ndarray:
-    """The weight of every token at every position, 0 where it was not drawn, in float64."""
-    logprobs, threshold = drawn["kept_logprobs"].double().numpy(), drawn["threshold"].double().numpy()
-    weights = np.zeros((len(logprobs), vocab_size))
-    kept = np.exp(logprobs) / -np.expm1(-np.exp(logprobs - threshold[:, None]))
-    np.put_along_axis(weights, drawn["kept_ids"].numpy(), kept, axis=1)
-    return weights
-
-
-@pytest.mark.parametrize("probabilities", [PEAKED, FLAT], ids=["peaked", "flat"])
-@pytest.mark.parametrize("k", [2, 3, 6])
-def test_the_mean_weight_of_a_token_is_its_probability(probabilities: list[float], k: int) -> None:
-    """Within a bound from the weights' own spread, and float32; the likeliest k, renormalised, are outside of it."""
-    weights = weights_of(draw(probabilities, k, 100_000), len(probabilities))
-    bound = STANDARD_ERRORS * weights.std(0) / np.sqrt(len(weights)) + 1e-6
-    assert (np.abs(weights.mean(0) - probabilities) < bound).all()
-    assert bound.max() < 0.02
-    likeliest = np.where(np.arange(7) < k, probabilities, 0) / np.sum(probabilities[:k])
-    assert (np.abs(likeliest - probabilities) > bound).any()
-
-
-@pytest.mark.parametrize("probabilities", [PEAKED, FLAT], ids=["peaked", "flat"])
-def test_pairs_are_drawn_as_often_as_when_drawing_one_after_the_other(probabilities: list[float]) -> None:
-    num_positions = 100_000
-    ids = np.sort(draw(probabilities, 2, num_positions)["kept_ids"].numpy(), axis=1)
-    for left, right in itertools.combinations(range(7), 2):
-        p, q = probabilities[left], probabilities[right]
-        expected = p * q / (1 - p) + q * p / (1 - q)
-        share = (ids == [left, right]).all(1).mean()
-        assert abs(share - expected) < STANDARD_ERRORS * np.sqrt(expected * (1 - expected) / num_positions)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(2, 300), st.data(), st.sampled_from([0.1, 3.0, 30.0, 1e3]))
-def test_drawn_tokens_are_distinct_and_have_their_own_log_probs(
-    vocab_size: int, data: st.DataObject, scale: float
-) -> None:
-    num_drawable = data.draw(st.integers(2, vocab_size))
-    k = data.draw(st.integers(1, num_drawable - 1))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    logits_CV = torch.randn((4, vocab_size), generator=generator) * scale
-    target_C = torch.arange(4) % vocab_size
-    drawn = sample(logits_CV, target_C, k, torch.arange(4), num_drawable)
-    ids_CK, logprobs_CK = drawn["kept_ids"], drawn["kept_logprobs"]
-    assert all(len(set(ids)) == k and max(ids) < num_drawable for ids in ids_CK.tolist())
-    assert (logprobs_CK.diff(dim=1) <= 0).all()
-    exact_CV = logits_CV.double().log_softmax(-1)
-    near = {"rtol": 1e-5, "atol": 1e-4 + 1e-6 * scale}
-    np.testing.assert_allclose(logprobs_CK, exact_CV.gather(1, ids_CK), **near)
-    np.testing.assert_allclose(drawn["logsumexp"], logits_CV.double().logsumexp(-1), **near)
-    np.testing.assert_allclose(drawn["target_logprob"], exact_CV[torch.arange(4), target_C], **near)
-    assert drawn["threshold"].isfinite().all()
-
-
-def test_padded_rows_of_the_head_are_never_drawn_and_keep_their_share() -> None:
-    probabilities = [0.3, 0.3, 0.4]  # the last one has no token
-    drawn = draw(probabilities, 1, 1000, num_drawable=2)
-    assert set(drawn["kept_ids"].flatten().tolist()) == {0, 1}
-    np.testing.assert_allclose(drawn["kept_logprobs"].exp(), 0.3, rtol=1e-6)
-
-
-def test_masked_tokens_are_drawn_only_for_want_of_others_and_weigh_nothing() -> None:
-    drawn = draw([0.5, 0.5, 0.0, 0.0, 0.0], 3, 100)
-    assert drawn["threshold"].isfinite().all()
-    assert all(set(ids[:2]) == {0, 1} for ids in drawn["kept_ids"].tolist())
-    assert (drawn["kept_logprobs"][:, 2] == -65504).all()
-    with np.errstate(over="ignore"):  # of what is certain to be drawn
-        np.testing.assert_allclose(weights_of(drawn, 5).sum(1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ["plain", "packed"])

@@ -114,17 +114,20 @@ def test_every_kind_and_encoding_of_kept_tokens_is_exported(
         kept = file.row(number)
         assert row["target_token_ids"][:-1] == kept["kept_ids"].tolist()
         probabilities = np.exp(kept["kept_logprobs"].astype(np.float64))
-        if kind == "sample":
-            scale = 1 - np.exp(-probabilities / np.exp(kept["threshold"].astype(np.float64))[:, None])
-        else:
-            scale = probabilities.sum(-1, keepdims=True)
         found = np.exp(np.array(row["target_logprobs"][:-1]).reshape(-1, 8))
-        np.testing.assert_allclose(found, probabilities / scale, rtol=1e-5)
+        if kind == "topk":
+            np.testing.assert_allclose(found, probabilities / probabilities.sum(-1, keepdims=True), rtol=1e-5)
+            continue
+        np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+        is_raised = found > probabilities * (1 + 1e-5)
+        assert is_raised.any() or not len(probabilities)
+        for raised, weights, probs in zip(is_raised, found, probabilities, strict=True):
+            np.testing.assert_allclose(weights[raised], weights.min(), rtol=1e-5)  # to one level
+            np.testing.assert_allclose(weights[~raised], probs[~raised], rtol=1e-5)
 
 
-def test_a_sampled_token_of_no_probability_weighs_nothing() -> None:
-    row = {"kept_logprobs": np.array([[-0.1, -65504]], "<f2"), "threshold": np.array([-3], "<f4")}
-    targets = target_logprobs(row)
+def test_a_drawn_token_of_no_probability_weighs_nothing() -> None:
+    targets = target_logprobs(np.array([[-0.1, -65504]], "<f2"), "sample")
     assert np.isfinite(targets).all()
     assert np.exp(targets[0, 1]) == 0
 
@@ -138,32 +141,22 @@ def test_rows_are_written_in_parts_of_bounded_size(path: Path, tmp_path: Path, m
     assert load(tmp_path / "parts.parquet").to_list() == load(tmp_path / "whole.parquet").to_list()
 
 
-@given(
-    logprobs=st.lists(st.floats(-30, -1e-3), min_size=1, max_size=6),
-    above=st.floats(0, 100),
-)
-def test_sampled_tokens_keep_their_importance_weights(logprobs: list[float], above: float) -> None:
-    """Against the definition: p over the probability that a Gumbel variable lifts log p above the threshold."""
-    threshold = np.float32(min(logprobs) - above)
-    row = {"kept_logprobs": np.array([logprobs]), "threshold": np.array([threshold])}
-    found = target_logprobs(row)[0]
-    for logprob, target in zip(logprobs, found, strict=True):
-        # P(G > x) = 1 - exp(-exp(-x)) for a standard Gumbel G and x = threshold - log p.
-        exceeds = 1 - math.exp(-math.exp(min(logprob - float(threshold), 700)))
-        assert math.exp(target) == pytest.approx(math.exp(logprob) / exceeds, rel=1e-5)
-
-
-def test_sampled_weights_recover_every_probability_on_average() -> None:
-    generator = np.random.default_rng(0)
-    probability = np.array([0.6, 0.2, 0.1, 0.06, 0.04])
-    draws, kept = 40_000, 2
-    perturbed = np.log(probability) + generator.gumbel(size=(draws, 5))
-    order = np.argsort(-perturbed, axis=1)
-    ids = order[:, :kept]
-    threshold = np.take_along_axis(perturbed, order[:, kept : kept + 1], 1)[:, 0]
-    weights = np.exp(target_logprobs({"kept_logprobs": np.log(probability)[ids], "threshold": threshold}))
-    estimate = np.bincount(ids.ravel(), weights.ravel(), minlength=5) / draws
-    assert estimate == pytest.approx(probability, abs=0.01)  # four standard errors of the least certain
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=8), st.data())
+def test_drawn_weights_recover_every_probability_on_average(shares: list[float], data: st.DataObject) -> None:
+    """Each token as often as its probability over its weight says, the others certain."""
+    probabilities = sorted(np.array(shares) / sum(shares), reverse=True)
+    k = data.draw(st.integers(1, len(shares) - 1))
+    level = next(
+        level for i in range(k) if probabilities[i] <= (level := sum(probabilities[i:]) / (k - i)) * (1 + 1e-12)
+    )
+    num_certain = sum(p > level * (1 + 1e-12) for p in probabilities)
+    line = np.cumsum(probabilities[num_certain:]) / level
+    sums, num_draws = np.zeros(len(shares)), 200
+    for offset in (np.arange(num_draws) + 0.5) / num_draws:
+        marks = np.arange(k - num_certain) + offset
+        ids = [*range(num_certain), *(num_certain + np.searchsorted(line[:-1], marks, side="right"))]
+        sums[ids] += np.exp(target_logprobs(np.log(probabilities)[ids][None], "sample")[0])
+    assert sums / num_draws == pytest.approx(probabilities, abs=1.5 * level / num_draws * 2)
 
 
 def test_a_capture_of_all_logits_is_refused(tmp_path: Path) -> None:

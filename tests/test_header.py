@@ -15,7 +15,19 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from files import ARRAYS, ATTRIBUTES, FULL, changing, plain_attributes, seal, write_file
+from files import (
+    ARRAYS,
+    ATTRIBUTES,
+    FULL,
+    ROWS,
+    SCALARS,
+    TOP_2,
+    changing,
+    plain_attributes,
+    seal,
+    with_checksums,
+    write_file,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +82,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         num_tokens=draw(st.integers(1, 20_000)),
         num_positions=draw(st.integers(1, 50)),
         vocab_size=vocab_size,
-        top_k=0 if capture == "full" else draw(st.integers(1, min(vocab_size - 1, 70))),
+        top_k=0 if capture == "full" else draw(st.integers(1, min(vocab_size, 70))),
         encoding="plain" if capture == "full" else draw(st.sampled_from(["plain", "packed", "packed16"])),
     )
 
@@ -377,7 +389,6 @@ def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
         ("top_k", 0, "attributes capture, vocab_size and top_k contradict one another"),
         ("top_k", 11, "attributes capture, vocab_size and top_k contradict one another"),
         ("top_k", -(2**63), "attributes capture, vocab_size and top_k contradict one another"),
-        ("capture", "sample", "dataset threshold is missing"),
         ("encoding", "", "encoding must be one of plain, packed, packed16"),
         ("encoding", "packed", "dataset kept is missing"),
         ("vocab_size", np.uint64(2**64 - 1), "attribute vocab_size is missing or not int"),
@@ -390,6 +401,16 @@ def test_a_missing_attribute_is_named(path: Path, name: str) -> None:
 def test_an_attribute_that_cannot_be_is_named(tmp_path: Path, name: str, value: Any, message: str) -> None:
     path = write_file(tmp_path / "out.h5", **{name: value})
     with pytest.raises(FormatError, match=rf"out\.h5 is damaged: {message}"):
+        header.read(path)
+
+
+@pytest.mark.parametrize("encoding", ["plain", "packed"])
+def test_a_file_of_the_older_draws_is_refused(tmp_path: Path, encoding: str) -> None:
+    """It has another dataset, and its weights would come out wrong."""
+    kept = TOP_2 if encoding == "plain" else {"kept": np.zeros((4, 4), "u1")}
+    arrays = with_checksums(ROWS | SCALARS | {"threshold": np.zeros(4, "<f4")} | kept)
+    path = write_file(tmp_path / "out.h5", arrays, capture="sample", encoding=encoding)
+    with pytest.raises(FormatError, match=r"^\S+out\.h5 was drawn by an older logitgen, .* Capture it again\.$"):
         header.read(path)
 
 

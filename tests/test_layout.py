@@ -202,27 +202,22 @@ def test_what_is_kept_is_said_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer_size", "num_drawable"), [(0, 100), (90, 90), (100, 100), (120, 100)], ids=["unknown", "", "", "larger"]
+    ("tokenizer_size", "num_ids"), [(0, 100), (90, 90), (100, 100), (120, 100)], ids=["unknown", "", "", "larger"]
 )
-def test_only_ids_that_the_tokenizer_has_are_drawn_and_not_all_of_them(tokenizer_size: int, num_drawable: int) -> None:
-    layout = replace(make_layout("sample", top_k=num_drawable - 1), tokenizer_size=tokenizer_size)
-    assert layout.num_drawable == num_drawable
+def test_only_ids_that_the_tokenizer_has_are_drawn(tokenizer_size: int, num_ids: int) -> None:
+    layout = replace(make_layout("sample", top_k=num_ids), tokenizer_size=tokenizer_size)
+    assert layout.num_ids == num_ids
     layout.check()
     message = (
-        rf"^--top_k must be below the {num_drawable} ids of the vocabulary with --capture sample, got {num_drawable}\."
+        rf"^--top_k must be at most the {num_ids} ids of the vocabulary with --capture sample, got {num_ids + 1}\."
     )
     with pytest.raises(UsageError, match=message):
-        replace(layout, top_k=num_drawable).check()
-    replace(layout, capture="topk", top_k=num_drawable).check()
+        replace(layout, top_k=num_ids + 1).check()
+    assert replace(layout, capture="topk").num_ids == 100
+    replace(layout, capture="topk", top_k=100).check()
 
 
-def test_a_file_of_draws_has_their_threshold() -> None:
-    assert list(make_layout("sample").captured.items()) == [
-        ("logsumexp", ((), np.dtype("<f4"))),
-        ("target_logprob", ((), np.dtype("<f4"))),
-        ("threshold", ((), np.dtype("<f4"))),
-        ("kept_ids", ((3,), np.dtype("<u2"))),
-        ("kept_logprobs", ((3,), np.dtype("<f2"))),
-    ]
+def test_a_file_of_draws_has_the_datasets_of_a_top_k() -> None:
+    assert make_layout("sample").captured == make_layout("topk").captured
     packed = make_layout("sample", vocab_size=151_936, top_k=12, encoding="packed")
     assert packed.captured["kept"] == ((36,), np.dtype("u1"))

@@ -1,4 +1,4 @@
-"""Noise that is a function of seed, row, position and token: reproduced by plain integers, uniform, and unrelated."""
+"""Random numbers that depend on seed, row and position alone: reproduced by plain integers, uniform, unrelated."""
 
 import math
 from itertools import product
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen.teacher import noise
-from logitgen.teacher.noise import gumbel, position_keys
+from logitgen.teacher.noise import position_keys, uniform
 
 WORD = 2**64 - 1
 
@@ -19,9 +19,8 @@ def keys(seed: int, rows: list[int], positions: list[int]) -> torch.Tensor:
     return position_keys(seed, torch.tensor(rows), torch.tensor(positions))
 
 
-def uniforms(key_C: torch.Tensor, num_ids: int) -> np.ndarray:
-    """The distribution function of the standard Gumbel distribution makes of its draws uniform numbers."""
-    return np.exp(-np.exp(-gumbel(key_C, num_ids).double().numpy()))
+def uniforms(seed: int, rows: list[int], positions: list[int]) -> np.ndarray:
+    return uniform(keys(seed, rows, positions), torch.float64).numpy()
 
 
 def splitmix64(state: int) -> int:
@@ -31,14 +30,6 @@ def splitmix64(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def by_plain_integers(seed: int, row: int, position: int, token: int) -> float:
-    key = splitmix64((splitmix64((splitmix64(seed) + row) & WORD) + position) & WORD)
-    bits = (token * 0x9E3779B9 & 0xFFFFFFFF) ^ (key >> 32)
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 15) ^ (key & 0xFFFFFFFF)) * 0x846CA68B & 0xFFFFFFFF
-    return ((bits ^ (bits >> 16)) & 0x7FFFFFFF) / 2**31
-
-
 def test_the_key_generator_is_the_published_one() -> None:
     """The first number of splitmix64 for the seed 0."""
     assert splitmix64(0) == 0xE220A8397B1DCDAF
@@ -46,30 +37,17 @@ def test_the_key_generator_is_the_published_one() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**40), st.integers(0, 2**31 - 1), st.integers(1, 300))
-def test_every_draw_is_the_hash_of_its_place(seed: int, row: int, position: int, num_ids: int) -> None:
-    drawn = gumbel(keys(seed, [row], [position]), num_ids)[0]
-    assert drawn.dtype == torch.float32
-    u = np.array([by_plain_integers(seed, row, position, token) + 2.0**-32 for token in range(num_ids)])
-    # u is made smaller by 2**-23, so that it stays below 1, and rounded: near 1, where the small draws come from, that
-    # is much of 1 - u.
-    rounding = 1.5 * 2.0**-23 / ((1 - u) * -np.log1p(-u))
-    assert (np.abs(drawn.numpy() + np.log(-np.log1p(-u))) <= rounding + 1e-4).all()
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**40), st.integers(0, 2**31 - 1))
+def test_every_number_is_the_hash_of_its_place(seed: int, row: int, position: int) -> None:
+    key = splitmix64((splitmix64((splitmix64(seed) + row) & WORD) + position) & WORD)
+    assert uniforms(seed, [row], [position]).tolist() == [((key >> 32) + 0.5) / 2**32]
 
 
-def test_the_draws_of_a_position_do_not_depend_on_what_is_drawn_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = list(product(range(3), range(5)))
-    together = gumbel(keys(7, *map(list, zip(*places, strict=True))), 500)
-    for cached in (1, 1200, 2**18):
-        monkeypatch.setattr(noise, "_CACHED", cached)
-        alone = torch.cat([gumbel(keys(7, [row], [position]), 500) for row, position in places])
-        assert torch.equal(alone, together)
-    assert torch.equal(gumbel(keys(7, [2], [3]), 300)[0], together[13, :300])
-
-
-def test_a_shard_draws_what_the_whole_vocabulary_draws_for_its_ids() -> None:
-    key_C = keys(7, [0, 1, 2], [5, 4, 3])
-    assert torch.equal(gumbel(key_C, 200, first_id=300), gumbel(key_C, 500)[:, 300:])
+def test_a_number_does_not_depend_on_what_is_drawn_beside_it() -> None:
+    rows, positions = (list(numbers) for numbers in zip(*product(range(3), range(5)), strict=True))
+    together = uniforms(7, rows, positions)
+    alone = [uniforms(7, [row], [position])[0] for row, position in zip(rows, positions, strict=True)]
+    assert together.tolist() == alone
 
 
 def distance_from_uniform(values: np.ndarray) -> float:
@@ -80,42 +58,34 @@ def distance_from_uniform(values: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_draws_are_uniform_over_tokens_positions_and_rows(seed: int) -> None:
-    assert distance_from_uniform(uniforms(keys(seed, [0], [0]), 200_000)) < 2.3
-    assert distance_from_uniform(uniforms(keys(seed, [3] * 20_000, list(range(20_000))), 10)) < 2.3
-    assert distance_from_uniform(uniforms(keys(seed, list(range(20_000)), [0] * 20_000), 10)) < 2.3
+def test_numbers_are_uniform_over_positions_and_rows(seed: int) -> None:
+    many, same = list(range(100_000)), [3] * 100_000
+    assert distance_from_uniform(uniforms(seed, same, many)) < 2.3
+    assert distance_from_uniform(uniforms(seed, many, same)) < 2.3
 
 
 @pytest.mark.parametrize(
-    ("seeds", "rows", "positions"),
-    [((0, 1), (0, 0), (0, 0)), ((0, 0), (0, 1), (0, 0)), ((0, 0), (0, 0), (0, 1)), ((0, 0), (0, 1), (1, 0))],
-    ids=["seed", "row", "position", "row and position exchanged"],
+    ("seed", "row", "position"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["seed", "row", "position"]
 )
-def test_neighbours_have_nothing_to_do_with_each_other(
-    seeds: tuple[int, int], rows: tuple[int, int], positions: tuple[int, int]
-) -> None:
+def test_neighbours_have_nothing_to_do_with_each_other(seed: int, row: int, position: int) -> None:
     """Correlations of as many independent numbers are beyond 4.5 standard deviations with a chance of 7e-6."""
-    left, right = (
-        uniforms(keys(seed, [row], [position]), 100_000)[0]
-        for seed, row, position in zip(seeds, rows, positions, strict=True)
-    )
-    for shift in range(4):
-        assert abs(np.corrcoef(left, np.roll(right, shift))[0, 1]) < 4.5 / math.sqrt(100_000)
-    ranks = np.floor(16 * np.stack([left, right])).astype(int)
-    counts = np.bincount(ranks[0] * 16 + ranks[1], minlength=256)
-    chi_square = ((counts - 100_000 / 256) ** 2 / (100_000 / 256)).sum()
-    assert abs(chi_square - 255) < 4.5 * math.sqrt(2 * 255)
+    rows, positions = (list(numbers) for numbers in zip(*product(range(300), range(300)), strict=True))
+    left = uniforms(0, rows, positions)
+    right = uniforms(seed, [number + row for number in rows], [number + position for number in positions])
+    assert abs(np.corrcoef(left, right)[0, 1]) < 4.5 / math.sqrt(len(left))
+    cells = np.floor(16 * np.stack([left, right])).astype(int)
+    counts = np.bincount(cells[0] * 16 + cells[1], minlength=256)
+    expected = len(left) / 256
+    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 4.5 * math.sqrt(2 * 255)
 
 
-def test_no_draw_is_infinite() -> None:
-    """Not even that of the largest or smallest hash there is."""
-    for bits in (0, 0x7FFFFFFF):
-        hashed = torch.full((1, 1), bits, dtype=torch.int32)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(noise, "_hashed", lambda *arguments, hashed=hashed: hashed)
-            drawn = gumbel(torch.tensor([0]), 1).item()
-        assert math.isfinite(drawn)
-        assert -2.9 < drawn < 22.3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_number_is_below_0_or_above_1(dtype: torch.dtype) -> None:
+    ends = uniform(torch.tensor([0, -1, 2**63 - 1, -(2**63)]), dtype)
+    assert ends.dtype == dtype
+    np.testing.assert_allclose(ends, [0, 1, 0.5, 0.5], atol=1e-7)
+    assert (ends > 0).all()
+    assert (ends <= 1).all()
 
 
 def test_no_two_positions_of_many_have_the_same_key() -> None:

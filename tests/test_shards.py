@@ -80,7 +80,7 @@ def test_parts_of_a_split_in_larger_batches_are_the_whole_but_for_rounding(
         torch.testing.assert_close(here["kept_logprobs"], there["kept_logprobs"], rtol=2**-10, atol=1e-4)
 
 
-def test_parts_that_are_drawn_with_one_seed_share_their_noise(capture: Capture, teacher: Path, tmp_path: Path) -> None:
+def test_parts_that_are_drawn_with_one_seed_share_their_draws(capture: Capture, teacher: Path, tmp_path: Path) -> None:
     """Twice the same rows: row by row the same tokens are drawn, unless each part has a seed of its own."""
     rows = [{"text": SENTENCES[number][:80]} for number in range(6)]
     data = write_jsonl(tmp_path / "d.jsonl", rows * 2)

@@ -161,8 +161,7 @@ def read(path: Path) -> Header:
 
 
 def _text(head_bytes: int, head: bytes) -> bytes:
-    digest = hashlib.sha256(head).hexdigest()
-    return _TEXT.format(version=FORMAT_VERSION, size=head_bytes, digest=digest).encode()
+    return _TEXT.format(version=FORMAT_VERSION, size=head_bytes, digest=hashlib.sha256(head).hexdigest()).encode()
 
 
 def _check_head(path: Path) -> int:
@@ -235,7 +234,7 @@ def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> 
 def _check_capture(plain: dict[str, Any], path: Path) -> None:
     """Check the attributes on the capture of the logits."""
     capture, vocab_size = plain["capture"], plain["vocab_size"]
-    least, most = {"topk": (1, vocab_size), "sample": (1, vocab_size - 1)}.get(capture, (0, 0))
+    least, most = (1, vocab_size) if capture in WITH_KEPT_IDS else (0, 0)
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k contradict one another.")
     encodings = get_args(Encoding) if capture in WITH_KEPT_IDS else ("plain",)
@@ -256,6 +255,8 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 
 
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
+    if attributes["capture"] == "sample" and "threshold" in file:
+        raise FormatError(f"{path} was drawn by an older logitgen, whose draws need other weights. Capture it again.")
     sizes = {}
     for name in ("done", "input_ids", "positions"):
         dataset = _dataset(file, name, path)
@@ -294,7 +295,6 @@ def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:
         raise FormatError(
             f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected {field[1]}{list(field[0])}."
         )
-    place = dataset.id.get_offset()
-    if place is None or dataset.external:
+    if (place := dataset.id.get_offset()) is None or dataset.external:
         raise FormatError(f"{path} was rewritten by another program: {name} is no longer contiguous. Use the original.")
     return int(place)

@@ -10,8 +10,7 @@ Datasets (all contiguous, little-endian):
     row level       done uint8[N], crc32 uint32[N], source_row int64[N]
     token level     offsets int64[N+1], input_ids uint16|uint32[T]
     position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
-      topk          kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
-      sample        threshold float32[P], and the same
+      topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
                     dtype: float32, float16, or uint16 with the bits of bfloat16
       full          logits float16[P, V]
@@ -146,19 +145,20 @@ class Layout:
     head: HeadForm | None = None
 
     @property
-    def num_drawable(self) -> int:
-        """Number of ids that can be drawn, from 0 on: the head may be padded with rows that no token has."""
-        return min(self.tokenizer_size or self.vocab_size, self.vocab_size)
+    def num_ids(self) -> int:
+        """Ids that share a position's probability, from 0 on. None is drawn of the rows that may pad a head."""
+        known = self.tokenizer_size if self.capture == "sample" else 0
+        return min(known or self.vocab_size, self.vocab_size)
 
     def check(self) -> None:
-        """Refuse to draw every id: the draw needs one more id as its threshold.
+        """Refuse to draw more ids than there are.
 
         Raises:
-            UsageError: K is not below the number of ids that can be drawn.
+            UsageError: K is above the number of ids that can be drawn.
         """
-        if self.capture == "sample" and self.top_k >= self.num_drawable:
+        if self.capture == "sample" and self.top_k > self.num_ids:
             raise UsageError(
-                f"--top_k must be below the {self.num_drawable} ids of the vocabulary with --capture sample, got "
+                f"--top_k must be at most the {self.num_ids} ids of the vocabulary with --capture sample, got "
                 f"{self.top_k}. Lower it, or keep the likeliest with --capture topk."
             )
 
@@ -177,8 +177,7 @@ class Layout:
 
         The order is the order inside a transported payload. Widest first keeps every array in it aligned.
         """
-        scalars = ("logsumexp", "target_logprob", *(["threshold"] if self.capture == "sample" else []))
-        return {name: ((), np.dtype("<f4")) for name in scalars} | self._kept_fields
+        return {name: ((), np.dtype("<f4")) for name in ("logsumexp", "target_logprob")} | self._kept_fields
 
     @property
     def _kept_fields(self) -> dict[str, Field]:

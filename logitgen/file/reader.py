@@ -62,8 +62,8 @@ class LogitsFile:
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and the kept values: `kept_ids` and `kept_logprobs` [P, K] (with `threshold` [P] if they were drawn),
-            `hidden` [P, D], or `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
+            and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or `logits` [P, V]. Dtypes as
+            in the file; packed log-probs of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.

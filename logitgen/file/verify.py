@@ -80,11 +80,8 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
 
 def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
-    num_ids = layout.num_drawable if layout.capture == "sample" else layout.vocab_size
-    if (ids_PK >= num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
-        yield f"has kept_ids that repeat or exceed {num_ids - 1}"
-    if "threshold" in data and not np.isfinite(data["threshold"]).all():
-        yield "has a threshold that is not finite"
+    if (ids_PK >= layout.num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
+        yield f"has kept_ids that repeat or exceed {layout.num_ids - 1}"
     if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
         yield "has kept_logprobs that are not finite, above 0 or not descending"
         return

@@ -112,8 +112,8 @@ class LogitsDataset(Dataset[Row]):
         Returns:
             `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
             and `target_logprob` float32[P], and the captured values: `kept_ids` int64[P, K] with `kept_logprobs`
-            float32[P, K] (nats, descending; for drawn tokens with `threshold` float32[P], from which their weights
-            follow), or `hidden` float32[P, D], which `head` turns into logits, or `logits` float32[P, V].
+            float32[P, K] (nats, descending), or `hidden` float32[P, D], which `head` turns into logits, or `logits`
+            float32[P, V].
 
         Raises:
             IndexError: There is no such row.

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
 
 from logitgen.file.layout import FLOAT16_MAX
+from logitgen.student.dataset import IGNORED_LABEL
 
 MIN_LOGPROB = -FLOAT16_MAX
 """Log-prob of impossible tokens: finite, so that 0 times it is 0, and as the file stores it."""
@@ -40,13 +41,16 @@ def logprobs_at(logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
     return cast(Tensor, _LogprobsAt.apply(logits_CV, ids_CK))  # type: ignore[no-untyped-call]
 
 
-def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghost: bool) -> tuple[Tensor, Tensor]:
+def kept_events(
+    student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, known_CK: Tensor | None = None, *, ghost: bool
+) -> tuple[Tensor, Tensor]:
     """Describe both sides by the kept tokens, and with `ghost` by one more event: any other token comes.
 
     Args:
         student_CV: Logits.
         ids_CK: The teacher's kept ids. Ids without a column in the student's logits, a padded head's, fall to the tail.
         logprobs_CK: Their log-probs.
+        known_CK: False for kept ids that fall to the tail as well. None stands for none.
         ghost: True to make the tail an event.
 
     Returns:
@@ -54,8 +58,8 @@ def kept_events(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, *, ghos
     """
     num_columns = student_CV.shape[-1]
     both = logprobs_CK, logprobs_at(student_CV, ids_CK.clamp(max=num_columns - 1))
-    known_CK = ids_CK < num_columns
-    kept = [torch.where(known_CK, logprobs, MIN_LOGPROB).clamp(min=MIN_LOGPROB) for logprobs in both]
+    here_CK = ids_CK < num_columns if known_CK is None else known_CK & (ids_CK < num_columns)
+    kept = [torch.where(here_CK, logprobs, MIN_LOGPROB).clamp(min=MIN_LOGPROB) for logprobs in both]
     if ghost:
         kept = [torch.cat([logprobs, _tail_logprob(logprobs)], dim=-1) for logprobs in kept]
     return kept[0], kept[1]
@@ -71,32 +75,43 @@ def _tail_logprob(kept_CK: Tensor) -> Tensor:
     return (-torch.expm1(kept_mass)).log()
 
 
-def sample_weights(logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
-    """Weigh sampled tokens: averaged over the draws, each token of the vocabulary has its probability.
+def sample_level(logprobs_CK: Tensor) -> Tensor:
+    """Find the level of drawn tokens, [C, 1]: raised to it, their probabilities sum to 1.
+
+    Tokens above the level are certain. Any other was drawn with a probability of its own divided by the level.
 
     Args:
-        logprobs_CK: Log-probs p of the kept tokens, drawn without replacement by Gumbel-top-k.
-        threshold_C: kappa, the (K+1)-th perturbed log-prob.
+        logprobs_CK: Log-probs of the drawn tokens, descending.
 
-    Returns:
-        [C, K]: exp(p) divided by the probability that the token's perturbed log-prob exceeds kappa.
-
-    Source: Vieira 2017, "Estimating means in a finite universe"; Kool et al. 2019, "Stochastic Beams and Where to Find
-    Them", section 4.
+    *Source*: Cohen et al. 2009, "Stream sampling for variance-optimal estimation of subset sums", section 2. With the
+    i likeliest certain, the k - i others share the rest of the probability; the least such share is the level. It is
+    the teacher's: of the tokens that it was found from, those above it are all kept.
     """
-    logprobs_CK = logprobs_CK.clamp(min=MIN_LOGPROB)
-    inclusion_CK = -torch.expm1(-(logprobs_CK - threshold_C[:, None]).exp())
-    # A masked token, of probability 0, is kept where there is nothing else, and has an inclusion of 0 too.
-    return logprobs_CK.exp() / inclusion_CK.clamp(min=torch.finfo(inclusion_CK.dtype).tiny)
+    probs_CK = logprobs_CK.exp()
+    rest_CK = 1 - (probs_CK.cumsum(-1) - probs_CK)
+    num_others_K = torch.arange(probs_CK.shape[-1], 0, -1, device=probs_CK.device)
+    return (rest_CK / num_others_K).amin(-1, keepdim=True).clamp(min=0)
 
 
-def sampled_forward_kl(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor, threshold_C: Tensor) -> Tensor:
-    """Estimate KL(teacher || student) from sampled tokens, without bias in value and gradient, [C].
+def certain_tokens(logprobs_CK: Tensor) -> Tensor:
+    """Tell which tokens of a draw were certain to be in it, bool[C, K]. No other token is likelier than one of them."""
+    return logprobs_CK.exp() > sample_level(logprobs_CK)
 
-    The weights are not made to sum to 1: that would bring a bias back.
+
+def sample_weights(logprobs_CK: Tensor) -> Tensor:
+    """Weigh drawn tokens, [C, K]: averaged over the draws, each token of the vocabulary has its probability.
+
+    The weights of a position sum to 1. A masked token, of probability 0, is kept where there is nothing else, and
+    weighs nothing, whatever rounding leaves to the level.
     """
+    weights_CK = logprobs_CK.exp().maximum(sample_level(logprobs_CK))
+    return weights_CK.where(logprobs_CK > MIN_LOGPROB, 0)
+
+
+def sampled_forward_kl(student_CV: Tensor, ids_CK: Tensor, logprobs_CK: Tensor) -> Tensor:
+    """Estimate KL(teacher || student) from drawn tokens, without bias in value and gradient, [C]."""
     teacher_CK, student_CK = kept_events(student_CV, ids_CK, logprobs_CK, ghost=False)
-    return (sample_weights(teacher_CK, threshold_C) * (teacher_CK - student_CK)).sum(-1)
+    return (sample_weights(logprobs_CK) * (teacher_CK - student_CK)).sum(-1)
 
 
 def common_columns(student_CV: Tensor, teacher_CW: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,3 +128,9 @@ def normalised(logits_CE: Tensor) -> Tensor:
 def kl_sum(of_CE: Tensor, from_CE: Tensor) -> Tensor:
     """Compute KL(of || from), both log-probs, summed over positions."""
     return kl_div(from_CE, of_CE, reduction="sum", log_target=True)
+
+
+def cross_entropy_sum(student_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Sum the student's cross-entropy with the tokens that came."""
+    came_C = labels_C != IGNORED_LABEL
+    return -logprobs_at(student_CV, labels_C.clamp(min=0)[:, None])[:, 0][came_C].sum()

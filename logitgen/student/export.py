@@ -123,26 +123,22 @@ def _of_axolotl(file: LogitsFile) -> Iterator[Example]:
         }
         example["labels"][positions + 1] = row["input_ids"][positions + 1]
         example["target_token_ids"][positions] = row["kept_ids"]
-        example["target_logprobs"][positions] = target_logprobs(row)
+        example["target_logprobs"][positions] = target_logprobs(row["kept_logprobs"], file.layout.capture)
         example["target_mask"][positions] = 1
         yield example
 
 
-def target_logprobs(row: dict[str, Array]) -> Array:
-    """Turn kept log-probs into targets for a sum over kept tokens, target * (log target - log student).
+def target_logprobs(kept_logprobs: Array, capture: str) -> Array:
+    """Turn kept log-probs [P, K] into targets for a sum over kept tokens, target * (log target - log student).
 
-    The top k are renormalised over themselves, as such trainers expect. Sampled tokens keep their un-normalised
-    importance weights p / q, q = 1 - exp(-exp(log p - threshold)): they make the sum's gradient unbiased.
+    The top k are renormalised over themselves, as such trainers expect. Drawn tokens have the weights that make the
+    sum's gradient unbiased. They sum to 1 as well.
 
     Returns:
-        float32[P, K], nats. For sampled tokens it is the logarithm of the weights, which may exceed 0.
+        float32[P, K], nats.
     """
-    logprobs_PK = torch.from_numpy(row["kept_logprobs"].astype(np.float64))
-    if "threshold" in row:
-        threshold_P = torch.from_numpy(row["threshold"].astype(np.float64))
-        targets_PK = sample_weights(logprobs_PK, threshold_P).log()
-    else:
-        targets_PK = logprobs_PK.log_softmax(-1)
+    logprobs_PK = torch.from_numpy(kept_logprobs.astype(np.float64))
+    targets_PK = sample_weights(logprobs_PK).log() if capture == "sample" else logprobs_PK.log_softmax(-1)
     return targets_PK.clamp(min=MASKED_LOGPROB).float().numpy()
 
 

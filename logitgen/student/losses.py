@@ -1,7 +1,7 @@
 """The distance of a student from its teacher's captured values: one loss for every kind of capture.
 
 Any capture becomes the log-probs of the same E events on both sides: all tokens, or the kept tokens and one more for
-the tail. A divergence compares the two. Only a sample is weighted instead.
+the tail. A divergence compares the two. Only drawn tokens are weighted instead.
 
 Shape letters: B rows of a batch, T tokens, C captured positions of a chunk, V columns of the student's logits, W rows
 of the teacher's head, K kept per position, E events, D hidden size.
@@ -19,7 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from logitgen.errors import UsageError
 from logitgen.student.dataset import IGNORED_LABEL, source_of
-from logitgen.student.events import common_columns, kept_events, kl_sum, logprobs_at, normalised, sampled_forward_kl
+from logitgen.student.events import (
+    certain_tokens,
+    common_columns,
+    cross_entropy_sum,
+    kept_events,
+    kl_sum,
+    normalised,
+    sampled_forward_kl,
+)
 
 CHUNK_LOGITS = 2**23
 """Logits of the student in float32 at a time, 32 MiB. The forward KL has three such tensors at its peak, seven if the
@@ -32,10 +40,10 @@ MAX_PADDED_ROWS = 1024
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-Tail = Literal["ghost", "ignore"]
+Tail = Literal["drawn", "ghost", "ignore"]
 
 _KEPT = ("kept_ids", "kept_logprobs")
-_CAPTURED = {"topk": _KEPT, "sample": (*_KEPT, "threshold"), "hidden": ("hidden",), "full": ("logits",)}
+_CAPTURED = {"topk": _KEPT, "sample": _KEPT, "hidden": ("hidden",), "full": ("logits",)}
 """Values of a batch at captured positions, by kind of capture."""
 
 
@@ -68,8 +76,9 @@ class DistillationLoss:
     gradient. No such tensor of a whole batch ever exists.
 
     From `hidden` and `full` the distributions are exact, over the columns that teacher and student share. From `topk`
-    they are those of the kept tokens and the tail. From `sample` the loss is the importance-weighted forward KL. Its
-    value and gradient are right on average over the draws, but a single position's value may be negative.
+    they are those of the kept tokens and the tail. From `sample` the loss is the weighted forward KL. Its value and
+    gradient are right on average over the draws, but a single position's value may be negative. Or it is that of the
+    tokens that were certain to be drawn and the tail, as from `topk`.
 
     Attributes:
         dataset: Dataset of the batches, or a `Subset` or `ConcatDataset` of torch made from it.
@@ -78,9 +87,10 @@ class DistillationLoss:
             m = beta teacher + (1 - beta) student. Divided by beta it becomes the forward KL as beta goes to 0, divided
             by 1 - beta the reverse KL as beta goes to 1. It is not divided here, so it shrinks towards both ends.
         beta: The teacher's share in `jsd`, between 0 and 1.
-        tail: Treatment of the tokens that `topk` did not keep. `ghost` makes them one more token, so that the student
-            learns their mass. `ignore` renormalises both sides over the kept tokens, which is biased: the student may
-            put any mass on the others. The other kinds have no tail.
+        tail: Treatment of the tokens that `topk` did not keep, or that `sample` was not certain to draw. `drawn`, the
+            default for `sample`, lets those that were drawn stand for all of them. `ghost`, the default for `topk`,
+            makes them one more token, so that the student learns their mass. `ignore` renormalises both sides over the
+            other tokens, which is biased: the student may put any mass on these. The other kinds have no tail.
         temperature: Divisor of both sides' log-probs before they are normalised again. The divergence is multiplied by
             its square, which keeps the size of the gradients.
         cross_entropy_weight: w in (1 - w) divergence + w cross-entropy with the actual next tokens.
@@ -93,7 +103,7 @@ class DistillationLoss:
     _: KW_ONLY
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
-    tail: Tail = "ghost"
+    tail: Tail | None = None
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     _heads: dict[torch.device, TeacherHead] = field(default_factory=dict, init=False, repr=False)
@@ -107,7 +117,8 @@ class DistillationLoss:
         """
         object.__setattr__(self, "dataset", source_of(self.dataset))
         _check_choice("divergence", self.divergence, get_args(Divergence))
-        _check_choice("tail", self.tail, get_args(Tail))
+        object.__setattr__(self, "tail", self.tail or ("drawn" if self._capture == "sample" else "ghost"))
+        _check_choice("tail", str(self.tail), get_args(Tail))
         if not 0 < self.beta < 1:
             raise UsageError(
                 f"beta must be between 0 and 1, both excluded, got {self.beta}. "
@@ -119,12 +130,12 @@ class DistillationLoss:
             raise UsageError(
                 f"cross_entropy_weight must be between 0 and 1, got {self.cross_entropy_weight}. 0 leaves it out."
             )
-        default = self.divergence, self.tail, self.temperature
-        if self._capture == "sample" and default != ("forward_kl", "ghost", 1):
+        if self.tail == "drawn" and self._capture != "sample":
+            raise UsageError(f"tail='drawn' needs a file of --capture sample, got {self._capture}. Leave it out.")
+        if self.tail == "drawn" and (self.divergence, self.temperature) != ("forward_kl", 1):
             raise UsageError(
-                "A file of sampled tokens gives an unbiased loss only for divergence='forward_kl', tail='ghost', "
-                f"temperature=1, got {self.divergence!r}, {self.tail!r}, {self.temperature}. Leave them out, or "
-                "capture topk or hidden."
+                "Drawn tokens give an unbiased loss only for divergence='forward_kl' and temperature=1, got "
+                f"{self.divergence!r} and {self.temperature}. Leave them out, or choose tail='ghost'."
             )
 
     def __call__(
@@ -191,12 +202,14 @@ class DistillationLoss:
         return divergence if cross_entropy is None else (1 - weight) * divergence + weight * cross_entropy
 
     def _divergence_sum(self, student_CV: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-        if self._capture == "sample":
-            return sampled_forward_kl(student_CV, known["kept_ids"], known["kept_logprobs"], known["threshold"]).sum()
-        if self._capture == "topk":
-            events = kept_events(student_CV, known["kept_ids"], known["kept_logprobs"], ghost=self.tail == "ghost")
-        else:
+        if self.tail == "drawn":
+            return sampled_forward_kl(student_CV, known["kept_ids"], known["kept_logprobs"]).sum()
+        if self._capture in ("hidden", "full"):
             events = common_columns(student_CV, self.teacher_logits(known))
+        else:
+            ids_CK, logprobs_CK = known["kept_ids"], known["kept_logprobs"]
+            certain_CK = certain_tokens(logprobs_CK) if self._capture == "sample" else None
+            events = kept_events(student_CV, ids_CK, logprobs_CK, certain_CK, ghost=self.tail == "ghost")
         teacher_CE, student_CE = (normalised(logprobs / self.temperature) for logprobs in events)
         return self.temperature**2 * self._divergence(teacher_CE, student_CE)
 
@@ -262,12 +275,6 @@ class DistillationLoss:
 def _next_labels(labels_BT: Tensor) -> Tensor:
     """Move the labels to the positions that predict them, [B*T]."""
     return pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-
-
-def cross_entropy_sum(student_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Sum the student's cross-entropy with the tokens that came."""
-    came_C = labels_C != IGNORED_LABEL
-    return -logprobs_at(student_CV, labels_C.clamp(min=0)[:, None])[:, 0][came_C].sum()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -139,7 +139,7 @@ def _kept(
     if layout.capture == "hidden":
         return hidden(logits_CS, target_C, hidden_CD, shard)
     if layout.capture == "sample":
-        return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_drawable, shard)
+        return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_ids, shard)
     return top_k(logits_CS, target_C, layout.top_k, shard)
 
 

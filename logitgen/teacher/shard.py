@@ -3,7 +3,7 @@
 The kept ids of a position come from the candidates of every shard. No rank holds the logits of all ids, unless `full`
 keeps them.
 
-Shape letters: C positions of a chunk, V vocabulary, S ids of a shard, K candidates.
+Shape letters: C positions of a chunk, V vocabulary, S ids of a shard, K candidates, W shards.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,14 @@ class VocabShard:
     vocab_size: int
 
     @property
+    def index(self) -> int:
+        """Number of the shard, in the order of ids."""
+        return self.group.rank() if self.group else 0
+
+    @property
     def start(self) -> int:
         """The first id."""
-        return min(self.group.rank() * self._width, self.vocab_size) if self.group else 0
+        return min(self.index * self._width, self.vocab_size)
 
     @property
     def size(self) -> int:
@@ -57,27 +62,37 @@ class VocabShard:
         places_C = ids_C - self.start
         elsewhere_C = (places_C < 0) | (places_C >= size)
         picked_C = logits_CS.gather(-1, places_C.clamp(0, size - 1)[:, None])[:, 0]
-        return self._gathered(picked_C.masked_fill(elsewhere_C, -torch.inf)[:, None]).amax(-1)
+        return self.most(picked_C.masked_fill(elsewhere_C, -torch.inf)[:, None])[:, 0]
 
-    def merge(self, k: int, values_CK: Tensor, places_CK: Tensor, *others_CK: Tensor) -> tuple[Tensor, ...]:
+    def beside(self, values_C1: Tensor) -> Tensor:
+        """Put the values of all shards beside one another, [C, W], in the order of ids."""
+        return values_C1 if self.group is None else self._gathered(values_C1)
+
+    def most(self, values_CK: Tensor) -> Tensor:
+        """Take the largest of all shards' values, [C, K]."""
+        if self.group is None:
+            return values_CK
+        return torch.stack(self._gathered(values_CK).split(values_CK.shape[-1], dim=-1)).amax(0)
+
+    def merge(self, k: int, values_CK: Tensor, places_CK: Tensor) -> tuple[Tensor, Tensor]:
         """Find the k largest among the candidates of all shards.
 
         Args:
             k: Number of values to find.
             values_CK: The largest values of this shard, descending, at most k of each position.
             places_CK: Their places in the shard, int64.
-            others_CK: Values that belong to them, of the same dtype.
 
         Returns:
-            The k largest values, descending, their ids, and the values that belong to them, [C, k] each.
+            The k largest values, descending, and their ids, [C, k] each.
         """
         if self.group is None:
-            return values_CK, places_CK, *others_CK
-        fields = [_widened(values_CK, k, -torch.inf), *(_widened(other_CK, k, 0.0) for other_CK in others_CK)]
-        all_values, *all_others = (self._gathered(field) for field in fields)
+            return values_CK, places_CK
+        # A masked token, of -inf, goes before what only fills up.
+        values_CK = values_CK.clamp(min=torch.finfo(values_CK.dtype).min)
+        all_values = self._gathered(_widened(values_CK, k, -torch.inf))
         all_ids = self._gathered(_widened(places_CK + self.start, k, 0))
         largest_CK, chosen_CK = torch.topk(all_values, k)
-        return largest_CK, *(field.gather(1, chosen_CK) for field in (all_ids, *all_others))
+        return largest_CK, all_ids.gather(1, chosen_CK)
 
     def _gathered(self, values: Tensor) -> Tensor:
         """Put the equally shaped values of all shards beside one another."""

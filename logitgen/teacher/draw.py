@@ -1,0 +1,176 @@
+"""VarOpt sampling: of all ways to keep k ids of a position, the one whose unbiased estimate has the least variance.
+
+The level tau is where min(1, p / tau), summed over all ids, is k. Ids of a larger probability p than tau are certain:
+they are kept, with p as their weight. Each of the others is drawn with probability p / tau, and then weighs tau. So an
+id weighs p on average, exactly k are kept, and their weights always sum to 1.
+
+For the draw, the others lie on a line in the order of their ids, each as long as its p. Marks stand on it tau apart,
+the first at a random place below tau. The ids under them are drawn: no id is longer than tau, so no mark falls on an
+id that has one. A position therefore needs a single random number, and of the line only the lengths of groups of
+neighbours. The ids of a group are looked at where it has a mark, or an id that is certain.
+
+Probabilities stand here relative to the likeliest id's: p is exp(logit - largest).
+
+Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, G groups of them, M members of a group, K
+kept, W shards.
+
+*Source*: E. Cohen, N. Duffield, H. Kaplan, C. Lund, M. Thorup, Stream sampling for variance-optimal estimation of
+subset sums, SODA 2009 (level and weights); W. G. Madow, On the theory of systematic sampling, 1949 (the draw).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from logitgen.teacher.noise import uniform
+from logitgen.teacher.shard import WHOLE, VocabShard
+
+GROUP_SIZE = 32
+"""Ids of a group: neighbours, so that the line has the same order however the vocabulary is cut among ranks."""
+
+_ROUNDING = 2.0**-16
+"""Ids shorter than tau by a smaller part are certain too: a length's rounding must not bring two marks to one id."""
+
+_NOTHING = 2.0**-100
+"""A level below it is 0: nothing but the likeliest ids has a probability, and all of them are certain."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Ids as lengths on a line: what a rank knows of some positions.
+
+    Attributes:
+        logits_CS: Logits of the ids that can be drawn, one at least.
+        kept_CK: The k largest logits of each position, of all shards, float32, descending.
+        ids_CK: Their ids, int64.
+        sums_CG: Sum of each group's lengths, float32; the last group may be narrower.
+        shard: The ids of these logits.
+    """
+
+    logits_CS: Tensor
+    kept_CK: Tensor
+    ids_CK: Tensor
+    sums_CG: Tensor
+    shard: VocabShard = WHOLE
+
+    @property
+    def largest_C1(self) -> Tensor:  # noqa: N802
+        """The largest logit of each position, finite."""
+        return finite(self.kept_CK[:, :1])
+
+    def below(self, bound_C1: Tensor) -> Tensor:
+        """Sum the lengths of each group's ids below a logit, float32[C, G]: none but the largest are not below it."""
+        groups_CK, logits_CKM, lengths_CKM = self._with_largest
+        sums_CK = lengths_CKM.where(logits_CKM < bound_C1[..., None], 0).sum(-1)
+        return self.sums_CG.scatter(1, groups_CK, sums_CK)
+
+    @cached_property
+    def _with_largest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The groups that have the largest logits, [C, K], the logits and the lengths of their members, [C, K, M]."""
+        groups_CK = ((self.ids_CK - self.shard.start) // GROUP_SIZE).clamp(0, self.sums_CG.shape[1] - 1)
+        return groups_CK, *self._members(groups_CK)
+
+    def _members(self, groups_CK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of the ids of some groups, float32[C, K, M], -inf beyond the last id, and their lengths."""
+        num_full = self.logits_CS.shape[1] // GROUP_SIZE
+        full_CX, rest_CX = self.logits_CS.tensor_split((num_full * GROUP_SIZE,), dim=1)
+        rest_C1M = pad(rest_CX, (0, GROUP_SIZE - rest_CX.shape[1]), value=-torch.inf)[:, None]
+        if num_full:
+            row_C1 = torch.arange(len(groups_CK), device=groups_CK.device)[:, None]
+            logits_CKM = full_CX.unflatten(1, (num_full, GROUP_SIZE))[row_C1, groups_CK.clamp(max=num_full - 1)]
+        else:
+            logits_CKM = rest_C1M
+        if rest_CX.shape[1]:
+            logits_CKM = logits_CKM.where((groups_CK < num_full)[..., None], rest_C1M)
+        logits_CKM = logits_CKM.float()
+        return logits_CKM, (logits_CKM - self.largest_C1[..., None]).exp_()
+
+    def ids_at(self, marks_CK: Tensor, sums_CG: Tensor, ends_CG: Tensor, bound_C1: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the ids below a logit under some marks, and their logits, [C, K], given the groups' sums and ends."""
+        marks_CK = marks_CK.minimum(_before(ends_CG[:, -1:])).clamp(min=0)
+        groups_CK = torch.searchsorted(ends_CG, marks_CK, right=True).clamp(max=ends_CG.shape[1] - 1)
+        sum_CK = sums_CG.gather(1, groups_CK)
+        share_CK = ((marks_CK - (ends_CG.gather(1, groups_CK) - sum_CK)) / sum_CK).clamp(0, 1).float()
+        logits_CKM, lengths_CKM = self._members(groups_CK)
+        ends_CKM = lengths_CKM.where(logits_CKM < bound_C1[..., None], 0).cumsum(-1)
+        end_CK1 = ends_CKM[..., -1:]  # rounded otherwise than the group's length; so the share counts
+        inside_CK1 = (share_CK[..., None] * end_CK1).minimum(_before(end_CK1))
+        places_CK1 = torch.searchsorted(ends_CKM, inside_CK1, right=True).clamp(max=GROUP_SIZE - 1)
+        ids_CK = groups_CK * GROUP_SIZE + places_CK1[..., 0]
+        return ids_CK.clamp(max=self.logits_CS.shape[1] - 1), logits_CKM.gather(-1, places_CK1)[..., 0]
+
+
+def draw(line: Line, key_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw k ids of each position.
+
+    Args:
+        line: The logits.
+        key_C: The key of each position's random number, int64.
+
+    Returns:
+        The drawn ids int64[C, K], distinct, the certain ones first; their logits float32[C, K]; and the log-sum-exp of
+        all logits, float32[C].
+    """
+    certain_CK, logsumexp_C = _certain(line)
+    bound_C1 = _least(line.kept_CK, certain_CK)
+    sums_CG = line.below(bound_C1)
+    ends_CG = sums_CG.cumsum(-1, dtype=_wide(key_C.device))
+    ends_CW = line.shard.beside(ends_CG[:, -1:]).cumsum(-1)
+    marks_CK = _marks(ends_CW[:, -1:], certain_CK, key_C)
+    start_C1, end_C1 = pad(ends_CW, (1, 0))[:, line.shard.index :][:, :2].split(1, dim=1)
+    here_CK = (marks_CK >= start_C1) & (marks_CK < end_C1)
+    drawn_CK, logits_CK = line.ids_at(marks_CK - start_C1, sums_CG, ends_CG, bound_C1)
+    drawn_CK = line.shard.most((drawn_CK + line.shard.start).where(here_CK, -1))
+    logits_CK = line.shard.most(logits_CK.where(here_CK, -torch.inf))
+    # Logits that are not finite, which `capture.seal` refuses, leave marks that no shard has.
+    as_kept_CK = certain_CK | (drawn_CK < 0)
+    return line.ids_CK.where(as_kept_CK, drawn_CK), line.kept_CK.where(as_kept_CK, logits_CK), logsumexp_C
+
+
+def _certain(line: Line) -> tuple[Tensor, Tensor]:
+    """Tell which of the largest logits are certain, bool[C, K], and compute the log-sum-exp of all, float32[C].
+
+    No sum is a difference: the little that is left of much would be mostly rounding.
+    """
+    kept_CK = line.kept_CK
+    above_CK = kept_CK > kept_CK[:, -1:]
+    wide = _wide(kept_CK.device)
+    lengths_CK = (kept_CK - line.largest_C1).exp().to(wide)
+    above_sums_CK = lengths_CK.where(above_CK, 0).flip(-1).cumsum(-1).flip(-1)
+    rest_C1 = line.below(_least(kept_CK, above_CK)).sum(-1, keepdim=True, dtype=wide)
+    left_CK = line.shard.beside(rest_C1).sum(-1, keepdim=True) + above_sums_CK
+    num_left_K = torch.arange(kept_CK.shape[1], 0, -1, device=kept_CK.device)
+    level_C1 = (left_CK / num_left_K).amin(-1, keepdim=True)
+    certain_CK = lengths_CK >= level_C1.where(level_C1 > _NOTHING, 0) * (1 - _ROUNDING)
+    return certain_CK, left_CK[:, 0].log().float() + line.largest_C1[:, 0]
+
+
+def _marks(end_C1: Tensor, certain_CK: Tensor, key_C: Tensor) -> Tensor:
+    """Set a mark for every id that is not certain on a line of some length, [C, K], and before 0 for the others."""
+    k, num_certain_C1 = certain_CK.shape[1], certain_CK.sum(-1, keepdim=True)
+    step_C1 = end_C1 / (k - num_certain_C1).clamp(min=1)
+    number_CK = torch.arange(k, device=key_C.device) - num_certain_C1
+    return ((number_CK + uniform(key_C, step_C1.dtype)[:, None]) * step_C1).minimum(_before(end_C1))
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Replace -inf by the least number, so that differences of two are not NaN."""
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over the vocabulary. Apple's GPUs lack float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _least(kept_CK: Tensor, chosen_CK: Tensor) -> Tensor:
+    """Return the smallest of the chosen logits, [C, 1], or infinity."""
+    return kept_CK.where(chosen_CK, torch.inf).amin(-1, keepdim=True)
+
+
+def _before(end: Tensor) -> Tensor:
+    """Return the largest number below the end of a line."""
+    return end.nextafter(torch.zeros_like(end))
