@@ -32,6 +32,7 @@ from logitgen.file.reader import LogitsFile
 from logitgen.options import parse_config
 from logitgen.ranks.agree import Ranks
 from logitgen.ranks.deliver import Submit
+from logitgen.split import job
 from logitgen.split.plan import Plan
 from logitgen.teacher.model import Teacher
 
@@ -42,13 +43,14 @@ _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_
 class SplitOrder(Plan):
     """Rows as they come, so many to a batch however long they are."""
 
-    def __init__(self, lengths: Array, batch_tokens: int, length_switch: int | None = None) -> None:
+    def __init__(self, lengths: Array, batch_tokens: int, *_: object) -> None:
         """Plan one forward pass over every row that needs one."""
+        self.batch_tokens, self._shared = batch_tokens, None
         self._rows = np.flatnonzero(lengths)
         self._starts = np.append(np.arange(0, len(self._rows), _BATCH_ROWS), len(self._rows))
         longest = np.maximum.reduceat(lengths[self._rows], self._starts[:-1]).astype(np.int64)
         self.padded_tokens = longest * np.diff(self._starts)
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self.num_tokens = self.num_read = int(lengths.sum(dtype=np.int64))
 
 
 def whole(*arguments: Any, **options: Any) -> Teacher:
@@ -82,7 +84,7 @@ def deliver_in_steps(
 
 
 REPLACED = {
-    "plan": (generate, "Plan", SplitOrder),
+    "plan": (job, "Plan", SplitOrder),
     "chunks": (generate, "Teacher", whole),
     "transport": (Ranks, "deliver", deliver_in_steps),
 }

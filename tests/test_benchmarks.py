@@ -305,11 +305,13 @@ def test_the_ways_of_the_students_head_give_one_loss_and_chunks_hold_less(monkey
     assert measured < 4 * num_positions * vocab_size
 
 
-def test_the_benchmark_of_the_students_head_compares_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_benchmark_of_the_students_head_compares_every_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(student, "HEADS", {"tiny": (300, 8)})
     monkeypatch.setattr(sys, "argv", ["student", "--positions=16", "--top_k=4", "--rounds=1", f"--output={tmp_path}"])
     student.main()
-    report = (tmp_path / "student.md").read_text()
+    report = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "tiny" in line]
     by_kind: dict[str, list[float]] = {}
     for _, kept, *_, value in rows:
