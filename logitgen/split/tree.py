@@ -20,8 +20,8 @@ tokens: 16).
 """
 
 _MOST_KEYS = 4
-"""Tokens that the lines of a pass may look back on, in budgets: each line gets a copy of its prefix's keys and values,
-one layer at a time.
+"""Tokens that the lines of a pass may look back on, in budgets, if there are several lines: each gets a copy of its
+prefix's keys and values. Those of a trunk stay in memory.
 """
 
 
@@ -69,7 +69,7 @@ def steps(lengths: Array, shared: Array, batch_tokens: int) -> list[Step]:
     if not shared.any():
         return [Step(rows, rows, 0, lengths, None, is_trunk=False)]
     reach = np.maximum(shared, np.append(shared[1:], 0))  # the deepest prefix of a row that another row has too
-    cuts = np.array(_cuts(lengths, shared, reach, batch_tokens // PASSES_OF_BUDGET))
+    cuts = np.array(_cuts(lengths, shared, reach, batch_tokens))
     last_cut = cuts[np.searchsorted(cuts, reach, side="right") - 1]
     found: list[Step] = []
     trunk, depth = rows, 0
@@ -85,14 +85,16 @@ def steps(lengths: Array, shared: Array, batch_tokens: int) -> list[Step]:
     return found
 
 
-def _cuts(lengths: Array, shared: Array, reach: Array, pass_tokens: int) -> list[int]:
-    """Choose the depths at which trunks end, for the fewest tokens, a pass counted as `pass_tokens`.
+def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> list[int]:
+    """Choose the depths at which trunks end, for the fewest tokens, a pass counted as `PASSES_OF_BUDGET` says.
 
     A row continues the deepest trunk that it has in common with another row. What it shares beyond, it reads alone.
     """
-    depths, of_row = np.unique(np.append(reach, 0), return_inverse=True)
-    num_rows = np.cumsum(np.bincount(of_row[:-1], minlength=len(depths)))
-    num_tokens = np.cumsum(np.bincount(of_row[:-1], lengths, minlength=len(depths)))
+    pass_tokens = batch_tokens // PASSES_OF_BUDGET
+    depths = np.unique(shared)  # more than `reach` has: prompts part where none of them shares its deepest prefix
+    of_row = np.searchsorted(depths, reach)
+    num_rows = np.cumsum(np.bincount(of_row, minlength=len(depths)))
+    num_tokens = np.cumsum(np.bincount(of_row, lengths, minlength=len(depths)))
     after = np.append(shared[1:], 0)
     costs, before = np.zeros(len(depths) + 1), np.zeros(len(depths) + 1, dtype=np.int64)
     for end in range(1, len(depths) + 1):
@@ -103,6 +105,8 @@ def _cuts(lengths: Array, shared: Array, reach: Array, pass_tokens: int) -> list
         if end < len(depths):
             lines = np.count_nonzero((shared < depths[end]) & (after >= depths[end]))
             cost += lines * (depths[end] - depths[:end]) + pass_tokens
+            if lines > 1 and lines * depths[end] > _MOST_KEYS * batch_tokens:
+                cost[:] = np.inf
         before[end] = cost.argmin()
         costs[end] = cost[before[end]]
     chosen, end = list[int](), len(depths)
