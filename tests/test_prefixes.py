@@ -176,3 +176,12 @@ def test_what_saves_too_little_is_read_whole() -> None:
     for shared, expected in ((40, []), (200, [0])):
         plan = Plan(lengths, 1024, None, Neighbours(np.arange(2), np.array([0, shared]), np.full(2, 399)))
         assert plan.sharing.tolist() == expected
+
+
+def test_rows_that_are_equal_in_all_the_teacher_reads_share_a_batch() -> None:
+    """Their tree is one pass, of one line."""
+    rows = rows_of([[*range(40), row] for row in range(6)])
+    plan = Plan(rows.forward_lengths, 1024, None, neighbours(rows))
+    assert plan.sharing.tolist() == [0]
+    assert plan.padded_tokens.tolist() == [40]
+    assert plan.saved_share == pytest.approx(5 / 6)

@@ -69,9 +69,18 @@ def test_no_pass_takes_more_than_it_may(rows: list[list[int]], batch_tokens: int
         padding = len(step.rows) * step.length - step.num_tokens
         assert padding <= batch_tokens // PASSES_OF_BUDGET
         assert not (step.is_trunk and padding)
-        if len(step.rows) > 1 and not step.is_trunk:
-            assert len(step.rows) * step.length <= batch_tokens
+        if len(step.rows) > 1:
             assert len(step.rows) * step.ends.max() <= 4 * batch_tokens
+            assert step.is_trunk or len(step.rows) * step.length <= batch_tokens
+
+
+@settings(max_examples=300, deadline=None)
+@given(alike)
+def test_where_passes_cost_nothing_every_prefix_is_read_once(rows: list[list[int]]) -> None:
+    batch = tree_batch(rows, batch_tokens=PASSES_OF_BUDGET - 1)
+    prefixes = {tuple(row[:end]) for row in rows for end in range(1, len(row))}
+    if batch.shared.any():
+        assert sum(each.input_ids.size for each in batch.passes) == len(prefixes)
 
 
 def test_a_prefix_and_its_suffixes_worked_by_hand() -> None:
@@ -104,6 +113,17 @@ def test_nested_prefixes_worked_by_hand() -> None:
         ([[8]], False),
     ]
     assert [each.parents.tolist() for each in batch.passes if each.parents is not None] == [[0]] * 4
+
+
+def test_a_prefix_of_several_prompts_worked_by_hand() -> None:
+    """Each prompt has two completions, so no row parts from its neighbours where the prompts part."""
+    system, prompts = [1, 2, 3], [[4, 5], [6, 7]]
+    rows = [[*system, *prompt, completion, 0] for prompt in prompts for completion in (8, 9)]
+    assert [(each.input_ids.tolist(), each.is_trunk) for each in tree_batch(rows, batch_tokens=16).passes] == [
+        ([system], True),
+        (prompts, True),
+        ([[8], [9], [8], [9]], False),
+    ]
 
 
 def test_rows_that_are_equal_are_read_once() -> None:

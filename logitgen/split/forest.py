@@ -42,7 +42,7 @@ class Forest:
             plan = steps(tree_lengths[start:end], of_rows, batch_tokens)
             padded = sum(each.length * len(each.rows) for each in plan)
             cost = padded + len(plan) * (batch_tokens // PASSES_OF_BUDGET)
-            if len(plan) > 1 and cost <= _WORTH * tree_lengths[start:end].sum():
+            if cost <= _WORTH * tree_lengths[start:end].sum():
                 rows.append(neighbours.rows[start:end])
                 shared.append(of_rows)
                 num_rows.append(end - start)

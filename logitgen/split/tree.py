@@ -20,8 +20,8 @@ tokens: 16).
 """
 
 _MOST_KEYS = 4
-"""Tokens that the lines of a pass may look back on, in budgets: each line gets a copy of its prefix's keys and values,
-one layer at a time.
+"""Tokens that the lines of a pass may look back on, in budgets, if there are several lines: each gets a copy of its
+prefix's keys and values. Those of a trunk stay in memory.
 """
 
 
@@ -92,7 +92,7 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> lis
     The lines of a trunk, each with the keys and values of its whole prefix, have no more tokens than the budget.
     """
     pass_tokens = batch_tokens // PASSES_OF_BUDGET
-    depths = np.unique(shared)  # 0 among them
+    depths = np.unique(shared)  # more than `reach` has: prompts part where none of them shares its deepest prefix
     of_row = np.searchsorted(depths, reach)
     num_rows = np.cumsum(np.bincount(of_row, minlength=len(depths)))
     num_tokens = np.cumsum(np.bincount(of_row, lengths, minlength=len(depths)))
