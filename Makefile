@@ -8,7 +8,7 @@ OUTPUT := $(DEMO)/teacher.h5
 BENCH := .bench
 TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 QUICK := $(foreach name,config console deliver docs draw errors export head header identity layout load losses noise output packing \
-	plan project provenance reader report rooms rows shapes tokens writer,tests/test_$(name).py)
+	plan project provenance reader records report rooms rows shapes tokens writer,tests/test_$(name).py)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help

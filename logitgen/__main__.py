@@ -122,13 +122,13 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    about = "Write the rows in the columns of another trainer, as a Parquet file or a save_to_disk folder."
+    about = "Write the rows as another trainer reads them: a Parquet file, a save_to_disk folder, an ArrayRecord file."
     export = commands.add_parser("export", help="Export a file for other trainers.", description=about)
     export.add_argument("file", type=Path, help="A complete file.")
-    export.add_argument("output", type=Path, help="A name that ends in .parquet, or a folder's name without a dot.")
-    export.add_argument(
-        "--format", choices=["axolotl", "distillkit"], default="axolotl", help="The trainer (default: axolotl)."
-    )
+    names = "A name that ends in .parquet, or a folder's name without a dot (maxtext: one that ends in .array_record)."
+    export.add_argument("output", type=Path, help=names)
+    formats = ["axolotl", "distillkit", "maxtext"]
+    export.add_argument("--format", choices=formats, default="axolotl", help="The trainer (default: axolotl).")
     export.set_defaults(run=_export)
 
 
@@ -246,8 +246,9 @@ def _export(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     file = LogitsFile(options.file)
-    export(file, options.output, options.format)
-    print_result(Text(f"Exported {len(file):,} rows to {options.output}."))
+    num_rows = export(file, options.output, options.format)
+    left_out = f" Nothing is captured of {len(file) - num_rows:,} rows." if num_rows < len(file) else ""
+    print_result(Text(f"Exported {num_rows:,} rows to {options.output}.{left_out}"))
     return 0
 
 

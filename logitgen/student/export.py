@@ -1,4 +1,4 @@
-"""A file as a `datasets` folder or a Parquet file, in the columns of trainers that read stored log-probs from rows.
+"""A file in the columns of trainers that read stored log-probs from rows: a folder, a Parquet or an ArrayRecord file.
 
 Every row is one training example. The columns of axolotl's knowledge distillation, for T tokens:
 
@@ -19,6 +19,17 @@ Source: DistillKit 1.0.0, `compression/compressor.py` (the raw form of a row) an
 with the student's output at t. It trains position t where there is a label of token t, not of token t+1. Where all
 positions are trained, as here, that is no matter.
 
+The features of MaxText's offline distillation, for T tokens, all captured but the last:
+
+    inputs          int64[T]
+    top_k_logits    float32[T, K], log-probs as they are, for the softmax over them is that over logits
+    top_k_indices   int64[T, K], entry t is the distribution of token t+1
+
+Source: MaxText 0.2.4, `input_pipeline/grain_data_processing.py` and `input_pipeline_utils.py` (ParseFeatures, and
+ShiftData, which shifts the targets alone), `distillation_utils.py` (the loss, both sides renormalised over the K). It
+trains every position before a token that is no padding. Where it packs rows, that includes the last of a row. So the
+last entry is one token, K times over: its loss is 0 for every student.
+
 Shape letters: T tokens of a row, P captured positions, K kept per position, E entries of several rows together.
 """
 
@@ -37,6 +48,7 @@ from logitgen.file.layout import WITH_KEPT_IDS, Array
 from logitgen.file.reader import LogitsFile
 from logitgen.student.dataset import IGNORED_LABEL
 from logitgen.student.events import sample_weights
+from logitgen.student.records import write_records
 
 MASKED_LOGPROB = -1e9
 """Filler for unknown log-probs, equal to axolotl's padding. It is finite, so that nothing computed from it is NaN."""
@@ -52,19 +64,26 @@ _IDS, _WIDE_IDS, _WIDE_VALUES = (
 Example = dict[str, Array]
 
 
-Format = Literal["axolotl", "distillkit"]
+Format = Literal["axolotl", "distillkit", "maxtext"]
 
 
-def export(file: LogitsFile, output: Path, form: Format = "axolotl") -> None:
+def export(file: LogitsFile, output: Path, form: Format = "axolotl") -> int:
     """Write a file's rows as Parquet where the output's name ends in `.parquet`, else as a `save_to_disk` folder.
+
+    MaxText reads neither, so its rows become an ArrayRecord file, whose name ends in `.array_record`. It cannot read
+    rows without tokens, so those without a captured position are left out.
 
     Rows are streamed. A folder takes twice its size on the disk during the write. The output appears in full or not at
     all.
 
+    Returns:
+        The number of rows written.
+
     Raises:
-        UsageError: The trainer cannot use what the file holds, or the output exists or cannot be written.
+        UsageError: The trainer cannot use what the file holds, the output exists or cannot be written, or a package
+            for it is missing.
     """
-    kinds, schema, examples = _FORMATS[form]
+    kinds, _, _ = _FORMATS[form]
     if file.layout.capture not in kinds:
         raise UsageError(
             f"The export for {form} needs a file of --capture {' or '.join(kinds)}, {file.path} has --capture "
@@ -72,17 +91,16 @@ def export(file: LogitsFile, output: Path, form: Format = "axolotl") -> None:
         )
     if form == "distillkit":
         _check_packed(file)
-    if output.suffix not in ("", ".parquet"):
-        raise UsageError(f"The output must end in .parquet, or be a folder's name without a dot, got {output.name}.")
-    if output.exists():
-        raise UsageError(f"{output} exists already. Name another output, or remove it.")
-    write = _write_parquet if output.suffix else _write_folder
+    if form == "maxtext":
+        _check_whole(file)
+    _check_output(output, form)
     try:
         with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
-            write(schema, _tables(file, schema, examples), Path(beside) / output.name)
+            num_rows = _write(file, form, Path(beside) / output.name)
             (Path(beside) / output.name).rename(output)
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {reason(error)}. Choose another place.") from error
+    return num_rows
 
 
 def _check_packed(file: LogitsFile) -> None:
@@ -94,6 +112,37 @@ def _check_packed(file: LogitsFile) -> None:
             f"rows of {lengths.min():,} to {lengths.max():,} tokens, {counts.sum():,} positions in all. Capture with "
             "--packing, without --completion_only."
         )
+
+
+def _check_whole(file: LogitsFile) -> None:
+    """Refuse rows of which MaxText would train positions that are not captured."""
+    lengths = np.diff(file.arrays["offsets"])
+    if uncaptured := np.maximum(lengths - 1, 0).sum() - file.layout.num_positions:
+        raise UsageError(
+            f"The export for maxtext needs rows with all positions captured, {file.path} lacks {uncaptured:,}. Capture "
+            "without --completion_only."
+        )
+
+
+def _check_output(output: Path, form: Format) -> None:
+    if form == "maxtext" and output.suffix != ".array_record":
+        raise UsageError(f"The output for maxtext must end in .array_record, got {output.name}.")
+    if form != "maxtext" and output.suffix not in ("", ".parquet"):
+        raise UsageError(f"The output must end in .parquet, or be a folder's name without a dot, got {output.name}.")
+    if output.exists():
+        raise UsageError(f"{output} exists already. Name another output, or remove it.")
+
+
+def _of_maxtext(file: LogitsFile) -> Iterator[Example]:
+    """Yield the rows that have positions one by one in MaxText's features."""
+    for number in np.flatnonzero(np.diff(file.arrays["position_offsets"])):
+        row = file.row(int(number))
+        one_more = ((0, 1), (0, 0))  # of zeros: logits and token alike
+        yield {
+            "inputs": row["input_ids"],
+            "top_k_logits": np.pad(row["kept_logprobs"].astype(np.float32), one_more),
+            "top_k_indices": np.pad(row["kept_ids"], one_more),
+        }
 
 
 def _of_distillkit(file: LogitsFile) -> Iterator[Example]:
@@ -142,7 +191,7 @@ def target_logprobs(kept_logprobs: Array, capture: str) -> Array:
     return targets_PK.clamp(min=MASKED_LOGPROB).float().numpy()
 
 
-_FORMATS: dict[Format, tuple[Sequence[str], pa.Schema, Callable[[LogitsFile], Iterator[Example]]]] = {
+_FORMATS: dict[Format, tuple[Sequence[str], pa.Schema | None, Callable[[LogitsFile], Iterator[Example]]]] = {
     "axolotl": (
         WITH_KEPT_IDS,
         pa.schema(
@@ -157,9 +206,19 @@ _FORMATS: dict[Format, tuple[Sequence[str], pa.Schema, Callable[[LogitsFile], It
         pa.schema({"input_ids": _IDS, "token_ids": _WIDE_IDS, "top_values": _WIDE_VALUES}),
         _of_distillkit,
     ),
+    "maxtext": (("topk",), None, _of_maxtext),
 }
-"""By format: the kinds of capture it takes, its columns, and the rows in them. DistillKit has no place for weights of
-drawn tokens."""
+"""By format: the kinds of capture it takes, its columns unless it takes records, and the rows. Only axolotl has a place
+for the weights of drawn tokens."""
+
+
+def _write(file: LogitsFile, form: Format, path: Path) -> int:
+    _, schema, examples = _FORMATS[form]
+    if schema is None:
+        return write_records(examples(file), path)
+    write = _write_parquet if path.suffix else _write_folder
+    write(schema, _tables(file, schema, examples), path)
+    return len(file)
 
 
 def _write_parquet(schema: pa.Schema, tables: Iterator[pa.Table], path: Path) -> None:
