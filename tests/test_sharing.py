@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from batches import batch_of, captured, layout_of
 from conftest import make_llama, write_jsonl
 from families import FAMILIES, TREES, VOCAB, assert_row_is_right, make
@@ -95,6 +96,12 @@ def test_a_family_that_reads_on_wrongly_is_read_whole(
     for index, ids in enumerate(TREES):
         with torch.no_grad():
             assert_row_is_right(file.row(index), model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1))
+
+
+def test_a_teacher_that_returns_no_cache_is_read_whole(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.OpenAIGPTConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    assert not Teacher(transformers.AutoModelForCausalLM.from_config(config).eval(), VOCAB).share_prefixes()
+    assert "are read again in every row: it returns no cache that could be continued." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_what_is_saved_is_said_before_and_after_a_run(
     assert "shared prefixes" not in capsys.readouterr().out
 
 
-def test_the_teacher_reads_no_more_tokens_than_it_must(
+def test_the_teacher_reads_fewer_tokens_where_rows_share_prefixes(
     capture: Capture, teacher: Path, trees: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, body = [], Teacher._body

@@ -50,7 +50,7 @@ class Plan:
             most_positions: Captured positions that a batch of them may have beyond `batch_tokens`.
         """
         self.batch_tokens = batch_tokens
-        alone = lengths
+        forest, alone = None, lengths
         if neighbours is not None and len(neighbours.rows):
             forest = Forest(lengths, neighbours, batch_tokens, max(most_positions, batch_tokens))
             alone = lengths.copy()
@@ -62,7 +62,7 @@ class Plan:
         self.padded_tokens = sorted_lengths[self._starts[:-1]].astype(np.int64) * np.diff(self._starts)
         self.num_tokens = self.num_read = int(sorted_lengths.sum(dtype=np.int64))
         self._shared: Array | None = None
-        if alone is not lengths and len(forest.rows):
+        if forest is not None and len(forest.rows):
             self._merge(forest, lengths)
 
     def _merge(self, forest: Forest, lengths: npt.NDArray[np.integer]) -> None:

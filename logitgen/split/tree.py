@@ -92,7 +92,7 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> lis
     The lines of a trunk, each with the keys and values of its whole prefix, have no more tokens than the budget.
     """
     pass_tokens = batch_tokens // PASSES_OF_BUDGET
-    depths = np.unique(shared)  # more than `reach` has: prompts part where none of them shares its deepest prefix
+    depths = np.unique(shared)  # also where prompts part that have several completions each: no row reaches just there
     of_row = np.searchsorted(depths, reach)
     num_rows = np.cumsum(np.bincount(of_row, minlength=len(depths)))
     num_tokens = np.cumsum(np.bincount(of_row, lengths, minlength=len(depths)))
@@ -120,7 +120,8 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> lis
 def _suffixes(rows: Array, lengths: Array, trunk: Array, start: int, batch_tokens: int) -> Iterator[Step]:
     """Cut the rows that continue at a depth into passes, longest first.
 
-    A pass ends where its padding would cost more than another pass, or its keys take more memory than is allowed.
+    A pass ends where its padding would cost more than another pass, or its tokens or keys would be more than it may
+    have. A single row may have any number.
     """
     line = np.full(len(lengths), -1)
     rows = rows[np.argsort(-lengths[rows], kind="stable")]

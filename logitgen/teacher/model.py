@@ -29,7 +29,7 @@ from logitgen.split.batch import Pass
 from logitgen.teacher.adapter import merged
 from logitgen.teacher.describe import loader, read_config
 from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
-from logitgen.teacher.prefix import SHARED_ERROR, continued, small_tree
+from logitgen.teacher.prefix import SHARED_ERROR, cache_of, continued, small_tree
 from logitgen.teacher.probes import close, probe, run_head
 
 logger = logging.getLogger(__name__)
@@ -143,17 +143,16 @@ class Teacher:
 
     def _hidden(self, passes: Sequence[Pass], slots: Array) -> tuple[Any, Tensor]:
         """Run the body over all passes. Return the last output, and the last hidden states [P, D] at some places."""
-        trunk: Cache | None = None
-        name = "past_key_values"
+        trunk: dict[str, Cache] = {}
         before, found = 0, list[Tensor]()
         for each in passes:
             past = {}
-            if trunk is not None and each.parents is not None:
-                past[name] = continued(trunk, on_device(each.parents, self.device), for_trunk=each.is_trunk)
+            if each.parents is not None:
+                line_L = on_device(each.parents, self.device)
+                past = {name: continued(cache, line_L, for_trunk=each.is_trunk) for name, cache in trunk.items()}
             output = self._body(on_device(each.input_ids, self.device), use_cache=each.is_trunk, **past)
             if each.is_trunk:
-                name = "cache_params" if "cache_params" in output else name  # as state space models call it
-                trunk = output[name]
+                trunk = cache_of(output)
             start, end = np.searchsorted(slots, (before, before + each.input_ids.size))
             slot_P = on_device(slots[start:end] - before, self.device)
             found.append(output.last_hidden_state.to(self.device).flatten(0, 1)[slot_P])

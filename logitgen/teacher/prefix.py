@@ -15,6 +15,9 @@ SHARED_ERROR = 1e-4
 differ by 1e-6, and by 1e-5 with linear attention, which sums up blocks that begin elsewhere.
 """
 
+_NAMES = ("past_key_values", "cache_params")
+"""The second is that of state space models."""
+
 _OF_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -31,6 +34,18 @@ def small_tree(vocab_size: int) -> tuple[tuple[list[Pass], Array], tuple[list[Pa
     whole = np.concatenate([root.repeat(3, axis=0), branches[parents], ends], axis=1)
     last = np.arange(whole.size).reshape(whole.shape)[:, -ends.shape[1] :]
     return (shared, token.size - ends.size + np.arange(ends.size)), ([Pass(whole)], last.flatten())
+
+
+def cache_of(output: Any) -> dict[str, Cache]:
+    """Return the cache that a pass filled, by the name that the model takes it back by.
+
+    Raises:
+        RuntimeError: The model returned none.
+    """
+    for name in _NAMES:
+        if output.get(name) is not None:
+            return {name: output[name]}
+    raise RuntimeError("it returns no cache that could be continued")
 
 
 def continued(cache: Cache, line_L: Tensor, for_trunk: bool) -> Cache:
