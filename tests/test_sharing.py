@@ -25,6 +25,7 @@ from logitgen.__main__ import main
 from logitgen.split.batch import Batch
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.model import Teacher
+from logitgen.teacher.prefix import reads_on
 
 Capture = Callable[..., Path]
 
@@ -74,7 +75,8 @@ def test_every_family_reads_on_from_a_shared_prefix(family: str) -> None:
     assert len(batch.passes) > 5
     shared_PV, _, alone_PV = logprobs(make(family), batch)
     torch.testing.assert_close(shared_PV, alone_PV, atol=1e-4 if "qwen3.5" in family else 2e-5, rtol=0)
-    assert Teacher(make(family), VOCAB).share_prefixes()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert Teacher(make(family).to(dtype), VOCAB).share_prefixes()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral with a sliding window", "gemma2 with both soft-caps", "mixtral"])
@@ -96,6 +98,28 @@ def test_a_family_that_reads_on_wrongly_is_read_whole(
     for index, ids in enumerate(TREES):
         with torch.no_grad():
             assert_row_is_right(file.row(index), model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+def test_a_state_that_is_not_continued_is_found_with_small_weights_too(name: str, dtype: torch.dtype) -> None:
+    """As they are before any training, when prefixes hardly matter."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**sizes))
+    assert not Teacher(model.to(dtype).eval(), VOCAB).share_prefixes()
+
+
+@pytest.mark.parametrize(
+    ("error", "effect", "expected"),
+    [(0.0, 0.0, True), (1e-5, 1.0, True), (0.9e-4, 3.7e-4, True), (0.9e-4, 3.5e-4, False), (1.1e-4, 1.0, False)],
+)
+def test_logits_must_be_near_those_of_whole_rows_and_far_from_others(
+    error: float, effect: float, expected: bool
+) -> None:
+    whole_PV = torch.tensor([[1.0, -1.0, -torch.inf, torch.finfo(torch.float32).min]])  # two ids are masked
+    shift_PV = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    assert reads_on(whole_PV + error * shift_PV, whole_PV, whole_PV + effect * shift_PV) is expected
 
 
 def test_a_teacher_that_returns_no_cache_is_read_whole(caplog: pytest.LogCaptureFixture) -> None:

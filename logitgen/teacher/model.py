@@ -29,8 +29,8 @@ from logitgen.split.batch import Pass
 from logitgen.teacher.adapter import merged
 from logitgen.teacher.describe import loader, read_config
 from logitgen.teacher.identity import describe_adapters, describe_computation, fingerprint, weights_of
-from logitgen.teacher.prefix import SHARED_ERROR, cache_of, continued, small_tree
-from logitgen.teacher.probes import close, probe, run_head
+from logitgen.teacher.prefix import cache_of, continued, reads_on, small_tree
+from logitgen.teacher.probes import probe, run_head
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +130,11 @@ class Teacher:
         try:
             if self._decoder is None:
                 raise RuntimeError("its body cannot be run apart")
-            shared, whole = (torch.cat([logits_CS for _, logits_CS, _ in self.logits(*way)]) for way in ways)
+            found = [self.shard.whole(torch.cat([chunk for _, chunk, _ in self.logits(*way)])) for way in ways]
         except Exception as error:  # families without such a cache raise errors of any type
             reason = first_line(error)
         else:
-            if close(shared, whole, relative=max(16 * torch.finfo(self.dtype).eps, SHARED_ERROR)):
+            if reads_on(*found):
                 self.computation["prefixes"] = "read once"
                 return True
             reason = "the logits differ"
