@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from logitgen.config import Config
 from logitgen.console import only_shows, print_result, silence_stdout, start_logging
+from logitgen.costs import estimate_view, summary
 from logitgen.estimate import PROBE_TOKENS, estimate, fitting_batch_tokens, run_pilot
 from logitgen.file.header import Attributes, Header, file_bytes
 from logitgen.file.layout import Layout
@@ -42,7 +43,6 @@ from logitgen.ranks.agree import UNLIMITED, Ranks
 from logitgen.ranks.deliver import Outbox
 from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
-from logitgen.report import estimate_view, summary
 from logitgen.split.encoded import remarks
 from logitgen.split.job import Job, job_of
 from logitgen.split.load import load_split
