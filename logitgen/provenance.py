@@ -28,6 +28,7 @@ def facts_of_launch(config: Config) -> dict[str, str]:
     """Collect the facts that must be equal on all ranks for the file to fit its attributes. Paths may differ."""
     paths = ("teacher", "adapter", "dataset")
     options = {f"--{name}": str(value) for name, value in config.settings.items() if name not in paths}
+    options["--max_bytes"] = str(config.max_bytes)
     threads = {"number of CPU threads": str(get_num_threads())}
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
