@@ -367,7 +367,9 @@ def test_a_damaged_row_is_not_shown(tmp_path: Path) -> None:
 def test_inspect_prints_the_overview_as_plain_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(path)]) == 0
     captured = capsys.readouterr()
-    assert [line.rstrip() for line in captured.out.splitlines()] == drawn(overview(facts(LogitsFile(path))))
+    lines, about = [line.rstrip() for line in captured.out.splitlines()], drawn(overview(facts(LogitsFile(path))))
+    assert lines[: len(about) + 1] == [*about, ""]
+    assert lines[len(about) + 1] == "measured    4 positions, all"
     assert "\x1b" not in captured.out
     assert captured.err == ""
 
@@ -385,7 +387,9 @@ def test_json_holds_everything(path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["inspect", str(path), "--json"]) == 0
     size_bytes = path.stat().st_size
     expected = {"path": str(path), "size_bytes": size_bytes, "bytes_per_token": pytest.approx(size_bytes / 9)}
-    assert json.loads(capsys.readouterr().out) == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("spread")["positions"] == 4
+    assert found == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
 
 
 def test_json_of_a_row_holds_every_position(path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
