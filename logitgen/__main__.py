@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from logitgen.console import print_error, print_result, quiet_libraries, redrawn
@@ -16,8 +17,10 @@ from logitgen.errors import LogitgenError, UsageError
 from logitgen.facts import Decoder, facts, row_facts, status_facts
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import problems
+from logitgen.histogram import plot, spread_view
 from logitgen.leader.status import Watch
 from logitgen.report import evaluation_view, overview, preview_view, row_view, status_line, status_view, verdict_view
+from logitgen.spread import spread
 
 MAX_PROBLEMS = 20
 """Number of problems after which `verify` stops."""
@@ -101,6 +104,7 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--tokenizer", help="With --row: folder or hub id of the tokenizer (default: the file's teacher)."
     )
+    inspect.add_argument("--plot", type=Path, help="Also draw the histograms into this file, such as spread.png.")
     inspect.add_argument("--json", action="store_true", help="Print JSON for scripts.")
     inspect.set_defaults(run=_inspect)
 
@@ -186,14 +190,20 @@ def _watch(watch: Watch, as_json: bool) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    drawn: RenderableType
     if options.row is None and (options.positions is not None or options.tokenizer is not None):
         raise UsageError("--positions and --tokenizer need --row. Add it.")
     if options.positions is not None and options.positions < 1:
         raise UsageError(f"--positions must be at least 1, got {options.positions}.")
+    if options.plot is not None and options.row is not None:
+        raise UsageError("--plot draws the whole file, --row shows one row. Leave one of the two out.")
     file = LogitsFile(options.file)
     if options.row is None:
         known = facts(file)
-        drawn = overview(known)
+        known["spread"] = spread(file)
+        drawn = Group(overview(known), Text(), spread_view(known["spread"], known["positions"]))
+        if options.plot is not None:
+            plot(known["spread"], f"{file.path.name}, {known['kept']}", options.plot)
     else:
         known = row_facts(file, options.row, _decoder(file, options.tokenizer))
         drawn = row_view(known, options.positions)

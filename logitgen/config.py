@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from decimal import Decimal
 from typing import Any, Literal
 
 from logitgen.errors import UsageError
@@ -17,6 +20,7 @@ _NOT_SETTINGS = (
     "dry_run",
     "rank_timeout",
     "log_dir",
+    "max_bytes",
     "device_map",
     "fsdp_size",
     "chat_template",
@@ -25,6 +29,7 @@ _NOT_SETTINGS = (
 """Options for the run and its places, without effect on the computed values: they do not go into the file.
 
 The chat template and its date do so as attributes of their own, because the path and the day alone mean nothing.
+`max_bytes` decides the value of `top_k`, which does.
 `tp_size` is not among them: the ranks of a tensor-parallel teacher add up parts of sums, which rounds otherwise.
 """
 
@@ -50,6 +55,25 @@ class TokenBudget(int):
     def is_auto(self) -> bool:
         """True if the number is still to be found."""
         return self == sys.maxsize
+
+
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt]i?)?b)?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class FileSize(int):
+    """A size in bytes, written as 200GB, 1.5TB, 800MiB or plain bytes."""
+
+    def __new__(cls, text: str) -> "FileSize":
+        """Read the value of the option.
+
+        Raises:
+            ArgumentTypeError: It is no size. A unit without its B is none: it may be meant in either system.
+        """
+        match = _SIZE.fullmatch(str(text))
+        if not match:
+            raise argparse.ArgumentTypeError(f"expected a size such as 200GB, 800MiB or plain bytes, got '{text:.80}'")
+        return super().__new__(cls, int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]))
 
 
 class JsonObject(str):
@@ -147,6 +171,12 @@ class Config:
     encoding: Encoding = _option(
         "what to keep", "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
     )
+    max_bytes: FileSize | None = _option(
+        "what to keep",
+        "In place of --top_k: the size that the file may have (200GB, 1.5TB, 800MiB). It gets the largest k that "
+        "fits, packed unless --encoding is given.",
+        None,
+    )
     batch_tokens: TokenBudget = _option(
         "run",
         "Tokens per forward pass, padding included; auto takes as many as fit into free memory.",
@@ -167,6 +197,7 @@ class Config:
             ("max_length", 2),
             ("limit", 1),
             ("top_k", 1),
+            ("max_bytes", 1),
             ("batch_tokens", 1),
             ("rank_timeout", 1),
             ("tp_size", 1),
@@ -210,6 +241,10 @@ class Config:
                 f"--packing leaves no row longer than a block, so --overflow {self.overflow} has no meaning with it. "
                 "Leave one of the two out."
             )
+        if self.max_bytes is not None and self.capture != "topk":
+            raise UsageError(
+                f"--max_bytes chooses the k of --capture topk, got --capture {self.capture}. Leave one of the two out."
+            )
         if self.encoding != "plain" and self.capture not in WITH_KEPT_IDS:
             raise UsageError(
                 f"--encoding {self.encoding} is for --capture {' and '.join(WITH_KEPT_IDS)}, got --capture "
@@ -231,9 +266,15 @@ class Config:
         """The options that decide the content of the file, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_SETTINGS}
 
-    def with_batch_tokens(self, batch_tokens: int) -> "Config":
-        """Return the same options with this token budget."""
-        return dataclasses.replace(self, batch_tokens=TokenBudget(str(batch_tokens)))
+    @property
+    def open_settings(self) -> tuple[str, ...]:
+        """Names of the settings that the run finds out. A resumed run takes those of its file."""
+        is_open = {"batch_tokens": self.batch_tokens.is_auto, "top_k": self.max_bytes is not None}
+        return tuple(name for name, value in is_open.items() if value)
+
+    def with_found(self, found: Mapping[str, int]) -> "Config":
+        """Return the same options with these values for some of `open_settings`."""
+        return dataclasses.replace(self, **{name: type(getattr(self, name))(value) for name, value in found.items()})
 
     def settings_json(self) -> str:
         """Return the settings as text that is equal for equal settings."""

@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
@@ -198,3 +199,21 @@ def format_bytes(size_bytes: float) -> str:
             return f"{size_bytes:,.0f} {unit}" if unit == "B" else f"{size_bytes:,.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:,.1f} TB"
+
+
+def grid(*headings: str) -> Table:
+    """Begin a table with these columns, the first of words and the others of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
+    return table
+
+
+def definitions(lines: dict[str, str]) -> RenderableType:
+    """Draw lines of a name and a text each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in lines.items():
+        table.add_row(name, Text(printable(line)))
+    return table

@@ -1,6 +1,5 @@
 """The cost of a run, from its plan and a short pilot, without writing anything."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 
 from logitgen.file.header import Attributes, file_bytes
-from logitgen.file.layout import HEAD_ATTRIBUTES, WITH_KEPT_IDS, Encoding, Layout
+from logitgen.file.layout import Encoding, Layout
+from logitgen.provenance import attributes_with
 from logitgen.ranks.deliver import NUM_BUFFERS, Outbox
 from logitgen.split.job import Job
 from logitgen.split.plan import Plan
 from logitgen.teacher.capture import capture_batch, seal
+from logitgen.teacher.mass import KeptMass, MeasuredTeacher
 from logitgen.teacher.model import Teacher
 
 try:
@@ -36,6 +37,8 @@ SAFE_SHARE = 0.7
 PILOT_SECONDS = 20.0
 NUM_PILOTS = 8
 OTHER_KEPT = (8, 16, 32, 64, 128, 256)
+NUM_MEASURED = 4096
+"""Positions at which the mass of the top k is measured, about."""
 OTHER_DRAWN = 12
 OTHER_ENCODINGS: tuple[Encoding, ...] = ("plain", "packed")
 NUM_RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,11 +52,13 @@ class Pilot:
         seconds_per_token: Time of a token, padding or not, from its row to a checksummed payload in host memory.
         host_bytes: Largest resident memory of the process, or 0 where the system does not tell.
         device_bytes: Largest memory reserved on the GPU, or 0 on CPU.
+        kept_mass: Probability mass of the top k. All ranks compute the same batches, and measure the same positions.
     """
 
     seconds_per_token: float
     host_bytes: int
     device_bytes: int
+    kept_mass: KeptMass = KeptMass(0, {})
 
 
 def fitting_batch_tokens(teacher: Teacher, job: Job, ranks_of_machine: int) -> int:
@@ -141,21 +146,36 @@ def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot
     """
     plan = job.plan
     outbox = Outbox(int(job.payload_bytes.max()), lambda number, payload: lambda: None, teacher.device)
+    measured = _measured(teacher, job)
 
     def seconds(number: int) -> float:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), measured.seconds
         batch = job.batch(number)
-        payload = capture_batch(teacher, batch, job.layout)
+        measured.expect(number, batch)
+        payload = capture_batch(measured, batch, job.layout)
         outbox.put(number, payload, partial(seal, batch=batch, layout=job.layout, dtype=teacher.dtype))
         outbox.flush()
-        return time.perf_counter() - start
+        return time.perf_counter() - start - (measured.seconds - before)
 
     first = seconds(0)
     num_timed = agreed(min(NUM_PILOTS, int(PILOT_SECONDS / first)))
-    numbers = np.unique(np.linspace(0, plan.num_batches - 1, num_timed).astype(int))
-    timed = {number: seconds(number) for number in numbers} or {0: first}
+    timed = {number: seconds(number) for number in _spread(plan, num_timed)} or {0: first}
     num_tokens = int(plan.padded_tokens[list(timed)].sum())
-    return Pilot(sum(timed.values()) / num_tokens, *_peak_memory(teacher.device))
+    return Pilot(sum(timed.values()) / num_tokens, *_peak_memory(teacher.device), measured.kept_mass)
+
+
+def _spread(plan: Plan, count: int) -> list[int]:
+    """Draw some batches evenly from a plan."""
+    return sorted({int(number) for number in np.linspace(0, plan.num_batches - 1, count)})
+
+
+def _measured(teacher: Teacher, job: Job) -> MeasuredTeacher:
+    """Have a teacher measure the mass of its top k at positions of the pilot's batches, all as likely to be drawn."""
+    layout = job.layout
+    chosen = {layout.top_k} if layout.capture == "topk" else set()
+    ks = sorted(k for k in {*OTHER_KEPT, *chosen} if k <= layout.vocab_size) or [layout.vocab_size]
+    num_positions = job.plan.sums(job.rows.num_positions)[_spread(job.plan, NUM_PILOTS)].sum()
+    return MeasuredTeacher(teacher, ks, NUM_MEASURED / float(num_positions))
 
 
 def _peak_memory(device: torch.device) -> tuple[int, int]:
@@ -184,6 +204,10 @@ class Estimate:
         size_bytes: Size of the file, exact.
         other_sizes: Sizes with other values kept, by their names; exact.
         buffer_bytes: Memory of the leader's buffers.
+        kept: Kept values of a position, in words.
+        masses: Probability mass that such values and those of `other_sizes` keep, by their names: the mean over some
+            positions and the 10th percentile. Draws have none.
+        num_measured: Number of these positions.
     """
 
     num_rows: int
@@ -200,6 +224,9 @@ class Estimate:
     size_bytes: int
     other_sizes: dict[str, int]
     buffer_bytes: int
+    kept: str
+    masses: dict[str, tuple[float, float]]
+    num_measured: int
 
 
 def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int = 1, fsdp_size: int = 1) -> Estimate:
@@ -214,6 +241,8 @@ def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int
     """
     rows, plan, layout = job.rows, job.plan, job.layout
     seconds_per_token = float(np.mean([pilot.seconds_per_token for pilot in pilots]))
+    others, mass = _other_layouts(layout), pilots[0].kept_mass
+    masses = {each.kept: found for each in (layout, *others) if (found := _mass_of(each, mass))}
     return Estimate(
         num_rows=layout.num_rows,
         num_tokens=layout.num_tokens,
@@ -231,11 +260,19 @@ def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int
         },
         pilots=pilots,
         size_bytes=file_bytes(layout, attributes),
-        other_sizes={
-            other.kept: file_bytes(other, _attributes_of(other, attributes)) for other in _other_layouts(layout)
-        },
+        other_sizes={other.kept: file_bytes(other, attributes_with(other, attributes)) for other in others},
         buffer_bytes=NUM_BUFFERS * (len(pilots) // tp_size) * int(job.payload_bytes.max()),
+        kept=layout.kept,
+        masses=masses if mass.num_positions else {},
+        num_measured=mass.num_positions,
     )
+
+
+def _mass_of(layout: Layout, measured: KeptMass) -> tuple[float, float] | None:
+    """Return the mean and the 10th percentile of the mass that is kept, or None where it is not known."""
+    if layout.capture in ("hidden", "full"):
+        return 1.0, 1.0
+    return measured.of_k.get(layout.top_k) if layout.capture == "topk" else None
 
 
 def _other_layouts(layout: Layout) -> list[Layout]:
@@ -258,16 +295,3 @@ def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
     """Return the tokens, padding included, of the rank that has most of them."""
     shares = plan.shares(np.arange(plan.num_batches), num_replicas, fsdp_size)
     return max(int(plan.padded_tokens[share].sum()) for share in shares)
-
-
-def _attributes_of(layout: Layout, attributes: Attributes) -> Attributes:
-    """Return the attributes of a file that keeps other values."""
-    changes = {"capture": layout.capture, "encoding": layout.encoding}
-    settings = json.loads(str(attributes["settings"])) | changes
-    if layout.capture in WITH_KEPT_IDS:
-        settings["top_k"] = layout.top_k
-    return {name: value for name, value in attributes.items() if name not in HEAD_ATTRIBUTES} | {
-        **changes,
-        "top_k": layout.top_k,
-        "settings": json.dumps(settings, sort_keys=True),
-    }

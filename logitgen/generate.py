@@ -22,10 +22,12 @@ from accelerate.utils import set_seed
 
 from logitgen.config import Config
 from logitgen.console import only_shows, print_result, silence_stdout, start_logging
+from logitgen.costs import estimate_view, summary
 from logitgen.estimate import PROBE_TOKENS, estimate, fitting_batch_tokens, run_pilot
 from logitgen.file.header import Attributes, Header, file_bytes
 from logitgen.file.layout import Layout
 from logitgen.file.reader import LogitsFile
+from logitgen.fit import fitted
 from logitgen.leader.output import Output
 from logitgen.leader.places import write_known
 from logitgen.leader.progress import Progress, Speed
@@ -42,7 +44,6 @@ from logitgen.ranks.agree import UNLIMITED, Ranks
 from logitgen.ranks.deliver import Outbox
 from logitgen.ranks.environment import check_launch
 from logitgen.ranks.launch import launched
-from logitgen.report import estimate_view, summary
 from logitgen.split.encoded import remarks
 from logitgen.split.job import Job, job_of
 from logitgen.split.load import load_split
@@ -74,7 +75,7 @@ def capture(ranks: Ranks, arguments: list[str]) -> None:
         info = describe_teacher(config)
     ranks.same(facts_of_teacher(info))
     set_seed(config.seed)
-    split = read_rows(ranks, config, info)
+    config, split = read_rows(ranks, config, info)
     if is_complete(ranks, config, output, split):
         return
     config, job, teacher, about = load_teacher(ranks, config, output, info, split)
@@ -100,15 +101,14 @@ def read_options(ranks: Ranks, arguments: list[str]) -> tuple[Config, Output]:
     with ranks.together():
         if ranks.is_leader:
             output.claim()
-    if config.batch_tokens.is_auto:
+    if names := config.open_settings:
         with ranks.together():
-            batch_tokens = output.batch_tokens(config.settings) if ranks.is_leader else None
-        if batch_tokens := ranks.from_leader(batch_tokens):
-            config = config.with_batch_tokens(batch_tokens)
+            found = output.found_settings(config.settings, names) if ranks.is_leader else {}
+        config = config.with_found(ranks.from_leader(found))
     with ranks.together():
         if ranks.is_leader:
             output.check(settings_attributes(config))
-            day = output.chat_template_date(config.settings) or date.today().isoformat()
+            day = output.chat_template_date(config.settings, names) or date.today().isoformat()
     day = ranks.from_leader(day if ranks.is_leader else "")
     return replace(config, chat_template_date=config.chat_template_date or day), output
 
@@ -122,7 +122,7 @@ class Split:
     about: Attributes
 
 
-def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
+def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> tuple[Config, Split]:
     """Tokenise the split, cut it into rows, and lay out the file: the layout fixes every byte's place."""
     logger.info(f"Reading {config.dataset}, split {config.split}.")
     with ranks.together():
@@ -146,9 +146,11 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> Split:
         encoding=config.encoding,
         tokenizer_size=0 if tokenizer is None else len(tokenizer),
     )
+    about = attributes(config, info, rows, layout, tokenizer, template)
     with ranks.together():
         layout.check()
-    return Split(rows, layout, attributes(config, info, rows, layout, tokenizer, template))
+        config, layout, about = fitted(config, layout, about)
+    return config, Split(rows, layout, about)
 
 
 def warn_of_rows(tokens: datasets.Dataset, rows: Rows) -> None:
@@ -195,7 +197,7 @@ def load_teacher(
         probe = job_of(rows, layout, PROBE_TOKENS, info.length_switch, prefixes)
         with ranks.in_step():
             fitting = fitting_batch_tokens(teacher, probe, ranks.ranks_of_machine)
-        config = config.with_batch_tokens(min(ranks.gathered(fitting)))
+        config = config.with_found({"batch_tokens": min(ranks.gathered(fitting))})
         logger.info(f"As many tokens as fit into memory: --batch_tokens {config.batch_tokens:,}.")
     about = split.about | settings_attributes(config) | teacher_attributes(teacher)
     with ranks.together():

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from logitgen.config import Config, TokenBudget
+from logitgen.config import Config, FileSize, TokenBudget
 from logitgen.errors import UsageError, first_line
 
 _LARGEST_OPTIONS_FILE = 2**16
@@ -37,7 +37,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         spellings = ", ".join(word for word in action.option_strings if "-" not in word[2:])
         if action.nargs in (0, "?"):  # a switch needs no value
             return spellings
-        return f"{spellings} {self._format_args(action, 'N' if action.type in (int, TokenBudget) else 'NAME')}"
+        value = {int: "N", TokenBudget: "N", FileSize: "SIZE"}.get(action.type, "NAME")  # type: ignore[call-overload]
+        return f"{spellings} {self._format_args(action, value)}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default is not None and not isinstance(action.default, bool)
@@ -94,7 +95,15 @@ def parse_config(arguments: Sequence[str]) -> Config:
     )
     if unknown:
         raise UsageError(f"There is no option {unknown[0]}. See --help for the options.")
-    return config
+    return config if config.max_bytes is None else _sized(config, words)
+
+
+def _sized(config: Config, words: list[str]) -> Config:
+    """Leave k open, at its smallest value, for a run whose file has a largest size."""
+    given = {word.partition("=")[0].replace("-", "_") for word in words}
+    if "__top_k" in given:
+        raise UsageError("--max_bytes finds the largest --top_k that fits. Leave one of the two out.")
+    return dataclasses.replace(config, top_k=1, encoding=config.encoding if "__encoding" in given else "packed")
 
 
 def _config_path(words: list[str]) -> str | None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.file.header import Attributes
-from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, Layout
+from logitgen.file.layout import FORMAT_NAME, FORMAT_VERSION, HEAD_ATTRIBUTES, WITH_KEPT_IDS, Layout
 from logitgen.head import dtype_name
 from logitgen.split.rows import Rows
 from logitgen.split.template import ChatTemplate
@@ -28,6 +28,7 @@ def facts_of_launch(config: Config) -> dict[str, str]:
     """Collect the facts that must be equal on all ranks for the file to fit its attributes. Paths may differ."""
     paths = ("teacher", "adapter", "dataset")
     options = {f"--{name}": str(value) for name, value in config.settings.items() if name not in paths}
+    options["--max_bytes"] = str(config.max_bytes)
     threads = {"number of CPU threads": str(get_num_threads())}
     return options | threads | {f"version of {name}": number for name, number in package_versions().items()}
 
@@ -93,4 +94,17 @@ def attributes(
         "chat_template_fingerprint": template.fingerprint if template else "",
         "chat_template_date": template.date if template else "",
         "dataset_fingerprint": rows.fingerprint,
+    }
+
+
+def attributes_with(layout: Layout, attributes: Attributes) -> Attributes:
+    """Return the attributes of a file that keeps other values."""
+    changes = {"capture": layout.capture, "encoding": layout.encoding}
+    settings = json.loads(str(attributes["settings"])) | changes
+    if layout.capture in WITH_KEPT_IDS:
+        settings["top_k"] = layout.top_k
+    return {name: value for name, value in attributes.items() if name not in HEAD_ATTRIBUTES} | {
+        **changes,
+        "top_k": layout.top_k,
+        "settings": json.dumps(settings, sort_keys=True),
     }

@@ -1,23 +1,20 @@
-"""Views of a file and a run for the terminal: tables and lines, drawn from facts."""
+"""Views of files, rows and runs for the terminal: tables and lines, drawn from facts."""
 
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from logitgen.console import format_bytes, format_seconds, printable
-from logitgen.facts import facts
+from logitgen.console import definitions, format_bytes, format_seconds, printable
 from logitgen.file.reader import LogitsFile
-from logitgen.leader.progress import Speed, bars
+from logitgen.leader.progress import bars
 from logitgen.leader.status import Status
 
 if TYPE_CHECKING:
-    from logitgen.estimate import Estimate  # its imports take seconds
-    from logitgen.rerun import Rerun
+    from logitgen.rerun import Rerun  # its imports take seconds
 
 NUM_DRAWN = 3
 """Guesses that fit into a line of 80 columns."""
@@ -46,7 +43,7 @@ def overview(known: dict[str, Any]) -> RenderableType:
         ),
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
-    return _definitions(lines)
+    return definitions(lines)
 
 
 def preview_view(known: dict[str, Any]) -> RenderableType:
@@ -64,7 +61,7 @@ def preview_view(known: dict[str, Any]) -> RenderableType:
     warnings = [Text(line, style="yellow") for line in known["warnings"]]
     legend = Text("Tokens end at │. A captured position predicts each token in ⟦ ⟧.", style="dim")
     shown = [part for row in known["shown"] for part in (Text(), *_tokens_view(row))]
-    return Group(_definitions(lines), *warnings, Text(), legend, *shown)
+    return Group(definitions(lines), *warnings, Text(), legend, *shown)
 
 
 def _tokens_view(row: dict[str, Any]) -> tuple[Text, Text]:
@@ -90,65 +87,6 @@ def _quantized(how: str) -> str:
         return ", quantised"
 
 
-def summary(file: LogitsFile, num_duplicates: int, speed: Speed) -> RenderableType:
-    """Draw the end of a run.
-
-    Args:
-        file: The complete file.
-        num_duplicates: Rows that were written more than once.
-        speed: Its speed.
-    """
-    known = facts(file)
-    present = int(np.count_nonzero(file.arrays["done"]))
-    lines = {
-        "rows": f"{len(file):,} expected, {present:,} present, {len(file) - present:,} missing, "
-        f"{num_duplicates:,} duplicates",
-        "tokens": f"{known['tokens']:,}, {known['positions']:,} positions captured",
-        "speed": f"{speed.num_tokens / speed.seconds:,.0f} tokens/s over {format_seconds(speed.seconds)}, "
-        f"{speed.padding_share:.1%} padding, {speed.waited_share:.1%} waiting",
-        **_saved(speed.saved_share),
-        "size": f"{format_bytes(known['size_bytes'])}, {known['bytes_per_token']:,.1f} bytes per token",
-        "teacher perplexity": f"{known['perplexity']:,.3f}",
-        "file": known["path"],
-    }
-    return _definitions(lines)
-
-
-def _saved(share: float) -> dict[str, str]:
-    """Name the tokens that shared prefixes save, if any."""
-    return {"shared prefixes": f"{share:.1%} of the tokens need not be read again"} if share else {}
-
-
-def estimate_view(known: "Estimate", free_bytes: int) -> RenderableType:
-    """Draw the cost of a run.
-
-    Args:
-        known: The estimate.
-        free_bytes: Free space on the output's disk.
-    """
-    host, device = (max(values) for values in zip(*((p.host_bytes, p.device_bytes) for p in known.pilots), strict=True))
-    lines = {
-        "rows": f"{known.num_rows:,}, {known.num_cut:,} of the split were too long",
-        "tokens": f"{known.num_tokens:,}, {known.num_positions:,} positions captured, "
-        f"{known.num_dropped_tokens:,} tokens dropped",
-        "batches": f"{known.num_batches:,}, {known.padding_share:.1%} padding",
-        **_saved(known.saved_share),
-        "file": f"{known.size_bytes:,} bytes, {known.size_bytes / known.num_tokens:,.1f} per token; "
-        f"{format_bytes(free_bytes)} free",
-        "memory per rank": (format_bytes(host) if host else "unknown on this system")
-        + (f" and {format_bytes(device)} on the GPU" if device else "")
-        + f", and {format_bytes(known.buffer_bytes)} of buffers on the leader",
-        "speed": f"{known.tokens_per_second:,.0f} tokens/s per rank, {len(known.pilots)} measured at once",
-    }
-    sizes = _grid("kept", "file", "per token")
-    for name, size_bytes in known.other_sizes.items():
-        sizes.add_row(name, format_bytes(size_bytes), f"{size_bytes / known.num_tokens:,.1f} B")
-    times = _grid("ranks", "time")
-    for num_ranks, seconds in known.seconds.items():
-        times.add_row(str(num_ranks), format_seconds(seconds))
-    return Group(_definitions(lines), Text(), Columns([sizes, times], padding=(0, 6)))
-
-
 def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Rerun | None") -> RenderableType:
     """Draw the findings of `verify`.
 
@@ -172,7 +110,7 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
     verified = "verified: every row is present once, with the right checksum and values"
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
     lines["verdict"] = f"NOT verified, {count}" if found else verified
-    return Group(_definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
+    return Group(definitions(lines), *(Text(f"  {problem}", style="red") for problem in found))
 
 
 def evaluation_view(known: dict[str, Any]) -> RenderableType:
@@ -192,7 +130,7 @@ def evaluation_view(known: dict[str, Any]) -> RenderableType:
         "top-1 agreement": of(".2%", **{"": known["agreement"]}).strip(),
         "mass of the tail": of(".4f", student=known["tail"], teacher=known["teacher_tail"]),
     }
-    return _definitions({name: line for name, line in lines.items() if line})
+    return definitions({name: line for name, line in lines.items() if line})
 
 
 def status_line(status: Status) -> str:
@@ -241,22 +179,6 @@ def _numbers(status: Status) -> list[str]:
 
 def _eta(status: Status) -> str:
     return status.snapshot.eta if status.snapshot and status.state == "running" else "ETA -:--"
-
-
-def _grid(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
-    return table
-
-
-def _definitions(lines: dict[str, str]) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, line in lines.items():
-        table.add_row(name, Text(printable(line)))
-    return table
 
 
 def row_view(known: dict[str, Any], most: int | None = None) -> RenderableType:

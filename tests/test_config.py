@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "capture": "topk",
     "top_k": 64,
     "encoding": "plain",
+    "max_bytes": None,
     "batch_tokens": 8192,
     "share_prefixes": True,
     "overwrite": False,
@@ -89,7 +90,8 @@ OTHERS: dict[str, Any] = {
     "log_dir": "my logs",
     "seed": 7,
 }
-"""Another value than the default for all but `messages_column`, `packing` and `device_map`, which others exclude."""
+"""Another value than the default for all but `messages_column`, `packing`, `device_map` and `max_bytes`, which others
+exclude."""
 
 
 def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:
@@ -108,8 +110,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
         "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
         "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos",
         "max_length", "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding",
-        "batch_tokens", "share_prefixes", "overwrite", "dry_run", "trust_remote_code", "rank_timeout", "log_dir",
-        "seed", "config",
+        "max_bytes", "batch_tokens", "share_prefixes", "overwrite", "dry_run", "trust_remote_code", "rank_timeout",
+        "log_dir", "seed", "config",
     ]  # fmt: skip
 
 
@@ -336,11 +338,78 @@ def test_a_token_budget_may_be_left_to_the_memory_there_is(tmp_path: Path, writt
 def test_a_budget_that_was_found_gives_the_settings_of_one_that_was_typed() -> None:
     words = [*REQUIRED, "--top_k=5"]
     auto, typed = (parse_config([*words, f"--batch_tokens={value}"]) for value in ("auto", "512"))
-    found = auto.with_batch_tokens(512)
+    found = auto.with_found({"batch_tokens": 512})
     assert found == typed
     assert found.settings_json() == typed.settings_json()
     assert not found.batch_tokens.is_auto
     assert auto.batch_tokens.is_auto  # as it was
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [
+        ("200GB", 200 * 10**9),
+        ("1.5TB", 1_500_000_000_000),
+        ("800MiB", 800 * 1_048_576),
+        ("0.5 kb", 500),
+        ("2KiB", 2048),
+        ("3GiB", 3 * 2**30),
+        ("1TiB", 2**40),
+        ("7B", 7),
+        ("123456789", 123_456_789),
+        ("1.1TB", 1_100_000_000_000),
+    ],
+)
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_size_is_read_as_people_write_it(tmp_path: Path, written: str, size_bytes: int, in_a_file: bool) -> None:
+    word = options_file(tmp_path, f"max_bytes: {written}\n") if in_a_file else f"--max-bytes={written}"
+    config = parse_config([*REQUIRED, word])
+    assert config.max_bytes == size_bytes
+    assert config.encoding == "packed"
+    assert "max_bytes" not in config.settings
+    assert config.open_settings == ("top_k",)
+
+
+@pytest.mark.parametrize("value", ["200G", "many", "-5GB", "1e9", "1,000", "5 PB", "GB", "1.GB", "", "5GBB", "x" * 999])
+def test_a_size_without_a_clear_meaning_is_refused_in_one_line(value: str) -> None:
+    message = r"^Argument --max_bytes/--max-bytes: expected a size such as 200GB, 800MiB or plain bytes, got '.*'\. See"
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_config([*REQUIRED, f"--max_bytes={value}"])
+    assert len(str(raised.value)) < 400
+
+
+def test_a_size_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^--max_bytes must be at least 1, got 0\.$"):
+        parse_config([*REQUIRED, "--max_bytes=0.3B"])
+
+
+@pytest.mark.parametrize("word", ["--top_k=64", "--top-k=3", "file"])
+def test_a_size_and_a_k_exclude_each_other(tmp_path: Path, word: str) -> None:
+    word = options_file(tmp_path, "top_k: 64\n") if word == "file" else word
+    message = r"^--max_bytes finds the largest --top_k that fits\. Leave one of the two out\.$"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, word, "--max_bytes=1GB"])
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, "--max_bytes", "1GB", "--top_k", "64"])
+
+
+@pytest.mark.parametrize("capture", ["sample", "hidden", "full"])
+def test_a_size_chooses_no_other_capture_than_the_top_k(capture: str) -> None:
+    message = rf"^--max_bytes chooses the k of --capture topk, got --capture {capture}\. Leave one of the two out\.$"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, f"--capture={capture}", "--max_bytes=1GB"])
+
+
+@pytest.mark.parametrize("encoding", ["plain", "packed", "packed16"])
+def test_an_encoding_that_was_typed_stays_beside_a_size(encoding: str) -> None:
+    assert parse_config([*REQUIRED, "--max_bytes=1GB", f"--encoding={encoding}"]).encoding == encoding
+
+
+def test_a_k_that_was_found_gives_the_settings_of_one_that_was_typed() -> None:
+    found = parse_config([*REQUIRED, "--max_bytes=1GB"]).with_found({"top_k": 37})
+    typed = parse_config([*REQUIRED, "--top_k=37", "--encoding=packed"])
+    assert found.settings_json() == typed.settings_json()
+    assert typed.open_settings == ()
 
 
 def test_a_number_in_a_file_must_be_a_whole_number_too(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_llama, write_jsonl
+from conftest import make_llama, save_teacher, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitgen import CaptureError, UsageError, generate
 from logitgen import estimate as estimate_module
@@ -29,6 +29,7 @@ from logitgen.provenance import package_versions
 from logitgen.split.job import Job
 from logitgen.split.plan import Plan
 from logitgen.split.rows import Rows
+from logitgen.teacher import mass as mass_module
 from logitgen.teacher.capture import capture_batch
 from logitgen.teacher.model import Teacher
 
@@ -321,7 +322,9 @@ def test_the_pilots_time_is_divided_by_its_tokens_with_padding(
         return compute(teacher, batch, layout)
 
     monkeypatch.setattr(estimate_module, "capture_batch", watched)
-    monkeypatch.setattr(estimate_module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    monkeypatch.setattr(estimate_module, "time", clock)
+    monkeypatch.setattr(mass_module, "time", clock)
     monkeypatch.setattr(estimate_module, "PILOT_SECONDS", 1e9)
     lengths = [41, 52, 51]  # batches of 2 * 51 and 40 tokens
     data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(length))} for length in lengths])
@@ -371,6 +374,106 @@ def test_what_a_dry_run_prints(
         assert f"{name} {size} {size_bytes / found.num_tokens:,.1f} B" in out
     for number in found.seconds:
         assert f" {number} 0:00" in out
+
+
+def test_the_pilots_time_leaves_out_that_of_the_measured_mass(
+    capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock on which only top k takes time: a batch of the pilot computes it once more than the run does."""
+    seconds = [0.0]
+    compute = mass_module.top_k
+
+    def slow(*arguments: Any) -> Any:
+        seconds[0] += 100
+        return compute(*arguments)
+
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    monkeypatch.setattr(mass_module, "top_k", slow)
+    for module in (estimate_module, mass_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(estimate_module, "time", SimpleNamespace(perf_counter=lambda: seconds[0] + next(ticks)))
+    ticks = iter(range(100))
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": list(range(9))}])
+    capture(teacher=teacher, dataset=data, top_k=4, dry_run=True)
+    assert seconds[0] == 200
+    assert estimates[0].pilots[0].seconds_per_token == 1 / 8
+
+
+def direct_masses(teacher: Path, rows: list[list[int]], skip: int = 0) -> np.ndarray:
+    """The mass of every top k at every position that has a next token, by a plain forward pass per row, [P, V]."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        probs = [model(torch.tensor([ids])).logits[0, skip:-1].double().softmax(-1) for ids in rows if len(ids) > 1]
+    return np.asarray(torch.cat(probs).sort(-1, descending=True).values.cumsum(-1))
+
+
+MASS_ROWS = [[(7 * row + 3 * index * index) % 384 for index in range(20 + 4 * (row // 6))] for row in range(30)]
+"""Rows of five lengths, so that a pilot computes all their batches."""
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"top_k": 5},
+    "packed topk": {"top_k": 300, "encoding": "packed"},
+    "sample": {"capture": "sample", "top_k": 12},
+    "hidden": {"capture": "hidden"},
+    "full": {"capture": "full"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kept_mass_is_that_of_the_teachers_distributions(
+    kind: str, capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate]
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in MASS_ROWS])
+    capture(teacher=teacher, dataset=data, dry_run=True, **KINDS[kind])
+    expected_PV = direct_masses(teacher, MASS_ROWS)
+    (found,) = estimates
+    assert found.num_measured == len(expected_PV) == found.num_positions
+    kept = {f"top {k}": k for k in (8, 16, 32, 64, 128, 256)}
+    kept |= {f"{name}, packed": k for name, k in kept.items()}
+    kept |= {"topk": {"top 5": 5}, "packed topk": {"top 300, packed": 300}}.get(kind, {})
+    for name, k in kept.items():
+        mass_P = expected_PV[:, k - 1]
+        assert found.masses[name] == pytest.approx((mass_P.mean(), np.quantile(mass_P, 0.1)), abs=1e-5), name
+    rest = {name: found.masses[name] for name in found.masses.keys() - kept.keys()}
+    assert rest == {"all logits": (1, 1)} | ({"hidden states": (1, 1)} if kind == "hidden" else {})
+
+
+def test_every_row_counts_where_a_prefix_is_read_once(
+    capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate]
+) -> None:
+    prompt = [(11 * index * index) % 384 for index in range(96)]
+    rows = [prompt + [(5 * row + index) % 384 for index in range(8)] for row in range(12)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in rows])
+    capture(teacher=teacher, dataset=data, dry_run=True, top_k=8)
+    (found,) = estimates
+    assert found.saved_share > 0.5
+    expected_P = direct_masses(teacher, rows)[:, 7]
+    assert found.num_measured == len(expected_P)
+    assert found.masses["top 8"] == pytest.approx((expected_P.mean(), np.quantile(expected_P, 0.1)), abs=1e-4)
+
+
+def test_only_some_positions_of_a_large_pilot_are_measured(
+    capture: Capture, teacher: Path, tmp_path: Path, estimates: list[Estimate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "NUM_MEASURED", 300)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in MASS_ROWS])
+    capture(teacher=teacher, dataset=data, dry_run=True, batch_tokens=150)
+    (found,) = estimates
+    assert 225 < found.num_measured < 375  # six standard deviations of a draw around 300
+    expected_P = direct_masses(teacher, MASS_ROWS)[:, 7]
+    assert abs(found.masses["top 8"][0] - expected_P.mean()) < 6 * expected_P.std() / 300**0.5
+
+
+def test_a_small_vocabulary_is_measured_too(
+    capture: Capture, tmp_path: Path, estimates: list[Estimate], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_teacher(tmp_path / "small", make_llama(6), None)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": [0, 1, 2, 3]}])
+    capture(teacher=folder, dataset=data, dry_run=True, capture="full")
+    assert estimates[0].masses == {"all logits": (1, 1)}
+    capture(teacher=folder, dataset=data, dry_run=True, top_k=2)
+    expected_P = direct_masses(folder, [[0, 1, 2, 3]])[:, 1]
+    assert estimates[1].masses["top 2"] == pytest.approx((expected_P.mean(), np.quantile(expected_P, 0.1)), abs=1e-5)
+    assert "; measured at 3 positions of the pilot" in printed(capsys)
 
 
 def interrupted(capture: Capture, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

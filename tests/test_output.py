@@ -98,7 +98,7 @@ def settings_with(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["out.h5", "out.h5.partial"])
 def test_the_token_budget_of_what_is_there_is_known(path: Path, tmp_path: Path, name: str) -> None:
     write_file(tmp_path / name, **settings_with(batch_tokens=1024))
-    assert claimed(path).batch_tokens(SETTINGS) == 1024
+    assert claimed(path).found_settings(SETTINGS, ["batch_tokens"]) == {"batch_tokens": 1024}
 
 
 @pytest.mark.parametrize(
@@ -106,22 +106,32 @@ def test_the_token_budget_of_what_is_there_is_known(path: Path, tmp_path: Path, 
 )
 def test_a_file_without_a_token_budget_that_makes_sense_has_none(path: Path, changes: dict[str, Any]) -> None:
     write_file(path, **settings_with(**changes))
-    assert claimed(path).batch_tokens(SETTINGS) is None
+    assert claimed(path).found_settings(SETTINGS, ["batch_tokens"]) == {}
 
 
 def test_where_no_file_is_found_there_is_no_token_budget(path: Path) -> None:
-    assert claimed(path).batch_tokens(SETTINGS) is None
+    assert claimed(path).found_settings(SETTINGS, ["batch_tokens"]) == {}
     write_file(path, **settings_with(batch_tokens=1024))
     again = claimed(path, overwrite=True)  # the complete file is made anew, and so is its budget
-    assert again.batch_tokens(SETTINGS) is None
+    assert again.found_settings(SETTINGS, ["batch_tokens"]) == {}
 
 
 def test_what_is_overwritten_hands_its_token_budget_on_only_to_the_same_run(path: Path, tmp_path: Path) -> None:
     write_file(tmp_path / "out.h5.partial", **settings_with(batch_tokens=1024))
     other = SETTINGS | {"split": "another"}
-    assert claimed(path, overwrite=True).batch_tokens(SETTINGS) == 1024
-    assert claimed(path, overwrite=True).batch_tokens(other) is None
-    assert claimed(path).batch_tokens(other) == 1024  # it is refused, and the budget is not what differs
+    assert claimed(path, overwrite=True).found_settings(SETTINGS, ["batch_tokens"]) == {"batch_tokens": 1024}
+    assert claimed(path, overwrite=True).found_settings(other, ["batch_tokens"]) == {}
+    assert claimed(path).found_settings(other, ["batch_tokens"]) == {
+        "batch_tokens": 1024
+    }  # it is refused, and the budget is not what differs
+
+
+def test_several_open_settings_are_known_at_once(path: Path, tmp_path: Path) -> None:
+    write_file(tmp_path / "out.h5.partial", **settings_with(batch_tokens=1024, top_k=7))
+    wanted = SETTINGS | {"top_k": 1}
+    both = {"batch_tokens": 1024, "top_k": 7}
+    assert claimed(path, overwrite=True).found_settings(wanted, ["batch_tokens", "top_k"]) == both
+    assert claimed(path, overwrite=True).found_settings(wanted, ["batch_tokens"]) == {}  # of another k
 
 
 # A new output.

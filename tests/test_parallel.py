@@ -98,7 +98,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Ru
         runs.add(f"one {family}", 1, **common, teacher=teacher, top_k=11)
     runs.add("heads", 4, **own, tp_size=4)
     runs.add("mapped", 2, **own, device_map="auto")
-    runs.add("pilot", 2, **own, fsdp_size=2, dry_run=True)
+    for name, sizes in (("fsdp", {"fsdp_size": 2}), ("tp", {"tp_size": 2}), ("two", {})):
+        runs.add(f"pilot {name}", 2, **own | {"batch_tokens": 4096}, **sizes, dry_run=True)
     trees = {"dataset": str(write_jsonl(folder / "trees.jsonl", [{"input_ids": ids} for ids in TREES])), "top_k": 11}
     for name, num_ranks, sizes in (
         ("one", 1, {}),
@@ -227,8 +228,22 @@ def test_options_that_say_nothing_are_refused(options: list[str], message: str) 
         parse_config(["--teacher=t", "--dataset=d", "--output=o", *options])
 
 
-def test_ranks_that_share_a_teacher_run_the_same_pilot(runs: Runs) -> None:
-    assert runs.ended("pilot").returncode == 0
+@pytest.mark.parametrize("name", ["fsdp", "tp", "two"])
+def test_a_pilot_of_several_ranks_measures_the_mass_of_the_top_k_once(
+    runs: Runs, model: PreTrainedModel, name: str
+) -> None:
+    ended = runs.ended(f"pilot {name}")
+    assert ended.returncode == 0, ended.stderr
+    rows = [*ROWS, *(ids[::-1] for ids in ROWS[:5])]
+    with torch.no_grad():
+        parts = [model(torch.tensor([ids])).logits[0, :-1].double().softmax(-1) for ids in rows if len(ids) > 1]
+    mass_PV = torch.cat(parts).sort(-1, descending=True).values.cumsum(-1)
+    assert f"at {len(mass_PV):,} positions of the pilot" in " ".join(ended.stdout.split())
+    for k in (8, 16, 32, 64):
+        shown = re.search(rf"^top {k} .* B +([0-9.]+)% +([0-9.]+)%", ended.stdout, re.MULTILINE)
+        assert shown
+        expected = (float(mass_PV[:, k - 1].mean()), float(mass_PV[:, k - 1].quantile(0.1)))
+        assert [float(share) / 100 for share in shown.groups()] == pytest.approx(expected, abs=1.1e-4)
 
 
 KILL = """

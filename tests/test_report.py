@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitgen import FormatError, LogitsFile, UsageError, console
 from logitgen.__main__ import main
+from logitgen.costs import estimate_view, summary
 from logitgen.estimate import Estimate, Pilot
 from logitgen.facts import facts, row_facts
 from logitgen.leader.progress import Speed
-from logitgen.report import estimate_view, overview, row_view, summary, verdict_view
+from logitgen.report import overview, row_view, verdict_view
 from logitgen.rerun import Rerun
 
 Capture = Callable[..., Path]
@@ -253,6 +254,9 @@ def make_estimate(**changes: Any) -> Estimate:
         "size_bytes": 13_000_000,
         "other_sizes": {"top 8": 2_000_000, "all logits": 32_000_000_000},
         "buffer_bytes": 5_600_000,
+        "kept": "top 8",
+        "masses": {},
+        "num_measured": 0,
     }
     return Estimate(**known | changes)
 
@@ -273,6 +277,26 @@ def test_an_estimate_says_what_a_run_would_take() -> None:
         ["top", "8", "2.0", "MB", "40.0", "B", "1", "2:01:00"],
         ["all", "logits", "32.0", "GB", "640,000.0", "B", "2", "1:00:30"],
     ]
+
+
+def test_an_estimate_says_what_mass_is_kept_and_never_too_much() -> None:
+    masses = {"top 8": (0.75, 0.5), "top 9": (0.99996, 0.29), "all logits": (1.0, 1.0)}
+    sizes = {"top 8": 2_000_000, "12 drawn": 2_000_000, "top 9": 3_000_000, "all logits": 32_000_000_000}
+    known = make_estimate(other_sizes=sizes, masses=masses, num_measured=4_096)
+    lines = drawn(estimate_view(known, 1))
+    blank = lines.index("")
+    assert definitions(lines[:blank])["mass kept"] == (
+        "top 8 keep 75.00%, and at least 50.00% at 9 of 10 positions; measured at 4,096 positions of the pilot"
+    )
+    assert [words(line).split(" ")[-6:] for line in lines[blank + 1 :]] == [
+        ["mass", "9", "of", "10", "ranks", "time"],
+        ["40.0", "B", "75.00%", "50.00%", "1", "2:01:00"],
+        ["2.0", "MB", "40.0", "B", "2", "1:00:30"],
+        ["3.0", "MB", "60.0", "B", "99.99%", "29.00%"],
+        ["32.0", "GB", "640,000.0", "B", "100.00%", "100.00%"],
+    ]
+    drawn_ones = make_estimate(kept="12 drawn", other_sizes=sizes, masses=masses, num_measured=4_096)
+    assert definitions(drawn(estimate_view(drawn_ones, 1)))["mass kept"] == "measured at 4,096 positions of the pilot"
 
 
 def test_an_estimate_of_gpus_names_the_memory_of_the_largest() -> None:
@@ -343,7 +367,9 @@ def test_a_damaged_row_is_not_shown(tmp_path: Path) -> None:
 def test_inspect_prints_the_overview_as_plain_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(path)]) == 0
     captured = capsys.readouterr()
-    assert [line.rstrip() for line in captured.out.splitlines()] == drawn(overview(facts(LogitsFile(path))))
+    lines, about = [line.rstrip() for line in captured.out.splitlines()], drawn(overview(facts(LogitsFile(path))))
+    assert lines[: len(about) + 1] == [*about, ""]
+    assert lines[len(about) + 1] == "measured    4 positions, all"
     assert "\x1b" not in captured.out
     assert captured.err == ""
 
@@ -361,7 +387,9 @@ def test_json_holds_everything(path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["inspect", str(path), "--json"]) == 0
     size_bytes = path.stat().st_size
     expected = {"path": str(path), "size_bytes": size_bytes, "bytes_per_token": pytest.approx(size_bytes / 9)}
-    assert json.loads(capsys.readouterr().out) == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("spread")["positions"] == 4
+    assert found == expected | KNOWN | ATTRIBUTES | {"settings": SETTINGS}
 
 
 def test_json_of_a_row_holds_every_position(path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,27 +119,27 @@ class Output:
         logger.warning("%s %s", why, hint)
         self.found = None
 
-    def batch_tokens(self, settings: Mapping[str, Any]) -> int | None:
-        """Return the token budget of the file to resume, or None if there is none.
+    def found_settings(self, settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+        """Return the numbers that the file to resume has for some settings, as far as there is such a file.
 
         Args:
-            settings: This run's settings. Only their token budget is still open.
+            settings: This run's settings.
+            names: Those that are still open.
         """
-        value = self._to_resume(settings)["settings"].get("batch_tokens")
-        return value if isinstance(value, int) and value > 0 else None
+        there = self._to_resume(settings, names)["settings"]
+        return {name: there[name] for name in names if isinstance(there.get(name), int) and there[name] > 0}
 
-    def chat_template_date(self, settings: Mapping[str, Any]) -> str:
+    def chat_template_date(self, settings: Mapping[str, Any], names: Iterable[str]) -> str:
         """Return the date that the chat template prints in the file to resume, or no text if there is none.
 
-        Args:
-            settings: This run's settings. Their token budget may still be open.
+        For the arguments, see `found_settings`.
         """
-        return str(self._to_resume(settings).get("chat_template_date") or "")
+        return str(self._to_resume(settings, names).get("chat_template_date") or "")
 
-    def _to_resume(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _to_resume(self, settings: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
         """Return the attributes of the file found, unless it is of another run and will be replaced."""
-        there = self.found.attributes if self.found else {"settings": {}}
-        of_another_run = there["settings"] | {"batch_tokens": None} != {**settings, "batch_tokens": None}
+        there, unknown = self.found.attributes if self.found else {"settings": {}}, dict.fromkeys(names)
+        of_another_run = there["settings"] | unknown != {**settings, **unknown}
         return {"settings": {}} if self._overwrite and of_another_run else there
 
     def check(self, attributes: Mapping[str, Any]) -> None:
