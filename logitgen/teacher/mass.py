@@ -36,8 +36,8 @@ class KeptMass:
 class MeasuredTeacher(Teacher):
     """A loaded teacher that also measures the mass of its top k, at some positions of every batch drawn at random.
 
-    Each position of a batch counts, also where rows share a prefix. A batch too large for the memory, which is computed
-    in halves, is not measured. Ranks of a tensor-parallel teacher all measure the same.
+    Each position of a batch counts, also where rows share a prefix. A batch too large for the memory is measured as far
+    as it was computed before that showed. Ranks of a tensor-parallel teacher all measure the same.
 
     Attributes:
         seconds: Time the measurements have taken.
