@@ -1,5 +1,6 @@
 """The largest k whose file has a given size, against the sizes of files with that k and the next."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def stopped(capture: Capture, monkeypatch: pytest.MonkeyPatch, **options: Any) -
         patched.setattr(generate, "capture_batch", fail_third)
         with pytest.raises(CaptureError, match="The power is gone"):
             capture(**options)
+    gc.collect()  # the error knew the frames of the run, they its output, and that the lock
 
 
 @pytest.mark.parametrize("batch_tokens", [500, "auto"])
@@ -110,6 +112,7 @@ def test_another_size_is_refused_where_it_means_another_k(
     k = LogitsFile(tmp_path / "out.h5.partial", partial=True).layout.top_k
     with pytest.raises(UsageError, match=rf"and this run's differ: --top_k {k} and \d+\. Choose another --output"):
         capture(max_bytes="300kB", **options)
+    gc.collect()
     path = capture(max_bytes="300kB", overwrite=True, **options)
     assert 200_000 < path.stat().st_size <= 300_000
 
