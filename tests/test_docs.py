@@ -156,10 +156,10 @@ def test_what_to_choose_follows_from_the_tables_of_the_benchmarks() -> None:
     assert f"is {round(angles['topk 64, packed'][0])} degrees" in near
     assert [round(angle) for angle in reversed(angles["sample 64, packed"])] == [3, 4]
     assert "3 to 4" in near
-    assert f"{float(students['file, sample 12'][1]):.3f} nats above" in far
-    assert f"from the top 12 {float(students['file, topk 12'][1]):.2f} nats" in far
-    assert students["file, hidden"][0] == exact[0]
-    sizes = [float(students[name][-1]) for name in ("file, hidden", "file, topk 64, packed")]
+    assert f"{float(students['file, sample 12, forward KL'][1]):.3f} nats above" in far
+    assert f"from the top 12 {float(students['file, topk 12, forward KL'][1]):.2f} nats" in far
+    assert students["file, hidden, forward KL"][0] == exact[0]
+    sizes = [float(students[name][-1]) for name in ("file, hidden, forward KL", "file, topk 64, packed, forward KL")]
     assert f"{round(sizes[0] / sizes[1], -2):.0f} times" in small
     assert (
         f"is {round(angles['renormalised top 64'][1])} degrees off instead of {round(angles['topk 64, plain'][1])}"
