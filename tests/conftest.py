@@ -1,6 +1,7 @@
 """Tiny teachers, tokenizers and datasets, made on disk, offline."""
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -144,6 +145,24 @@ def capture(tmp_path: Path) -> Callable[..., Path]:
         return Path(options["output"])
 
     return run
+
+
+def interrupted(capture: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Run the main job on this process, and have it fail after its second batch."""
+    from logitgen import CaptureError, generate
+
+    compute, numbers = generate.capture_batch, iter(range(99))
+
+    def fail_third(*arguments: Any) -> torch.Tensor:
+        if next(numbers) == 2:
+            raise CaptureError("The power is gone.")
+        return compute(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "capture_batch", fail_third)
+        with pytest.raises(CaptureError, match="The power is gone"):
+            capture(**options)
+    gc.collect()  # the error knew the frames of the run, they its output, and that the lock
 
 
 def launch_command(num_ranks: int, **options: Any) -> list[str]:

@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_llama, save_teacher, write_jsonl
+from conftest import interrupted, make_llama, save_teacher, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitgen import CaptureError, UsageError, generate
+from logitgen import UsageError, generate
 from logitgen import estimate as estimate_module
 from logitgen.config import Config
 from logitgen.estimate import NUM_PILOTS, PROBE_TOKENS, Estimate, Pilot, estimate, fitting_batch_tokens
@@ -474,21 +474,6 @@ def test_a_small_vocabulary_is_measured_too(
     expected_P = direct_masses(folder, [[0, 1, 2, 3]])[:, 1]
     assert estimates[1].masses["top 2"] == pytest.approx((expected_P.mean(), np.quantile(expected_P, 0.1)), abs=1e-5)
     assert "; measured at 3 positions of the pilot" in printed(capsys)
-
-
-def interrupted(capture: Capture, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """A run that fails after its second batch."""
-    compute, numbers = generate.capture_batch, iter(range(99))
-
-    def fail_third(*arguments: Any) -> torch.Tensor:
-        if next(numbers) == 2:
-            raise CaptureError("The power is gone.")
-        return compute(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(generate, "capture_batch", fail_third)
-        with pytest.raises(CaptureError, match="The power is gone"):
-            capture(**options)
 
 
 def test_what_an_interrupted_run_has_left_stays_as_it_is(

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import launch, write_jsonl
+from conftest import interrupted, launch, write_jsonl
 
-from logitgen import CaptureError, LogitsFile, UsageError, generate
+from logitgen import LogitsFile, UsageError, generate
 
 Capture = Callable[..., Path]
 
@@ -60,22 +59,6 @@ def test_nothing_larger_than_the_vocabulary_is_kept(capture: Capture, options: d
     assert sorted(file.row(0)["kept_ids"][0].tolist()) == list(range(384))
 
 
-def stopped(capture: Capture, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """A run that fails after its second batch."""
-    compute, numbers = generate.capture_batch, iter(range(99))
-
-    def fail_third(*arguments: Any) -> torch.Tensor:
-        if next(numbers) == 2:
-            raise CaptureError("The power is gone.")
-        return compute(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(generate, "capture_batch", fail_third)
-        with pytest.raises(CaptureError, match="The power is gone"):
-            capture(**options)
-    gc.collect()  # the error knew the frames of the run, they its output, and that the lock
-
-
 @pytest.mark.parametrize("batch_tokens", [500, "auto"])
 def test_the_same_command_resumes_a_run_with_the_k_of_its_file(
     capture: Capture,
@@ -86,7 +69,7 @@ def test_the_same_command_resumes_a_run_with_the_k_of_its_file(
 ) -> None:
     monkeypatch.setattr(generate, "fitting_batch_tokens", lambda *arguments: 256)
     command = options | {"batch_tokens": batch_tokens, "max_bytes": "200kB"}
-    stopped(capture, monkeypatch, **command)
+    interrupted(capture, monkeypatch, **command)
     partial = tmp_path / "out.h5.partial"
     k = LogitsFile(partial, partial=True).layout.top_k
     done = int(LogitsFile(partial, partial=True).arrays["done"].sum())
@@ -108,7 +91,7 @@ def test_the_same_command_resumes_a_run_with_the_k_of_its_file(
 def test_another_size_is_refused_where_it_means_another_k(
     capture: Capture, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(capture, monkeypatch, **options, max_bytes="200kB")
+    interrupted(capture, monkeypatch, **options, max_bytes="200kB")
     k = LogitsFile(tmp_path / "out.h5.partial", partial=True).layout.top_k
     with pytest.raises(UsageError, match=rf"and this run's differ: --top_k {k} and \d+\. Choose another --output"):
         capture(max_bytes="300kB", **options)

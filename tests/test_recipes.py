@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_training import (
     RECIPES,
+    REPORT,
     Capture,
     dataset,
     make_student,
@@ -123,9 +124,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 student = AutoModelForCausalLM.from_pretrained("student_of_all")
 tokenizer = AutoTokenizer.from_pretrained({teacher!r})
 {code}
-if trainer.is_world_process_zero():
-    print("logged", trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"])
-    print("ranks", trainer.args.world_size)
 """
 
 
@@ -137,5 +135,5 @@ def test_two_ranks_of_trl_make_the_same_step_as_one(dataset: LogitsDataset, teac
     code = code.replace(
         *with_options(**ONCE, use_cpu=True, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     )
-    (tmp_path / "rank.py").write_text(RANK.format(code=code, teacher=str(teacher)))
+    (tmp_path / "rank.py").write_text((RANK + REPORT).format(code=code, teacher=str(teacher)))
     assert on_two_ranks(tmp_path / "rank.py") == pytest.approx(expected, rel=1e-5)

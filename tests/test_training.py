@@ -170,14 +170,18 @@ def test_a_trainer_logs_what_its_student_measures(name: str, dataset: LogitsData
         assert evaluated["eval_divergence"] > 0
 
 
+REPORT = """
+if trainer.is_world_process_zero():
+    print("logged", trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"])
+    print("ranks", trainer.args.world_size)
+"""
+
+
 RANK = """
 import sys
 from transformers import AutoModelForCausalLM
 student = AutoModelForCausalLM.from_pretrained("student_of_all")
 {code}
-if trainer.is_world_process_zero():
-    print("logged", trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"])
-    print("ranks", trainer.args.world_size)
 """
 
 
@@ -193,7 +197,7 @@ def test_two_ranks_make_the_same_step_as_one(dataset: LogitsDataset, teacher: Pa
         .replace("learning_rate=1e-3", once + ", train_sampling_strategy='sequential'")
     )
     code = code.replace("train_dataset=dataset", "train_dataset=[dataset[row] for row in range(8, 16)]")
-    (tmp_path / "rank.py").write_text(RANK.format(code=code))
+    (tmp_path / "rank.py").write_text((RANK + REPORT).format(code=code))
     assert on_two_ranks(tmp_path / "rank.py") == pytest.approx((loss, gradient_norm), rel=1e-5)
 
 
