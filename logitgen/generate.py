@@ -194,7 +194,7 @@ def load_teacher(
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)
     prefixes = shared_prefixes(ranks, config, rows, teacher, info.length_switch)
     if config.batch_tokens.is_auto:
-        probe = job_of(rows, layout, PROBE_TOKENS, info.length_switch, prefixes)
+        probe = job_of(rows, layout, PROBE_TOKENS, info.length_switch, prefixes, teacher.device.type)
         with ranks.in_step():
             fitting = fitting_batch_tokens(teacher, probe, ranks.ranks_of_machine)
         config = config.with_found({"batch_tokens": min(ranks.gathered(fitting))})
@@ -203,7 +203,8 @@ def load_teacher(
     with ranks.together():
         if ranks.is_leader:
             output.check(about)
-    return config, job_of(rows, layout, config.batch_tokens, info.length_switch, prefixes), teacher, about
+    job = job_of(rows, layout, config.batch_tokens, info.length_switch, prefixes, teacher.device.type)
+    return config, job, teacher, about
 
 
 def shared_prefixes(

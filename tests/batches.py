@@ -8,12 +8,19 @@ from conftest import make_llama
 
 from logitgen.file.layout import Layout
 from logitgen.split.batch import Batch
+from logitgen.split.tree import PassCost
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher
 
+FREE = PassCost(extra=0, least=0)
+
 
 def batch_of(
-    tokens: list[list[int]], first_row: int = 0, shared: list[int] | None = None, batch_tokens: int = 0
+    tokens: list[list[int]],
+    first_row: int = 0,
+    shared: list[int] | None = None,
+    batch_tokens: int = 0,
+    pass_cost: PassCost = FREE,
 ) -> Batch:
     arrays = [np.array(ids, dtype=np.int32) for ids in tokens]
     return Batch(
@@ -23,6 +30,7 @@ def batch_of(
         lengths=np.array([len(ids) - 1 for ids in tokens]),
         shared=np.array(shared or [0] * len(tokens)),
         batch_tokens=batch_tokens,
+        pass_cost=pass_cost,
         num_positions=np.array([len(ids) - 1 for ids in tokens]),
         row_of_position=np.repeat(np.arange(len(tokens)), [len(ids) - 1 for ids in tokens]),
         positions=np.concatenate([np.arange(len(ids) - 1) for ids in tokens]),

@@ -23,6 +23,7 @@ from torch import Tensor
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
 from logitgen.split.batch import Batch
+from logitgen.split.tree import PassCost
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.model import Teacher
 from logitgen.teacher.prefix import reads_on
@@ -176,7 +177,7 @@ def test_a_tree_that_does_not_fit_into_memory_is_halved(
 ) -> None:
     model = make_llama(50)
     rows = [[(3 * at) % 50 for at in range(20)] + [(row + 7 * at) % 50 for at in range(5)] for row in range(6)]
-    batch = batch_of(rows, shared=[0] + [20] * 5, batch_tokens=128)
+    batch = batch_of(rows, shared=[0] + [20] * 5, batch_tokens=128, pass_cost=PassCost(1, 0))
     layout = layout_of(batch)
     whole = captured(batch, layout, model)
     logits, tried = Teacher.logits, []

@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from batches import batch_of
+from batches import FREE, batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen.split.batch import Batch, checked
-from logitgen.split.tree import PASSES_OF_BUDGET, steps
+from logitgen.split.tree import CPU_COST, GPU_COST, PassCost, steps
 
 
 def common(first: list[int], second: list[int]) -> int:
@@ -22,10 +22,11 @@ def common(first: list[int], second: list[int]) -> int:
     return count
 
 
-def tree_batch(rows: list[list[int]], batch_tokens: int) -> Batch:
+def tree_batch(rows: list[list[int]], batch_tokens: int, pass_cost: PassCost = FREE) -> Batch:
     """A batch of rows in the order of their tokens; the last token of each is only a target."""
     read = [row[:-1] for row in rows]
-    return batch_of(rows, shared=[0, *(common(*pair) for pair in pairwise(read))], batch_tokens=batch_tokens)
+    shared = [0, *(common(*pair) for pair in pairwise(read))]
+    return batch_of(rows, shared=shared, batch_tokens=batch_tokens, pass_cost=pass_cost)
 
 
 def tokens_by_slot(batch: Batch) -> list[list[int]]:
@@ -44,30 +45,34 @@ def tokens_by_slot(batch: Batch) -> list[list[int]]:
 
 alike = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=24), min_size=1, max_size=14).map(sorted)
 budgets = st.sampled_from([1, 64, 128, 256, 1024])
+costs = st.sampled_from([FREE, CPU_COST, GPU_COST, PassCost(1, 0), PassCost(0, 12), PassCost(2, 5)])
 
 
 @settings(max_examples=300, deadline=None)
-@given(alike, budgets)
-def test_the_teacher_sees_every_position_behind_its_own_tokens(rows: list[list[int]], batch_tokens: int) -> None:
-    batch = tree_batch(rows, batch_tokens)
+@given(alike, budgets, costs)
+def test_the_teacher_sees_every_position_behind_its_own_tokens(
+    rows: list[list[int]], batch_tokens: int, pass_cost: PassCost
+) -> None:
+    batch = tree_batch(rows, batch_tokens, pass_cost)
     seen = tokens_by_slot(batch)
     for row, position, slot in zip(batch.row_of_position, batch.positions, batch.slots, strict=True):
         assert seen[slot] == rows[row][: position + 1]
 
 
 @settings(max_examples=300, deadline=None)
-@given(alike, budgets)
-def test_no_pass_takes_more_than_it_may(rows: list[list[int]], batch_tokens: int) -> None:
+@given(alike, budgets, costs)
+def test_no_pass_takes_more_than_it_may(rows: list[list[int]], batch_tokens: int, pass_cost: PassCost) -> None:
     lengths = np.array([len(row) - 1 for row in rows])
     shared = np.array([0, *(common(*pair) for pair in pairwise([row[:-1] for row in rows]))])
-    planned = steps(lengths, shared, batch_tokens)
+    planned = steps(lengths, shared, batch_tokens, pass_cost)
     assert sum(step.num_tokens for step in planned) <= lengths.sum()
     if not shared.any():
         assert len(planned) == 1
         return
     for step in planned:
-        padding = len(step.rows) * step.length - step.num_tokens
-        assert padding <= batch_tokens // PASSES_OF_BUDGET
+        padded = len(step.rows) * step.length
+        padding = padded - step.num_tokens
+        assert padding <= pass_cost.extra or padded <= pass_cost.least
         assert not (step.is_trunk and padding)
         if len(step.rows) > 1:
             assert len(step.rows) * step.ends.max() <= 4 * batch_tokens
@@ -77,7 +82,7 @@ def test_no_pass_takes_more_than_it_may(rows: list[list[int]], batch_tokens: int
 @settings(max_examples=300, deadline=None)
 @given(alike)
 def test_where_passes_cost_nothing_every_prefix_is_read_once(rows: list[list[int]]) -> None:
-    batch = tree_batch(rows, batch_tokens=PASSES_OF_BUDGET - 1)
+    batch = tree_batch(rows, batch_tokens=127)
     prefixes = {tuple(row[:end]) for row in rows for end in range(1, len(row))}
     if batch.shared.any():
         assert sum(each.input_ids.size for each in batch.passes) == len(prefixes)
@@ -85,7 +90,7 @@ def test_where_passes_cost_nothing_every_prefix_is_read_once(rows: list[list[int
 
 def test_a_prefix_and_its_suffixes_worked_by_hand() -> None:
     prefix = list(range(10, 20))
-    batch = tree_batch([[*prefix, 1, 2, 3, 0], [*prefix, 4, 5, 0], [*prefix, 6, 7, 8, 0]], batch_tokens=128)
+    batch = tree_batch([[*prefix, 1, 2, 3, 0], [*prefix, 4, 5, 0], [*prefix, 6, 7, 8, 0]], 128, PassCost(1, 0))
     trunk, suffixes = batch.passes
     assert trunk.input_ids.tolist() == [prefix]
     assert trunk.parents is None
@@ -141,7 +146,16 @@ def test_a_row_that_another_goes_on_from_is_read_once() -> None:
 def test_a_short_prefix_is_not_worth_a_pass_of_its_own() -> None:
     rows = [[1, 2, 3, *range(10, 40)], [1, 2, 3, *range(50, 80)]]
     assert [each.input_ids.shape for each in tree_batch(rows, 64).passes] == [(1, 3), (2, 29)]
-    assert [each.input_ids.shape for each in tree_batch(rows, 1024).passes] == [(2, 32)]  # 8 tokens a pass, 3 saved
+    assert [each.input_ids.shape for each in tree_batch(rows, 64, PassCost(4, 0)).passes] == [(2, 32)]
+
+
+def test_a_pass_that_a_gpu_waits_for_is_filled() -> None:
+    """A prefix of 400 tokens with 20 completions of 5 to 24 tokens."""
+    rows = [[*range(400), *range(1000 * length, 1001 * length), 0] for length in range(5, 25)]
+    whole, few, many = (tree_batch(rows, 16_384, PassCost(0, least)) for least in (2**20, 600, 0))
+    assert [each.input_ids.shape for each in whole.passes] == [(20, 424)]
+    assert [each.input_ids.shape for each in few.passes] == [(1, 400), (20, 24)]
+    assert [each.input_ids.shape for each in many.passes] == [(1, 400), *((1, length) for length in range(24, 4, -1))]
 
 
 @pytest.mark.parametrize("of_each_row", [False, True])
@@ -188,6 +202,6 @@ def test_trunks_keep_no_more_tokens_than_the_budget() -> None:
     """A document of 600 tokens, and 4 questions of 50 about it with 3 answers each."""
     lengths = np.full(12, 700)
     shared = np.where(np.arange(12) % 3, 650, 600) * (np.arange(12) > 0)
-    of_budget = {budget: [(step.start, len(step.rows)) for step in steps(lengths, shared, budget) if step.is_trunk]
-                 for budget in (2048, 4096)}  # fmt: skip
-    assert of_budget == {2048: [(0, 1)], 4096: [(0, 1), (600, 4)]}
+    for budget, trunks in {2048: [(0, 1)], 4096: [(0, 1), (600, 4)]}.items():
+        planned = steps(lengths, shared, budget, FREE)
+        assert [(step.start, len(step.rows)) for step in planned if step.is_trunk] == trunks

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from logitgen.file.layout import Array
-from logitgen.split.tree import Step, steps
+from logitgen.split.tree import PassCost, Step, steps
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Batch:
         lengths: Tokens of each row the teacher must read, up to its last captured position, int64[B].
         shared: Tokens that each row shares with the row before it and that are read once, int64[B].
         batch_tokens: Token budget of a pass, where rows share prefixes.
+        pass_cost: What a pass costs then.
         num_positions: Captured positions per row, int64[B].
         row_of_position: Index into the batch of each captured position, int64[P], row by row.
         positions: Position within its row, int64[P].
@@ -75,6 +76,7 @@ class Batch:
     lengths: Array
     shared: Array
     batch_tokens: int
+    pass_cost: PassCost
     num_positions: Array
     row_of_position: Array
     positions: Array
@@ -83,7 +85,7 @@ class Batch:
 
     @cached_property
     def _steps(self) -> list[Step]:
-        return steps(self.lengths, self.shared, self.batch_tokens)
+        return steps(self.lengths, self.shared, self.batch_tokens, self.pass_cost)
 
     @cached_property
     def passes(self) -> list[Pass]:
@@ -139,6 +141,7 @@ class Batch:
             lengths=self.lengths[rows],
             shared=np.append(0, self.shared[first + 1 : end]),
             batch_tokens=self.batch_tokens,
+            pass_cost=self.pass_cost,
             num_positions=self.num_positions[rows],
             row_of_position=self.row_of_position[positions] - first,
             positions=self.positions[positions],

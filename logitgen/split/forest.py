@@ -4,7 +4,7 @@ import numpy as np
 
 from logitgen.file.layout import Array
 from logitgen.split.prefixes import Neighbours
-from logitgen.split.tree import PASSES_OF_BUDGET, steps
+from logitgen.split.tree import PassCost, steps
 
 _WORTH = 0.9
 """Largest cost of a batch that shares prefixes, relative to its rows read whole."""
@@ -25,7 +25,9 @@ class Forest:
         num_read: Tokens of all batches that go through the teacher, without padding.
     """
 
-    def __init__(self, lengths: Array, neighbours: Neighbours, batch_tokens: int, most_positions: int) -> None:
+    def __init__(
+        self, lengths: Array, neighbours: Neighbours, batch_tokens: int, most_positions: int, pass_cost: PassCost
+    ) -> None:
         """Cut the batches, and leave out those that save too little.
 
         Args:
@@ -33,6 +35,7 @@ class Forest:
             neighbours: The rows that share prefixes.
             batch_tokens: The token budget.
             most_positions: Captured positions of a batch of several rows.
+            pass_cost: What a pass costs.
         """
         tree_lengths = lengths[neighbours.rows].astype(np.int64)
         rows, shared, num_rows, padded_tokens = [], [], [], []
@@ -40,14 +43,13 @@ class Forest:
         for start, end in zip(*_spans(tree_lengths, neighbours, batch_tokens, most_positions), strict=True):
             of_rows = neighbours.shared[start:end].copy()
             of_rows[0] = 0
-            plan = steps(tree_lengths[start:end], of_rows, batch_tokens)
-            padded = sum(each.length * len(each.rows) for each in plan)
-            cost = padded + len(plan) * (batch_tokens // PASSES_OF_BUDGET)
-            if cost <= _WORTH * tree_lengths[start:end].sum():
+            plan = steps(tree_lengths[start:end], of_rows, batch_tokens, pass_cost)
+            padded = np.array([each.length * len(each.rows) for each in plan])
+            if pass_cost.of(padded).sum() <= _WORTH * tree_lengths[start:end].sum():
                 rows.append(neighbours.rows[start:end])
                 shared.append(of_rows)
                 num_rows.append(end - start)
-                padded_tokens.append(padded)
+                padded_tokens.append(padded.sum())
                 self.num_read += sum(each.num_tokens for each in plan)
         none = [np.empty(0, dtype=np.int64)]
         self.rows, self.shared = np.concatenate(none + rows), np.concatenate(none + shared).astype(np.int32)

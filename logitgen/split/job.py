@@ -8,6 +8,7 @@ from logitgen.split.batch import Batch
 from logitgen.split.plan import Plan
 from logitgen.split.prefixes import Neighbours
 from logitgen.split.rows import Rows
+from logitgen.split.tree import CPU_COST, GPU_COST
 
 _SHARING_BYTES = 2**24
 """Most bytes of the payload of a batch that shares prefixes, unless its token budget allows for more."""
@@ -39,12 +40,20 @@ class Job:
 
     def batch(self, number: int) -> Batch:
         """Collect the rows of a batch of the plan."""
-        return self.rows.batch(self.plan.rows(number), self.plan.shared(number), self.plan.batch_tokens)
+        plan = self.plan
+        return self.rows.batch(plan.rows(number), plan.shared(number), plan.batch_tokens, plan.pass_cost)
 
 
 def job_of(
-    rows: Rows, layout: Layout, batch_tokens: int, length_switch: int | None, prefixes: Neighbours | None
+    rows: Rows,
+    layout: Layout,
+    batch_tokens: int,
+    length_switch: int | None,
+    prefixes: Neighbours | None,
+    device_type: str = "cpu",
 ) -> Job:
-    """Plan a job. See `Plan` for the last three arguments."""
+    """Plan a job for a device of some type. See `Plan` for the three arguments before."""
     most_positions = _SHARING_BYTES // layout.bytes_per_position
-    return Job(rows, Plan(rows.forward_lengths, batch_tokens, length_switch, prefixes, most_positions), layout)
+    pass_cost = CPU_COST if device_type == "cpu" else GPU_COST
+    plan = Plan(rows.forward_lengths, batch_tokens, length_switch, prefixes, most_positions, pass_cost)
+    return Job(rows, plan, layout)

@@ -14,6 +14,7 @@ from logitgen.file.layout import Array
 from logitgen.split.forest import Forest
 from logitgen.split.prefixes import Neighbours
 from logitgen.split.rows import within
+from logitgen.split.tree import CPU_COST, PassCost
 
 MOST_PADDING = 0.02
 """Largest share of padding. Splits of few rows pay for it with smaller batches: 156 rows of prose make 35 instead of 2
@@ -39,6 +40,7 @@ class Plan:
         length_switch: int | None = None,
         neighbours: Neighbours | None = None,
         most_positions: int = 0,
+        pass_cost: PassCost = CPU_COST,
     ) -> None:
         """Plan one forward pass over every row that needs it.
 
@@ -48,11 +50,12 @@ class Plan:
             length_switch: Rows longer than this never share a batch with the others.
             neighbours: The rows that may share prefixes, or None to read every row whole.
             most_positions: Captured positions that a batch of them may have beyond `batch_tokens`.
+            pass_cost: What a pass over them costs.
         """
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.pass_cost = batch_tokens, pass_cost
         forest, alone = None, lengths
         if neighbours is not None and len(neighbours.rows):
-            forest = Forest(lengths, neighbours, batch_tokens, max(most_positions, batch_tokens))
+            forest = Forest(lengths, neighbours, batch_tokens, max(most_positions, batch_tokens), pass_cost)
             alone = lengths.copy()
             alone[forest.rows] = 0
         needed = np.flatnonzero(alone).astype(np.min_scalar_type(len(lengths)))  # 100 million rows fit into 32 bits

@@ -16,6 +16,7 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.batch import Batch, checked
 from logitgen.split.stream import Stream, list_lengths
+from logitgen.split.tree import CPU_COST, PassCost
 
 Array = npt.NDArray[Any]
 
@@ -160,13 +161,16 @@ class Rows:
             forward_lengths[first + row] = position + 1  # the last of several positions stays
         return num_positions, forward_lengths
 
-    def batch(self, rows: Array, shared: Array | None = None, batch_tokens: int = 0) -> Batch:
+    def batch(
+        self, rows: Array, shared: Array | None = None, batch_tokens: int = 0, pass_cost: PassCost = CPU_COST
+    ) -> Batch:
         """Collect the rows of a batch.
 
         Args:
             rows: Row numbers, [B].
             shared: Tokens that each shares with the row before it, [B]; none if not given.
             batch_tokens: The token budget of its passes, if rows share prefixes.
+            pass_cost: What a pass costs, if they do.
         """
         tokens = [self.input_ids(row) for row in rows]
         positions = [self.positions(row) for row in rows]
@@ -178,6 +182,7 @@ class Rows:
             lengths=self.forward_lengths[rows].astype(np.int64),
             shared=checked(tokens, shared if shared is not None else np.zeros(len(rows), dtype=np.int64)),
             batch_tokens=batch_tokens,
+            pass_cost=pass_cost,
             num_positions=counts,
             row_of_position=np.repeat(np.arange(len(rows)), counts),
             positions=np.concatenate(positions).astype(np.int64),

@@ -9,14 +9,35 @@ Shape letters: B rows of a batch, L lines of a pass.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from logitgen.file.layout import Array
 
-PASSES_OF_BUDGET = 128
-"""A pass costs as much as this part of the token budget, whatever it reads (SmolLM2-135M, one CPU thread, 2,048
-tokens: 16).
+
+class PassCost(NamedTuple):
+    """The time of a forward pass, counted in tokens.
+
+    Attributes:
+        extra: A pass costs so many tokens more than it reads.
+        least: And it costs at least so many.
+    """
+
+    extra: int
+    least: int
+
+    def of(self, num_tokens: Array) -> Array:
+        """Return the costs of passes that read some tokens."""
+        return np.asarray(np.maximum(num_tokens, self.least) + self.extra)
+
+
+CPU_COST = PassCost(extra=16, least=0)
+"""SmolLM2-135M, one thread."""
+
+GPU_COST = PassCost(extra=128, least=2048)
+"""A GPU waits while the host launches the kernels of a pass: 15 to 31 ms for 24 to 32 layers, in which an H200 reads
+900 tokens with 8 billion parameters, 2,700 with 1.5 and 4,600 with 0.5.
 """
 
 _MOST_KEYS = 4
@@ -56,20 +77,21 @@ class Step:
         return int((self.ends - self.start).sum())
 
 
-def steps(lengths: Array, shared: Array, batch_tokens: int) -> list[Step]:
+def steps(lengths: Array, shared: Array, batch_tokens: int, cost: PassCost) -> list[Step]:
     """Plan the forward passes of a batch, in the order of their computation.
 
     Args:
         lengths: Tokens the teacher must read of each row, [B], each at least 1.
         shared: Tokens that a row shares with the row before it, [B]; 0 for the first.
         batch_tokens: Token budget of a pass.
+        cost: What a pass costs.
     """
     lengths, shared = lengths.astype(np.int64), shared.astype(np.int64)
     rows = np.arange(len(lengths))
     if not shared.any():
         return [Step(rows, rows, 0, lengths, None, is_trunk=False)]
     reach = np.maximum(shared, np.append(shared[1:], 0))  # the deepest prefix of a row that another row has too
-    cuts = np.array(_cuts(lengths, shared, reach, batch_tokens))
+    cuts = np.array(_cuts(lengths, shared, reach, batch_tokens, cost))
     last_cut = cuts[np.searchsorted(cuts, reach, side="right") - 1]
     found: list[Step] = []
     trunk, depth = rows, 0
@@ -81,17 +103,16 @@ def steps(lengths: Array, shared: Array, batch_tokens: int) -> list[Step]:
             ends = np.full(len(of_line), cut)
             found.append(Step(of_line, line, depth, ends, trunk[of_line] if depth else None, is_trunk=True))
             trunk, depth = line, cut
-        found += _suffixes(rows[(last_cut == cut) & (lengths > cut)], lengths, trunk, cut, batch_tokens)
+        found += _suffixes(rows[(last_cut == cut) & (lengths > cut)], lengths, trunk, cut, batch_tokens, cost)
     return found
 
 
-def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> list[int]:
+def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int, cost: PassCost) -> list[int]:
     """Choose the depths at which trunks end, for the fewest tokens, passes counted too.
 
     A row continues the deepest trunk that it has in common with another row. What it shares beyond, it reads alone.
     The lines of a trunk, each with the keys and values of its whole prefix, have no more tokens than the budget.
     """
-    pass_tokens = batch_tokens // PASSES_OF_BUDGET
     depths = np.unique(shared)  # also where prompts part that have several completions each: no row reaches just there
     of_row = np.searchsorted(depths, reach)
     num_rows = np.cumsum(np.bincount(of_row, minlength=len(depths)))
@@ -102,14 +123,14 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> lis
         # With no cut between a depth and `end`, the rows that reach that far continue from that depth.
         rows_below = num_rows[end - 1] - np.append(0, num_rows)[:end]
         tokens_below = num_tokens[end - 1] - np.append(0, num_tokens)[:end] - depths[:end] * rows_below
-        cost = costs[:end] + tokens_below + pass_tokens * (tokens_below > 0)
+        total = costs[:end] + np.where(tokens_below > 0, cost.of(tokens_below), 0)
         if end < len(depths):
             lines = np.count_nonzero((shared < depths[end]) & (after >= depths[end]))
-            cost += lines * (depths[end] - depths[:end]) + pass_tokens
+            total += cost.of(lines * (depths[end] - depths[:end]))
             if lines > 1 and lines * depths[end] > batch_tokens:
-                cost += np.inf
-        before[end] = cost.argmin()
-        costs[end] = cost[before[end]]
+                total += np.inf
+        before[end] = total.argmin()
+        costs[end] = total[before[end]]
     chosen, end = list[int](), len(depths)
     while end:
         end = int(before[end])
@@ -117,7 +138,9 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int) -> lis
     return chosen[::-1]
 
 
-def _suffixes(rows: Array, lengths: Array, trunk: Array, start: int, batch_tokens: int) -> Iterator[Step]:
+def _suffixes(
+    rows: Array, lengths: Array, trunk: Array, start: int, batch_tokens: int, cost: PassCost
+) -> Iterator[Step]:
     """Cut the rows that continue at a depth into passes, longest first.
 
     A pass ends where its padding would cost more than another pass, or its tokens or keys would be more than it may
@@ -128,9 +151,9 @@ def _suffixes(rows: Array, lengths: Array, trunk: Array, start: int, batch_token
     while len(rows):
         ends = lengths[rows]
         count = np.arange(1, len(rows) + 1)
-        padding = count * (ends[0] - start) - np.cumsum(ends - start)
-        fits = padding <= batch_tokens // PASSES_OF_BUDGET
-        fits &= (count * (ends[0] - start) <= batch_tokens) & (count * ends[0] <= _MOST_KEYS * batch_tokens)
+        padded = count * (ends[0] - start)
+        fits = (padded - np.cumsum(ends - start) <= cost.extra) | (padded <= cost.least)
+        fits &= (padded <= batch_tokens) & (count * ends[0] <= _MOST_KEYS * batch_tokens)
         here = max(1, int(np.argmin(np.append(fits, False))))
         of_line, rows = rows[:here], rows[here:]
         own = line.copy()
