@@ -14,10 +14,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_bench import ON_GPU, TINY, Bench
+from benchmarks.gpu_prefixes import passes, prefixes
 from benchmarks.gpu_speed import attention, ranks, speed, stages
+from benchmarks.gpu_student import student
 from benchmarks.harness import Row, measure, parse, scratch, write_report
 from benchmarks.head import chunk_logits, memory_chunks
 from benchmarks.synthetic import make_rows
@@ -69,30 +70,34 @@ def captured(model: Teacher, batch: Batch, job: Job) -> dict[str, Array]:
 
 
 def numbers(bench: Bench) -> Iterator[Row]:
-    """Compare captured log-probs with those of direct forward passes, row by row, unpadded; in nats."""
+    """Compare captured log-probs with those of rows read alone, unpadded, and these with float32's; in nats."""
     default = torch.get_float32_matmul_precision()
     ways = {"bfloat16": (torch.bfloat16, default), "float32": (torch.float32, default)}
     for name, (dtype, precision) in (ways | {"float32 with TF32": (torch.float32, "high")}).items():
         with bench.teacher(0, dtype) as model, torch.no_grad():
             rows = bench.rows(2 * bench.scale.batch_tokens, model.shard.vocab_size)
             job = bench.job(model, rows, "topk 64")
-            off = []
-            for number in (0, job.plan.num_batches - 1):  # few long rows, many short ones
-                batch = job.batch(number)
-                torch.set_float32_matmul_precision(precision)
-                found = captured(model, batch, job)["target_logprob"]
-                torch.set_float32_matmul_precision(default)
-                for index, row in enumerate(batch.rows):
-                    input_ids_T = torch.from_numpy(rows.input_ids(row).astype(np.int64)).to(bench.device)
-                    off.append(np.abs(found[batch.row_of_position == index] - _direct(model, input_ids_T)))
-        far = np.concatenate(off)
-        yield {"precision": name, "largest, nats": float(far.max()), "mean, nats": float(far.mean())}
+            batches = {"few long rows": job.batch(0), "many short rows": job.batch(job.plan.num_batches - 1)}
+            alone = {kind: _alone(bench, model, batch) for kind, batch in batches.items()}
+            torch.set_float32_matmul_precision(precision)
+            found = {kind: captured(model, batch, job)["target_logprob"] for kind, batch in batches.items()}
+            torch.set_float32_matmul_precision(default)
+            model._model.float()
+            for kind, batch in batches.items():
+                off = np.abs(found[kind] - alone[kind])
+                rounded = np.abs(alone[kind] - _alone(bench, model, batch))
+                row = {"precision": f"{name}, {kind}", "largest": float(off.max()), "mean": float(off.mean())}
+                yield row | {"rows alone, largest": float(rounded.max()), "rows alone, mean": float(rounded.mean())}
 
 
-def _direct(model: Teacher, input_ids_T: Tensor) -> Array:
-    """Log-probs of a row's own next tokens by a plain forward pass over the row alone, float32[T - 1]."""
-    logprobs_TV = model._model(input_ids=input_ids_T[None]).logits[0, :-1].float().log_softmax(-1)
-    return logprobs_TV.gather(-1, input_ids_T[1:, None])[:, 0].cpu().numpy()
+def _alone(bench: Bench, model: Teacher, batch: Batch) -> Array:
+    """Log-probs of the next tokens by a plain forward pass over each row of a batch, float32[P]."""
+    found = []
+    for ids in batch.tokens:
+        input_ids_T = torch.from_numpy(ids.astype(np.int64)).to(bench.device)
+        logprobs_TV = model._model(input_ids=input_ids_T[None]).logits[0, :-1].float().log_softmax(-1)
+        found.append(logprobs_TV.gather(-1, input_ids_T[1:, None])[:, 0].cpu().numpy())
+    return np.concatenate(found)
 
 
 def files(bench: Bench) -> Iterator[Row]:
@@ -112,6 +117,9 @@ def files(bench: Bench) -> Iterator[Row]:
 PARTS = {
     "speed": (speed, ".3f"),
     "stages": (stages, ".2f"),
+    "passes": (passes, ".1f"),
+    "prefixes": (prefixes, ".3f"),
+    "student": (student, ".2f"),
     "memory": (memory, ",.0f"),
     "numbers": (numbers, ".1e"),
     "attention": (attention, ",.0f"),

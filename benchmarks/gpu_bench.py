@@ -51,10 +51,14 @@ ON_GPU = SimpleNamespace(
         "Llama-3.1-8B": _config(LlamaConfig, 128_256, 4096, 14_336, 32, 32, 8),
     },
     file_teacher=_config(Qwen2Config, 32_000, 512, 2048, 8, 8, 2),
-    file_rows=4000,
+    file_rows=1000,
     batch_tokens=8192,
     row_tokens=(100, 700, 4096),  # the fewest, the mean, the most
     run_seconds=1.0,
+    pass_tokens=(16, 64, 256, 1024, 8192),
+    chats=240,
+    student_positions=8192,
+    student_head=(151_936, 1024),
     chunks=(2**26, 2**27, 2**28, 2**29),  # logits
     vocab_sizes=(151_936, 262_144),
     free_bytes=6 * 2**30,  # of a small GPU
@@ -69,6 +73,10 @@ TINY = SimpleNamespace(
     batch_tokens=256,
     row_tokens=(4, 20, 64),
     run_seconds=0.02,
+    pass_tokens=(16, 64),
+    chats=8,
+    student_positions=20,
+    student_head=(1000, 16),
     chunks=(2**13, 2**14),
     vocab_sizes=(1000,),
     free_bytes=2**30,

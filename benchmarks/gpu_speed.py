@@ -21,6 +21,7 @@ from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.model import Teacher
+from logitgen.teacher.noise import position_keys
 
 ALONE, PACKED = "forward passes alone", "topk 64, packed"
 ROUNDS = 2
@@ -106,26 +107,28 @@ def stages(bench: Bench) -> Iterator[Row]:
             yield {"step": f"a batch: {step}, ms", next(iter(columns)): 1e3 * seconds}
 
 
+def _no_kernel(device: torch.device) -> None:
+    """Stand for a kernel that is missing."""
+
+
 def _steps(model: Teacher, num_positions: int) -> dict[str, Work]:
     head = model._model.get_output_embeddings()
     hidden_CD = torch.randn(num_positions, head.in_features, device=model.device, dtype=model.dtype)
     logits_CV = head(hidden_CD * LOGIT_SPREAD)
     target_C = torch.zeros(num_positions, dtype=torch.int64, device=model.device)
-
+    key_C = position_keys(0, target_C, torch.arange(num_positions, device=model.device))
     top = partial(keep.top_k, logits_CV, target_C, 64)
-
-    def torch_alone() -> None:
-        with mock.patch.object(keep, "_gpu_kernel", return_value=None):
-            top()
-
+    drawn = {f"{k} drawn": partial(keep.sample, logits_CV, target_C, k, key_C, logits_CV.shape[1]) for k in (12, 64)}
+    torch_alone = mock.patch.object(keep, "_gpu_kernel", _no_kernel)
     return {
         "the head's product": lambda: head(hidden_CD),
         "torch.topk": lambda: torch.topk(logits_CV, 64),
         "torch.logsumexp": lambda: torch.logsumexp(logits_CV.float(), -1),
-        "top 64 and log-sum-exp, torch alone": torch_alone,
+        "top 64 and log-sum-exp, torch alone": torch_alone(top),
         "top 64 and log-sum-exp, as captured": top,
         "log-sum-exp, as captured": lambda: keep._logsumexp(logits_CV),
-    }
+        "64 drawn, torch alone": torch_alone(drawn["64 drawn"]),
+    } | drawn
 
 
 def _steps_of_batch(bench: Bench, model: Teacher) -> dict[str, float]:

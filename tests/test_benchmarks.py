@@ -26,7 +26,7 @@ from logitgen import DistillationLoss, LogitsDataset
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head
 from logitgen.leader.writer import Writer
-from logitgen.student import losses
+from logitgen.student import chunks
 
 OTHERS = [
     "bash, file per process",
@@ -230,15 +230,16 @@ def test_the_command_for_gpus_does_all_its_parts_on_a_cpu_with_tiny_shapes(tmp_p
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout
-    parts = ["speed", "stages", "memory", "numbers", "attention", "files", "ranks"]
+    parts = ["speed", "stages", "passes", "prefixes", "student", "memory", "numbers", "attention", "files", "ranks"]
     assert re.findall(r"^(\w+), \d+ s:$", done.stdout, re.MULTILINE) == parts
     assert {path.name for path in tmp_path.iterdir()} == {f"gpu_{part}.json" for part in parts}
     data = {part: json.loads((tmp_path / f"gpu_{part}.json").read_text())["data"] for part in parts}
     ways = {row["teacher, way"] for row in data["speed"]}
     assert ways > {f"tiny Llama, {way}" for way in (ALONE, PACKED, "hidden", "head in one piece", "synchronous copy")}
     assert all(row["tokens/s"] > 0 and min(row["forward passes = 1"]) > 0 for row in data["speed"])
-    off = {row["precision"]: row["largest, nats"] for row in data["numbers"]}
-    assert off["float32"] < 1e-5
+    off = {row["precision"]: row for row in data["numbers"]}
+    assert all(off[f"float32, {rows}"]["largest"] < 1e-5 for rows in ("few long rows", "many short rows"))
+    assert 0 < off["bfloat16, few long rows"]["rows alone, mean"] < 0.1
     assert [row[""] for row in data["files"]] in (["True", "True"], ["True", "ended before"])
     assert [row["ranks"] for row in data["ranks"]] == ["1 ranks", "2 ranks", "--tp_size 2", "--fsdp_size 2"]
 
@@ -289,7 +290,7 @@ def test_token_batches_hold_at_most_5_percent_of_padding(teacher: Path, tmp_path
 
 def test_the_ways_of_the_students_head_give_one_loss_and_chunks_hold_less(monkeypatch: pytest.MonkeyPatch):
     num_positions, vocab_size = 64, 500
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * vocab_size)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 4 * vocab_size)
     attributes = {"capture": "topk", "vocab_size": vocab_size, "tokenizer_size": vocab_size}
     loss = DistillationLoss(SimpleNamespace(attributes=attributes, head=None))
     head = Head(weight_VD=torch.randn(vocab_size, 8, requires_grad=True), bias_V=None, scale=1.0, soft_cap=0.0)

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from logitgen import DistillationLoss, UsageError
 from logitgen.head import Head as StudentHead
-from logitgen.student import losses
+from logitgen.student import chunks
 from logitgen.student.chunked import loss_of_hidden
 
 SIZE = 5
@@ -56,7 +56,7 @@ def logits_of(hidden_BTD: Tensor, head: StudentHead) -> Tensor:
 def test_value_and_gradients_are_those_of_formulas_over_whole_logits(
     kind: str, options: dict[str, Any], weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * WORDS)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 4 * WORDS)
     case, (hidden_BTD, head) = make_case(kind), make_student(scale=0.5, soft_cap=3.0)
     loss = DistillationLoss(case.dataset, **options, beta=0.3, cross_entropy_weight=weight)
     found = with_gradients(loss_of_hidden(loss, head, hidden_BTD, case.batch), hidden_BTD, head)
@@ -70,7 +70,7 @@ def test_value_and_gradients_are_those_of_formulas_over_whole_logits(
 def test_in_float32_all_is_equal_to_the_plain_way_to_one_in_a_million(
     kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * WORDS)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 4 * WORDS)
     case, (hidden_BTD, head) = make_case(kind), make_student(torch.float32, bias=bias)
     if case.dataset.head:
         case.dataset.head = case.dataset.head.to(torch.device("cpu"), torch.float32)
@@ -142,7 +142,7 @@ def test_another_vocabulary_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_that_of_two_chunks_however_large_the_batch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, length, size = 1000, 9, 4
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 8 * words)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 8 * words)
     chunk_bytes, of_weight = 4 * 8 * words, 4 * words * size
     for num_rows in (4, 32):
         generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from logitgen import DistillationLoss, LogitsDataset, UsageError, collate
-from logitgen.student import losses
+from logitgen.student import chunks
 from logitgen.student.events import sample_weights
 
 WORDS, HIDDEN, KEPT = 11, 3, 4
@@ -265,7 +265,7 @@ def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     loss = DistillationLoss(case.dataset)
     whole = with_gradient(loss(logits, case.batch), logits)
     for positions in (1, 4):
-        monkeypatch.setattr(losses, "CHUNK_LOGITS", positions * WORDS)
+        monkeypatch.setattr(chunks, "CHUNK_LOGITS", positions * WORDS)
         torch.testing.assert_close(with_gradient(loss(logits, case.batch), logits), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -485,12 +485,12 @@ def test_float32_memory_is_that_of_a_chunk_and_does_not_grow_with_the_batch(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = 8000
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", chunk)
     few, many = memory_of(kind, 4), memory_of(kind, 32)
     assert few.largest_bytes == many.largest_bytes == 4 * chunk
     assert 4 * chunk < few.peak_bytes < 12 * 4 * chunk
     assert many.peak_bytes < 1.2 * few.peak_bytes
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 10**9)  # without chunks the measurement sees the whole batch
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 10**9)  # without chunks the measurement sees the whole batch
     assert memory_of(kind, 32).peak_bytes > 4 * many.peak_bytes
 
 

@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from logitgen.head import Head
-from logitgen.student import losses
+from logitgen.student.chunks import positions_at_once
 from logitgen.student.losses import DistillationLoss, mean_of, wide_dtype
 
 _WHOLE_SHARE = 4
 """Whole distributions take eight tensors of a chunk's size at their peak, kept tokens two: so the former get a quarter
-of the positions, and both take no more than two times `CHUNK_LOGITS`."""
+of the positions, and both take no more than two chunks."""
 
 Watch = Callable[[Tensor, Mapping[str, Tensor], tuple[Tensor, Tensor | None]], None]
 """Takes the student's logits of a chunk [C, V], the values at its positions, and the parts of its loss."""
@@ -64,8 +64,7 @@ def loss_of_hidden(
     hidden_PD = hidden_BTD.flatten(0, 1)[captured_P.to(hidden_BTD.device)]
     device_type = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_PD.dtype
-    num_logits = losses.CHUNK_LOGITS if "kept_ids" in values else losses.CHUNK_LOGITS // _WHOLE_SHARE
-    step = max(1, num_logits // len(head.weight_VD))
+    step = positions_at_once(hidden_BTD.device, len(head.weight_VD), 1 if "kept_ids" in values else _WHOLE_SHARE)
     task = _Task(sum_of, dtype, step, torch.is_grad_enabled())
     with torch.autocast(device_type, enabled=False):
         total: Tensor = _HeadSum.apply(task, hidden_PD, head.weight_VD, head.bias_V)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from logitgen.errors import UsageError
+from logitgen.student.chunks import positions_at_once
 from logitgen.student.dataset import IGNORED_LABEL, source_of
 from logitgen.student.events import (
     certain_tokens,
@@ -28,12 +29,6 @@ from logitgen.student.events import (
     normalised,
     sampled_forward_kl,
 )
-
-CHUNK_LOGITS = 2**23
-"""Logits of the student in float32 at a time, 32 MiB. The forward KL has three such tensors at its peak, seven if the
-teacher's distribution is whole. Measured, 1 thread, V = 49,152, 512 positions, with the gradient: 2**24 costs 30 to
-50 % more for whole distributions, 2**22 nothing less, 2**20 reads the teacher's head too often.
-"""
 
 MAX_PADDED_ROWS = 1024
 """Rows by which heads of one tokenizer may differ, as some are padded for speed: phi-2's by 905."""
@@ -160,7 +155,7 @@ class DistillationLoss:
         num_captured = int(captured.sum())
         if not num_captured:
             return logits_BTV[:0].sum(dtype=wide_dtype(logits_BTV.dtype))  # an empty sum, but with a gradient
-        step = max(1, CHUNK_LOGITS // logits_BTV.shape[-1])
+        step = positions_at_once(logits_BTV.device, logits_BTV.shape[-1])
         chunks = [tensor.split(step) for tensor in (logits_BTV.flatten(0, 1), captured, *values.values())]
         sums = [
             checkpoint(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from logitgen.errors import UsageError
-from logitgen.student import losses
+from logitgen.student.chunks import positions_at_once
 from logitgen.student.dataset import IGNORED_LABEL
 from logitgen.student.events import logprobs_at
 from logitgen.student.losses import DistillationLoss, like_student, wide_dtype
@@ -56,7 +56,7 @@ class Meter:
         logits_PV, values = logits_BTV.flatten(0, 1), self.loss.values_of(batch)
         captured_P = batch["captured"].flatten().nonzero()[:, 0]
         with torch.autocast(logits_BTV.device.type, enabled=False):
-            for chunk_C in captured_P.split(max(1, losses.CHUNK_LOGITS // logits_BTV.shape[-1])):
+            for chunk_C in captured_P.split(positions_at_once(logits_BTV.device, logits_BTV.shape[-1])):
                 student_CV = logits_PV[chunk_C.to(logits_PV.device)].to(wide_dtype(logits_PV.dtype))
                 known = {name: tensor[chunk_C.to(tensor.device)] for name, tensor in values.items()}
                 self.add(student_CV, known, self.loss.parts_over(student_CV, known), training)
