@@ -160,8 +160,8 @@ def run_pilot(teacher: Teacher, job: Job, agreed: Callable[[int], int]) -> Pilot
     first = seconds(0)
     num_timed = agreed(min(NUM_PILOTS, int(PILOT_SECONDS / first)))
     timed = {number: seconds(number) for number in _spread(plan, num_timed)} or {0: first}
-    num_tokens = int(plan.padded_tokens[list(timed)].sum())
-    return Pilot(sum(timed.values()) / num_tokens, *_peak_memory(teacher.device), measured.kept_mass)
+    cost = int(plan.costs[list(timed)].sum())
+    return Pilot(sum(timed.values()) / cost, *_peak_memory(teacher.device), measured.kept_mass)
 
 
 def _spread(plan: Plan, count: int) -> list[int]:
@@ -252,7 +252,7 @@ def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int
         num_batches=plan.num_batches,
         padding_share=plan.padding_share,
         saved_share=plan.saved_share,
-        tokens_per_second=plan.num_tokens / int(plan.padded_tokens.sum()) / seconds_per_token,
+        tokens_per_second=plan.num_tokens / int(plan.costs.sum()) / seconds_per_token,
         seconds={
             num_ranks: _most_tokens(plan, num_ranks // (tp_size * fsdp_size), fsdp_size) * seconds_per_token
             for num_ranks in NUM_RANKS
@@ -292,6 +292,6 @@ def _other_layouts(layout: Layout) -> list[Layout]:
 
 
 def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
-    """Return the tokens, padding included, of the rank that has most of them."""
+    """Return the tokens, padding included, of the rank that takes longest."""
     shares = plan.shares(np.arange(plan.num_batches), num_replicas, fsdp_size)
-    return max(int(plan.padded_tokens[share].sum()) for share in shares)
+    return max(int(plan.costs[share].sum()) for share in shares)

@@ -248,6 +248,9 @@ def test_shares_worked_by_hand() -> None:
     # Of a run that goes on: 8, 4, 3, 1.
     assert [share.tolist() for share in plan.shares(np.array([1, 5, 6, 8]), 2)] == [[1], [5, 6, 8]]
     assert [share.tolist() for share in plan.shares(np.array([4]), 3)] == [[4], [], []]
+    plan.costs = np.array([1, 1, 1, 1, 1, 1, 1, 5, 1])
+    assert [share.tolist() for share in plan.shares(everything, 2)] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+    assert [share.tolist() for share in plan.shares(everything[5:], 2)] == [[5, 7], [6, 8]]
 
 
 @settings(max_examples=150, deadline=None)

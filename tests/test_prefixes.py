@@ -115,7 +115,7 @@ def test_every_row_is_in_one_batch_and_batches_keep_to_the_budget(ids: Lists, ba
     longest = [max(lengths[row] for row in batch) for batch in planned]
     assert longest == sorted(longest, reverse=True)
     assert plan.num_tokens == lengths.sum()
-    read, padded = 0, []
+    read, padded, costs = 0, [], []
     for number, batch in enumerate(planned):
         shared = plan.shared(number)
         assert shared[0] == 0
@@ -125,6 +125,7 @@ def test_every_row_is_in_one_batch_and_batches_keep_to_the_budget(ids: Lists, ba
         padded.append(sum(sizes))
         read += len(np.unique(collected.slots))  # every token of these rows is captured
         is_sharing = number in plan.sharing
+        costs.append(sum(sizes) + 16 * len(sizes) * is_sharing)
         assert is_sharing == bool(shared.any())
         if is_sharing:
             assert sum(len(ids[row]) - 1 for row in batch) <= batch_tokens
@@ -133,6 +134,7 @@ def test_every_row_is_in_one_batch_and_batches_keep_to_the_budget(ids: Lists, ba
             assert sizes == [len(batch) * longest[number]]
             assert sizes[0] <= batch_tokens
     assert plan.padded_tokens.tolist() == padded
+    assert plan.costs.tolist() == costs
     assert plan.num_read == read
     assert plan.padding_share == pytest.approx(1 - read / sum(padded))
     assert plan.saved_share == pytest.approx(1 - read / lengths.sum())

@@ -22,6 +22,7 @@ class Forest:
         shared: Tokens that each row shares with the row before it in its batch, int32[S].
         num_rows: Rows of every batch.
         padded_tokens: Tokens of every batch that go through the teacher, padding included.
+        costs: What the passes of every batch cost, in tokens.
         num_read: Tokens of all batches that go through the teacher, without padding.
     """
 
@@ -38,22 +39,25 @@ class Forest:
             pass_cost: What a pass costs.
         """
         tree_lengths = lengths[neighbours.rows].astype(np.int64)
-        rows, shared, num_rows, padded_tokens = [], [], [], []
+        rows, shared, num_rows, padded_tokens, costs = [], [], [], [], []
         self.num_read = 0
         for start, end in zip(*_spans(tree_lengths, neighbours, batch_tokens, most_positions), strict=True):
             of_rows = neighbours.shared[start:end].copy()
             of_rows[0] = 0
             plan = steps(tree_lengths[start:end], of_rows, batch_tokens, pass_cost)
             padded = np.array([each.length * len(each.rows) for each in plan])
-            if pass_cost.of(padded).sum() <= _WORTH * tree_lengths[start:end].sum():
+            cost = pass_cost.of(padded).sum()
+            if cost <= _WORTH * tree_lengths[start:end].sum():
                 rows.append(neighbours.rows[start:end])
                 shared.append(of_rows)
                 num_rows.append(end - start)
                 padded_tokens.append(padded.sum())
+                costs.append(cost)
                 self.num_read += sum(each.num_tokens for each in plan)
         none = [np.empty(0, dtype=np.int64)]
         self.rows, self.shared = np.concatenate(none + rows), np.concatenate(none + shared).astype(np.int32)
         self.num_rows, self.padded_tokens = np.array(num_rows, dtype=int), np.array(padded_tokens, dtype=int)
+        self.costs = np.array(costs, dtype=int)
 
 
 def _spans(

@@ -31,6 +31,13 @@ class Plan:
     never exceeds `MOST_PADDING` of the tokens.
 
     Rows that share a prefix are neighbours in batches of their own, where that saves enough of the tokens.
+
+    Attributes:
+        padded_tokens: Tokens of every batch that go through the teacher, padding included, [num_batches].
+        costs: The time of every batch, counted in tokens, [num_batches]: passes over shared prefixes cost more than
+            they read.
+        num_tokens: Tokens of all rows.
+        num_read: Tokens that go through the teacher, without padding.
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class Plan:
         self._rows = needed[_longest_first(lengths[needed])]
         sorted_lengths = lengths[self._rows]
         self._starts = _batch_starts(sorted_lengths, batch_tokens, length_switch or 0)
-        self.padded_tokens = sorted_lengths[self._starts[:-1]].astype(np.int64) * np.diff(self._starts)
+        self.costs = self.padded_tokens = sorted_lengths[self._starts[:-1]].astype(np.int64) * np.diff(self._starts)
         self.num_tokens = self.num_read = int(sorted_lengths.sum(dtype=np.int64))
         self._shared: Array | None = None
         if forest is not None and len(forest.rows):
@@ -78,6 +85,7 @@ class Plan:
         self._shared = np.concatenate([np.zeros(len(self._rows), dtype=np.int32), forest.shared])[moved]
         self._rows = rows[moved]
         self._starts = np.append(0, np.cumsum(sizes[order]))
+        self.costs = np.concatenate([self.padded_tokens, forest.costs])[order]
         self.padded_tokens = np.concatenate([self.padded_tokens, forest.padded_tokens])[order]
         self.num_tokens += int(lengths[forest.rows].sum(dtype=np.int64))
         self.num_read += forest.num_read
@@ -130,7 +138,7 @@ class Plan:
     def shares(
         self, batches: npt.NDArray[np.int64], num_replicas: int, fsdp_size: int = 1
     ) -> list[npt.NDArray[np.int64]]:
-        """Deal batches to the replicas of the teacher: each goes to the replica with the fewest tokens so far.
+        """Deal batches to the replicas of the teacher: each goes to the replica with the least to do so far.
 
         Dealt in turns, eight ranks would have waited up to a third of the time for the rank with the largest batches
         (260 rows of prose). Dealt by tokens, they wait at most 8 %.
@@ -147,9 +155,9 @@ class Plan:
         """
         loads = [(0, replica) for replica in range(num_replicas)]
         owners = np.empty(len(batches), dtype=np.int32)
-        for index, tokens in enumerate(self.padded_tokens[batches].tolist()):
+        for index, cost in enumerate(self.costs[batches].tolist()):
             load, owners[index] = loads[0]
-            heapq.heapreplace(loads, (load + tokens, int(owners[index])))
+            heapq.heapreplace(loads, (load + cost, int(owners[index])))
         of_replicas = [batches[owners == replica] for replica in range(num_replicas)]
         return [share[turn::fsdp_size] for share in of_replicas for turn in range(fsdp_size)]
 
