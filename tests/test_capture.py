@@ -173,6 +173,14 @@ def test_a_logit_that_is_not_finite_makes_the_scalars_not_finite(place: int, val
         assert kept["target_logprob"].isfinite().tolist() == [True, False, True]
 
 
+def test_the_target_is_nan_wherever_the_logsumexp_is_not_finite() -> None:
+    """Clamped, the difference to infinity would be a number like that of a masked token."""
+    logsumexp_C = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0])
+    scalars = keep._scalars(torch.zeros((4, 3)), torch.tensor([0, 0, 0, 0]), logsumexp_C, keep.WHOLE)
+    assert scalars["target_logprob"].isnan().tolist() == [True, True, True, False]
+    assert scalars["target_logprob"][3].item() == -2
+
+
 def of_kinds(logits_CV: torch.Tensor, target_C: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """What is kept of logits by every kind of capture but `sample`, which is in test_draw."""
     states_CD = torch.zeros((len(logits_CV), 1))
