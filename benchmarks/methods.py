@@ -22,7 +22,7 @@ from logitgen.teacher.noise import position_keys
 LARGE_VOCAB = 151_936
 """Qwen's, at which others give their sizes."""
 
-KEPT = (8, 12, 16, 32, 50, 64, 128, 256)
+KEPT = (4, 6, 8, 10, 12, 16, 24, 32, 40, 50, 64, 96, 128, 192, 256)
 DRAWS = (12, 25, 50, 100, 400, 1600)
 """RS-KD's own choice is 50."""
 
@@ -32,7 +32,7 @@ TRIMMED = ((0.8, 100), (0.9, 100), (0.95, 100), (0.98, 100), (0.9, 256), (0.95, 
 ENCODINGS: tuple[Encoding, ...] = ("plain", "packed", "packed16")
 
 SCALARS = ("logsumexp", "target_logprob")
-"""What our files hold of a position beside its record."""
+"""What our files can hold of a position beside its record."""
 
 
 @dataclass(eq=False)

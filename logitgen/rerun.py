@@ -150,7 +150,8 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             stored = {name: values[span] for name, values in data.items()}
             if head:
                 hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)
-                stored["logits"] = head(hidden_CD).cpu().numpy()
+                logits_CV = head(hidden_CD).cpu()
+                stored = {"logsumexp": logits_CV.logsumexp(-1).numpy()} | stored | {"logits": logits_CV.numpy()}
             difference, same_C = _compare(stored, now_CV, file.layout)
             if not len(difference):
                 continue

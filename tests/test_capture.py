@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen import CaptureError, LogitsFile
+from logitgen.file.layout import HeadForm
 from logitgen.split.batch import Pass
 from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
-from logitgen.teacher.keep import _largest, full, top_k
+from logitgen.teacher.keep import _largest, full, hidden, top_k
 from logitgen.teacher.model import Teacher
 
 
@@ -163,18 +164,35 @@ def test_the_vocabularies_that_teachers_have_are_searched_as_torch_does(vocab_si
 
 @pytest.mark.parametrize("place", [0, 7, 1000, 2055, 2056, 2058])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_logit_that_is_not_finite_makes_the_logsumexp_not_finite(place: int, value: float) -> None:
+def test_a_logit_that_is_not_finite_makes_the_scalars_not_finite(place: int, value: float) -> None:
+    """Those of the target too, whichever token it is: a packed file has no other."""
     logits_CV = torch.randn((3, 2059), generator=torch.Generator().manual_seed(0))
     logits_CV[1, place] = value
-    for kept in (top_k(logits_CV, torch.tensor([5, 5, 5]), 4), full(logits_CV, torch.tensor([5, 5, 5]))):
+    for kept in of_kinds(logits_CV, torch.tensor([5, 5, 5])):
         assert kept["logsumexp"].isfinite().tolist() == [True, False, True]
+        assert kept["target_logprob"].isfinite().tolist() == [True, False, True]
+
+
+def test_the_target_is_nan_wherever_the_logsumexp_is_not_finite() -> None:
+    """Clamped, the difference to infinity would be a number like that of a masked token."""
+    logsumexp_C = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0])
+    scalars = keep._scalars(torch.zeros((4, 3)), torch.tensor([0, 0, 0, 0]), logsumexp_C, keep.WHOLE)
+    assert scalars["target_logprob"].isnan().tolist() == [True, True, True, False]
+    assert scalars["target_logprob"][3].item() == -2
+
+
+def of_kinds(logits_CV: torch.Tensor, target_C: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What is kept of logits by every kind of capture but `sample`, which is in test_draw."""
+    states_CD = torch.zeros((len(logits_CV), 1))
+    return [top_k(logits_CV, target_C, 4), full(logits_CV, target_C), hidden(logits_CV, target_C, states_CD)]
 
 
 def test_a_position_of_which_every_token_is_masked_is_not_finite() -> None:
     logits_CV = torch.full((2, 2059), -torch.inf)
     logits_CV[1, 3] = 5.0
-    for kept in (top_k(logits_CV, torch.tensor([5, 3]), 4), full(logits_CV, torch.tensor([5, 3]))):
+    for kept in of_kinds(logits_CV, torch.tensor([5, 3])):
         assert kept["logsumexp"].isfinite().tolist() == [False, True]
+        assert kept["target_logprob"].isfinite().tolist() == [False, True]
         assert kept["logsumexp"][1].item() == 5.0
         assert kept["target_logprob"][1].item() == 0
 
@@ -223,17 +241,71 @@ def test_packed_records_hold_what_is_kept_unpacked() -> None:
         np.testing.assert_allclose(np.exp(logprobs), np.exp(plain["kept_logprobs"].reshape(7, 7)), atol=0.02)
 
 
-def test_a_masked_token_is_stored_as_a_finite_number() -> None:
+@pytest.mark.parametrize("capture", ["topk", "sample"])
+def test_a_packed_position_has_its_record_and_its_target_in_float16(capture: str) -> None:
+    batch, model = batch_of([[1, 2, 3, 4, 5, 6]]), make_llama(50)
+    logits_TV = model(torch.tensor([[1, 2, 3, 4, 5, 6]])).logits[0, :-1].detach()
+    expected = logits_TV.double().log_softmax(-1)[range(5), [2, 3, 4, 5, 6]].numpy()
+    for encoding in ("packed", "packed16"):
+        arrays = captured(batch, layout_of(batch, capture=capture, top_k=7, encoding=encoding), model)
+        assert arrays.keys() == {"target_logprob", "kept", "crc32"}
+        assert arrays["target_logprob"].dtype == np.float16
+        np.testing.assert_allclose(arrays["target_logprob"], expected, rtol=2**-11, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["plain", "packed16"])
+def test_a_masked_token_is_stored_as_a_finite_number(encoding: str) -> None:
     model = make_llama(50)
     model.lm_head.register_forward_hook(
         lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), -torch.inf)
     )
     batch = batch_of([[1, 2, 7]])
-    arrays = captured(batch, layout_of(batch, top_k=50), model)
+    arrays = captured(batch, layout_of(batch, top_k=50, encoding=encoding), model)
+    assert arrays["target_logprob"].tolist()[1] == -65504
     assert np.isfinite(arrays["target_logprob"]).all()
+    if encoding != "plain":
+        return
     assert np.isfinite(arrays["kept_logprobs"]).all()
     assert arrays["kept_ids"].reshape(2, 50)[:, -1].tolist() == [7, 7]
     assert np.exp(arrays["kept_logprobs"].astype(np.float64)).sum() == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"encoding": "packed"},
+        {"encoding": "packed16"},
+        {"capture": "sample"},
+        {"capture": "sample", "encoding": "packed"},
+        {"capture": "hidden", "top_k": 0, "head": HeadForm(hidden_size=32, dtype=np.dtype("<f4"), has_bias=False)},
+        {"capture": "full", "top_k": 0},
+    ],
+    ids=lambda kind: "-".join(str(kind.get(name, "")) for name in ("capture", "encoding")),
+)
+@pytest.mark.parametrize("ids", [[3], [0], list(range(50))], ids=["another", "the target", "all"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_found_in_every_kind_of_file(
+    value: float, ids: list[int], kind: dict[str, Any]
+) -> None:
+    """At position 1 of the second row, which predicts token 0. A few masked tokens are no fault."""
+    model, masked = make_llama(50), value == -torch.inf and len(ids) < 50
+    teacher = Teacher(model, 50)
+
+    def change(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output.view(-1, 50)[3, ids] = value
+        return output
+
+    model.lm_head.register_forward_hook(change)
+    batch = batch_of([[1, 2, 3], [4, 5, 0]], first_row=6)
+    layout = layout_of(batch, **kind)
+    payload = capture_batch(teacher, batch, layout).numpy()
+    if masked:
+        seal(payload, batch, layout, torch.float32)
+        return
+    with pytest.raises(CaptureError, match=r"^The teacher's logits are not finite at row 7, position 1, in float32\. "):
+        seal(payload, batch, layout, torch.float32)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -252,7 +324,7 @@ def test_logits_that_are_not_finite_are_reported_with_a_remedy(value: float, dty
     batch = batch_of([[1, 2, 3], [4, 5, 6]], first_row=6)  # positions 0 1 | 0 1: the fourth is row 7, position 1
     payload = capture_batch(teacher, batch, layout_of(batch)).numpy()
     name = str(dtype).removeprefix("torch.")
-    message = rf"not finite at row 7, position 1: their log-sum-exp is (nan|inf) in {name}\. {remedy}$"
+    message = rf"not finite at row 7, position 1, in {name}\. {remedy}$"
     with pytest.raises(CaptureError, match=message):
         seal(payload, batch, layout_of(batch), dtype)
 

@@ -215,14 +215,16 @@ def test_masked_tokens_are_drawn_only_for_want_of_others_and_weigh_nothing(low: 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", [0, 40, 69])
-def test_logits_that_are_not_finite_make_the_logsumexp_not_finite(value: float, place: int) -> None:
+def test_logits_that_are_not_finite_make_the_scalars_not_finite(value: float, place: int) -> None:
     logits_CV = torch.randn((3, 70), generator=torch.Generator().manual_seed(0))
     logits_CV[1, place] = value
     drawn = drawn_from(logits_CV, 5)
-    assert drawn["logsumexp"].isfinite().tolist() == [True, False, True]
+    for name in ("logsumexp", "target_logprob"):
+        assert drawn[name].isfinite().tolist() == [True, False, True]
     assert ((drawn["kept_ids"] >= 0) & (drawn["kept_ids"] < 70)).all()
     logits_CV[1] = -torch.inf
-    assert drawn_from(logits_CV, 5)["logsumexp"].isfinite().tolist() == [True, False, True]
+    for name in ("logsumexp", "target_logprob"):
+        assert drawn_from(logits_CV, 5)[name].isfinite().tolist() == [True, False, True]
 
 
 class Ranks:

@@ -67,11 +67,11 @@ def test_the_datasets_of_a_top_k_file_are_exactly_these() -> None:
 def test_a_packed_file_has_one_record_per_position_instead(encoding: Encoding, record_bytes: int) -> None:
     """V = 300, K = 50: 2 low bits of each id, 50 + 74 for the high parts, so 28 bytes; an 8-bit code for the tail."""
     layout = make_layout(vocab_size=300, top_k=50, encoding=encoding)
-    assert layout.captured == {
-        "logsumexp": ((), np.dtype("<f4")),
-        "target_logprob": ((), np.dtype("<f4")),
-        "kept": ((record_bytes,), np.dtype("u1")),
-    }
+    assert list(layout.captured.items()) == [
+        ("target_logprob", ((), np.dtype("<f2"))),
+        ("kept", ((record_bytes,), np.dtype("u1"))),
+    ]
+    assert layout.bytes_per_position == 2 + record_bytes
 
 
 def test_the_datasets_of_a_full_file_are_exactly_these() -> None:

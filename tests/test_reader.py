@@ -9,13 +9,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from files import ARRAYS, ATTRIBUTES, FULL, ROWS, SCALARS, plain_attributes, write_file
+from files import ARRAYS, ATTRIBUTES, FULL, ROWS, SCALARS, TOP_2, plain_attributes, with_checksums, write_file
 from transformers import AutoModelForCausalLM
 
 from logitgen import FormatError, LogitsFile
 from logitgen.file import reader
 from logitgen.file.header import create
 from logitgen.file.layout import Layout
+from logitgen.file.packing import Packing
+from logitgen.file.verify import problems
 
 
 @pytest.fixture
@@ -61,6 +63,23 @@ def test_a_full_capture_hands_out_logits(tmp_path: Path) -> None:
     assert set(row) == {"input_ids", "positions", "logsumexp", "target_logprob", "logits"}
     assert row["logits"].dtype == np.float16
     assert row["logits"].tolist() == [list(range(20, 30)), list(range(30, 40))]
+
+
+def test_a_packed_file_has_no_logsumexp_and_its_targets_in_half_precision(tmp_path: Path) -> None:
+    packing = Packing(vocab_size=10, k=2, value_bits=16, has_tail=False)
+    kept = (
+        torch.from_numpy(TOP_2[name].astype(dtype)) for name, dtype in (("kept_ids", "i8"), ("kept_logprobs", "f4"))
+    )
+    packed = {"target_logprob": SCALARS["target_logprob"].astype("<f2"), "kept": packing.pack(*kept).numpy()}
+    file = LogitsFile(write_file(tmp_path / "out.h5", with_checksums(ROWS | packed), encoding="packed16"))
+    row = file.row(2)
+    assert set(row) == {"input_ids", "positions", "target_logprob", "kept_ids", "kept_logprobs"}
+    assert row["target_logprob"].dtype == np.float16
+    assert row["target_logprob"].tolist() == [-0.5, -0.5]
+    assert row["kept_ids"].tolist() == [[7, 0], [9, 1]]
+    assert row["kept_logprobs"].tolist() == [[-0.5, -3], [-0.5, -1.25]]
+    assert file.perplexity() == pytest.approx(math.e)
+    assert list(problems(file)) == []
 
 
 def test_attributes_are_plain_values_and_dictionaries(path: Path) -> None:

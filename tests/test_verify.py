@@ -417,6 +417,32 @@ def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(off: float, rig
     assert found(packed) == ([] if right else [f"row {EDITED} {NOT_ITS_TARGET}"])
 
 
+def test_a_target_in_half_precision_may_be_off_by_half_a_step_more(capture: Capture, teacher: Path, data: Path) -> None:
+    """Of all log-probs, the one whose record and float16 are farthest apart, beyond the record's own rounding."""
+    path = capture(teacher=teacher, dataset=data, capture="sample", top_k=3, encoding="packed")
+    packing = LogitsFile(path).layout.packing
+    assert packing
+    logprobs_P = torch.linspace(-7.9, -5, 10_000)
+    records_PR = packing.pack(
+        torch.tensor([[100, 8, 102]]).expand(10_000, -1),
+        torch.stack([torch.full_like(logprobs_P, -0.5), logprobs_P, torch.full_like(logprobs_P, -9.0)], dim=1),
+    ).numpy()
+    stored_PK = packing.unpack(records_PR)[1]
+    beyond_P = np.abs(stored_PK[:, 1] - logprobs_P.half().float().numpy()) - packing.rounding(stored_PK)[:, 1]
+    worst = int(beyond_P.argmax())
+    assert beyond_P[worst] > 1e-3  # what verify allows for other reasons
+    edit(path, put_all(put("kept", POSITION, records_PR[worst]), put("target_logprob", POSITION, logprobs_P[worst])))
+    assert found(path) == []
+    edit(path, put("target_logprob", POSITION, logprobs_P[worst] + 0.2))
+    assert found(path) == [f"row {EDITED} {NOT_ITS_TARGET}"]
+
+
+@pytest.mark.parametrize("target", [np.nan, -np.inf, 0.25])
+def test_a_target_of_a_packed_file_that_cannot_be_is_found(target: float, packed: Path) -> None:
+    edit(packed, put("target_logprob", POSITION, target))
+    assert f"row {EDITED} {TARGET}" in found(packed)
+
+
 def test_a_drawn_token_no_tokenizer_has_is_found(drawn: Path) -> None:
     assert found(drawn) == []
     edit(drawn, put("kept_ids", POSITION, [100, 101, 383]))

@@ -255,8 +255,8 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 
 
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
-    if attributes["capture"] == "sample" and "threshold" in file:
-        raise FormatError(f"{path} was drawn by an older logitgen, whose draws need other weights. Capture it again.")
+    if "threshold" in file or ("kept" in file and "logsumexp" in file):
+        raise FormatError(f"{path} was written by an older logitgen, with other scalars. Capture it again.")
     sizes = {}
     for name in ("done", "input_ids", "positions"):
         dataset = _dataset(file, name, path)

@@ -9,7 +9,8 @@ Datasets (all contiguous, little-endian):
 
     row level       done uint8[N], crc32 uint32[N], source_row int64[N]
     token level     offsets int64[N+1], input_ids uint16|uint32[T]
-    position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
+    position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P];
+                    packed: no logsumexp, and target_logprob float16[P]
       topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
                     dtype: float32, float16, or uint16 with the bits of bfloat16
@@ -177,7 +178,10 @@ class Layout:
 
         The order is the order inside a transported payload. Widest first keeps every array in it aligned.
         """
-        return {name: ((), np.dtype("<f4")) for name in ("logsumexp", "target_logprob")} | self._kept_fields
+        scalars: dict[str, Field] = {name: ((), np.dtype("<f4")) for name in ("logsumexp", "target_logprob")}
+        if self.encoding != "plain":  # beside a packed record of 36 bytes, two of float32 would be a fifth more
+            scalars = {"target_logprob": ((), np.dtype("<f2"))}
+        return scalars | self._kept_fields
 
     @property
     def _kept_fields(self) -> dict[str, Field]:

@@ -61,9 +61,9 @@ class LogitsFile:
             row: Row number. A negative number counts from the end.
 
         Returns:
-            `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or `logits` [P, V]. Dtypes as
-            in the file; packed log-probs of 8 bits are float32.
+            `input_ids` [T], and for its P captured positions `positions` [P], `target_logprob` [P], `logsumexp` [P] if
+            the encoding is plain, and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or
+            `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.

@@ -64,7 +64,7 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
     if len(positions) and (positions[0] < 0 or positions[-1] > len(ids) - 2 or (np.diff(positions) < 1).any()):
         yield f"has positions that are not ascending between 0 and {len(ids) - 2}"
         return
-    if not np.isfinite(data["logsumexp"]).all():
+    if "logsumexp" in data and not np.isfinite(data["logsumexp"]).all():
         yield "has a logsumexp that is not finite"
         return
     if not (np.isfinite(target_logprob).all() and (target_logprob <= 0).all()):
@@ -88,14 +88,15 @@ def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     rounding_PK = layout.rounding(logprobs_PK)
     if (np.exp(logprobs_PK - rounding_PK).sum(1) > 1 + _NATS_ERROR).any():
         yield "has a position whose probabilities sum to more than 1"
-    target_P = data["input_ids"][data["positions"] + 1]
-    where = np.nonzero(ids_PK == target_P[:, None])
-    if (np.abs(logprobs_PK[where] - data["target_logprob"][where[0]]) > rounding_PK[where] + _NATS_ERROR).any():
+    is_target_PK = ids_PK == data["input_ids"][data["positions"] + 1][:, None]
+    target_P = data["target_logprob"].astype(np.float32)
+    half_step_P = np.abs(target_P) * np.finfo(data["target_logprob"].dtype).eps / 2
+    allowed_PK = rounding_PK + half_step_P[:, None] + _NATS_ERROR
+    if (np.abs(logprobs_PK - target_P[:, None]) > allowed_PK)[is_target_PK].any():
         yield "has a target_logprob that differs from kept_logprobs"
     if layout.capture == "sample":
         return
-    least_P = logprobs_PK[:, -1] + rounding_PK[:, -1] + _NATS_ERROR
-    if ((data["target_logprob"] > least_P) & ~(ids_PK == target_P[:, None]).any(1)).any():
+    if ((target_P > logprobs_PK[:, -1] + allowed_PK[:, -1]) & ~is_target_PK.any(1)).any():
         yield "has a target that is likelier than a kept token, but is not kept"
 
 

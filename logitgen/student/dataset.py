@@ -110,10 +110,10 @@ class LogitsDataset(Dataset[Row]):
         """Read one row, or take a slice of the rows as a dataset.
 
         Returns:
-            `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after, `logsumexp`
-            and `target_logprob` float32[P], and the captured values: `kept_ids` int64[P, K] with `kept_logprobs`
-            float32[P, K] (nats, descending), or `hidden` float32[P, D], which `head` turns into logits, or `logits`
-            float32[P, V].
+            `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after,
+            `target_logprob` float32[P], `logsumexp` float32[P] if the encoding is plain, and the captured values:
+            `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats, descending), or `hidden` float32[P, D],
+            which `head` turns into logits, or `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.

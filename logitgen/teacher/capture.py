@@ -114,14 +114,14 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
     for span, logits_CS, hidden_CD in teacher.logits(batch.passes, batch.slots[distinct.index]):
         kept = _kept(logits_CS, hidden_CD, target_U[span], key_U[span], teacher.shard, layout)
-        for name, values in kept.items():
-            stored = _storable(values, into[name].dtype)
+        for name in kept.keys() & into:
+            stored = _storable(kept[name], into[name].dtype)
             if distinct.copies is None:
                 into[name][span] = stored
             else:
                 places, sources = (on_device(array, device) for array in distinct.of_span(span))
                 _indexable(into[name])[places] = _indexable(stored)[sources]
-        del logits_CS, hidden_CD, kept, values, stored  # otherwise they live until the next chunk is computed
+        del logits_CS, hidden_CD, kept, stored  # otherwise they live until the next chunk is computed
     if layout.packing:
         # All chunks at once: packing takes a GPU little time, and the host many launches.
         step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
@@ -159,17 +159,16 @@ def seal(payload: Array, batch: Batch, layout: Layout, dtype: torch.dtype) -> No
     captured = {
         name: payload[slices[name]].view(dtype).reshape(-1, *entry) for name, (entry, dtype) in layout.captured.items()
     }
-    logsumexp_P = captured["logsumexp"]
-    if not np.isfinite(logsumexp_P).all():
-        at = int(np.argmin(np.isfinite(logsumexp_P)))
+    is_finite_P = np.isfinite(captured["target_logprob"])
+    if not is_finite_P.all():
+        at = int(np.argmin(is_finite_P))
         remedy = {
             torch.float16: "Its range is small: try --dtype bfloat16 or float32.",
             torch.bfloat16: "Try --dtype float32; if that does not help, the weights are damaged.",
         }.get(dtype, "The weights are damaged, or the row is one the teacher cannot read.")
         raise CaptureError(
             f"The teacher's logits are not finite at row {batch.rows[batch.row_of_position[at]]}, position "
-            f"{batch.positions[at]}: their log-sum-exp is {logsumexp_P[at]} in {str(dtype).removeprefix('torch.')}. "
-            f"{remedy}"
+            f"{batch.positions[at]}, in {str(dtype).removeprefix('torch.')}. {remedy}"
         )
     checksums = payload[slices["crc32"]].view("<u4")
     file_dtypes = [layout.datasets["input_ids"][1], layout.datasets["positions"][1]]

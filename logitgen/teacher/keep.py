@@ -90,8 +90,12 @@ def hidden(logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, shard: VocabS
 
 
 def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
-    target_logprob_C = shard.pick(logits_CS, target_C).float() - logsumexp_C
-    return {"logsumexp": logsumexp_C, "target_logprob": target_logprob_C.clamp(min=-FLOAT16_MAX, max=0)}
+    """Compute the scalars of each position. `capture.seal` refuses the NaN of one whose log-sum-exp is not finite."""
+    target_logprob_C = (shard.pick(logits_CS, target_C).float() - logsumexp_C).clamp(min=-FLOAT16_MAX, max=0)
+    return {
+        "logsumexp": logsumexp_C,
+        "target_logprob": target_logprob_C.where(logsumexp_C.isfinite(), torch.nan),
+    }
 
 
 def _largest_and_logsumexp(logits_CS: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
