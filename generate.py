@@ -13,6 +13,8 @@ gc.disable()  # looking for garbage, of which there is none yet, takes a quarter
 
 from logitgen.generate import main  # noqa: E402
 
+gc.freeze()
+gc.unfreeze()  # now all of it is old, or else the collector would look through it as young and as middle-aged too
 gc.enable()
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ from logitgen.teacher.adapter import with_base
 from logitgen.teacher.capture import capture_batch, seal
 from logitgen.teacher.describe import TeacherInfo, describe_teacher
 from logitgen.teacher.model import Teacher, load_model
+from logitgen.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger("logitgen.generate")
 
@@ -127,9 +128,10 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> tuple[Config, 
     logger.info(f"Reading {config.dataset}, split {config.split}.")
     with ranks.together():
         tokenizer = load_tokenizer(config)
+        of_tokenizer = tokenizer_fingerprint(tokenizer)
     with ranks.machine_by_machine(patience_seconds=UNLIMITED):
         split = load_split(config)
-        tokens = tokenize(split, tokenizer, config)
+        tokens = tokenize(split, tokenizer, config, of_tokenizer)
         template = template_of(split, tokenizer, config)
     with ranks.together():
         rows = Rows(tokens, config, info.max_length, info.length_switch)
@@ -146,7 +148,7 @@ def read_rows(ranks: Ranks, config: Config, info: TeacherInfo) -> tuple[Config, 
         encoding=config.encoding,
         tokenizer_size=0 if tokenizer is None else len(tokenizer),
     )
-    about = attributes(config, info, rows, layout, tokenizer, template)
+    about = attributes(config, info, rows, layout, of_tokenizer, template)
     with ranks.together():
         layout.check()
         config, layout, about = fitted(config, layout, about)

@@ -4,7 +4,6 @@ import json
 from importlib.metadata import version
 
 from torch import get_num_threads
-from transformers import PreTrainedTokenizerBase
 
 from logitgen.config import Config
 from logitgen.file.header import Attributes
@@ -14,7 +13,6 @@ from logitgen.split.rows import Rows
 from logitgen.split.template import ChatTemplate
 from logitgen.teacher.describe import TeacherInfo
 from logitgen.teacher.model import Teacher
-from logitgen.tokenizer import tokenizer_fingerprint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 
@@ -69,7 +67,7 @@ def attributes(
     info: TeacherInfo,
     rows: Rows,
     layout: Layout,
-    tokenizer: PreTrainedTokenizerBase | None,
+    of_tokenizer: str,
     template: ChatTemplate | None,
 ) -> Attributes:
     """Collect the attributes known before the teacher is loaded.
@@ -79,7 +77,7 @@ def attributes(
         info: The teacher's configuration.
         rows: The tokenised split.
         layout: The file's sizes.
-        tokenizer: The teacher's tokenizer, or None if it has none.
+        of_tokenizer: The fingerprint of the teacher's tokenizer, empty if it has none.
         template: The chat template, or None where the rows are no messages.
     """
     return settings_attributes(config) | {
@@ -90,7 +88,7 @@ def attributes(
         "teacher_config": json.dumps(info.config, sort_keys=True),
         "quantization": info.quantization,
         "commit": info.commit,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": of_tokenizer,
         "chat_template_fingerprint": template.fingerprint if template else "",
         "chat_template_date": template.date if template else "",
         "dataset_fingerprint": rows.fingerprint,

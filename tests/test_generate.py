@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
+from conftest import ROOT, make_llama, make_tokenizer, save_teacher, write_jsonl
 from families import FLOAT16_STEP, assert_row_is_right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -643,3 +644,12 @@ def test_options_come_from_a_file_too(capture: Capture, teacher: Path, ragged: P
     options = tmp_path / "options.yaml"
     options.write_text(f"teacher: {teacher}\ndataset: {ragged}\ntop_k: 3\nlimit: 5\n")
     assert LogitsFile(capture(config=options, top_k=4)).attributes["top_k"] == 4
+
+
+def test_the_garbage_collector_takes_all_that_was_imported_for_old_and_goes_on() -> None:
+    gc.disable()
+    imported: list[list[None]] = [[] for _ in range(50_000)]
+    runpy.run_path(str(ROOT / "generate.py"), run_name="generate")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0  # libraries would report leaks at the end of the process
+    assert len(gc.get_objects(generation=0)) + len(gc.get_objects(generation=1)) < len(imported)

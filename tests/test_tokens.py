@@ -1,6 +1,7 @@
 """From rows to tokens: text, prompt and completion, conversations, ready ids, and what is refused."""
 
 import copy
+import hashlib
 import os
 import re
 import shutil
@@ -843,3 +844,13 @@ def test_equal_tokenizers_have_equal_fingerprints_and_others_do_not() -> None:
     assert len(set(prints)) == len(prints)
     assert all(re.fullmatch("[0-9a-f]{64}", each) for each in prints)
     assert tokenizer_fingerprint(None) == ""
+
+
+def test_the_fingerprint_is_that_of_files_written_before() -> None:
+    tokenizer = with_template(with_another_token(make_tokenizer()), CHAT_TEMPLATE)
+    tokenizer.add_tokens(["it's", 'a "word"', "back\\slash"])
+    special = {"eos_token": "<|end|>"}
+    assert tokenizer.special_tokens_map == special
+    parts = [sorted(tokenizer.get_vocab().items()), CHAT_TEMPLATE, tokenizer.backend_tokenizer.to_str()]
+    parts.append(sorted(special.items()))
+    assert tokenizer_fingerprint(tokenizer) == hashlib.sha256(repr(parts).encode()).hexdigest()

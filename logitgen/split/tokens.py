@@ -51,10 +51,12 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> datasets.Dataset:
+def tokenize(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config, of_tokenizer: str = ""
+) -> datasets.Dataset:
     """Turn the rows of a split into tokens, once: the result is kept in the `datasets` cache and memory-mapped.
 
-    A row of the split becomes one row or several.
+    A row of the split becomes one row or several. `of_tokenizer` is the tokenizer's fingerprint, where it is known.
 
     Returns:
         A dataset with `input_ids`, `source_row`, `notes` and, with `completion_only`, `completion_mask`.
@@ -64,7 +66,7 @@ def tokenize(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None,
     """
     encode = encoder(split, tokenizer, config)
     names = [name for name in FEATURES if config.completion_only or name != "completion_mask"]
-    fingerprint = _fingerprint(split, tokenizer, config)
+    fingerprint = _fingerprint(split, tokenizer, config, of_tokenizer or tokenizer_fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "logitgen" / f"{fingerprint}.arrow"
     needed = _needed(split, config)
 
@@ -101,11 +103,13 @@ def _refused(split: datasets.Dataset, config: Config) -> Iterator[None]:
         ) from error
 
 
-def _fingerprint(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config) -> str:
+def _fingerprint(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, config: Config, of_tokenizer: str
+) -> str:
     """Hash all that decides the tokens of the rows."""
     options = [getattr(config, name) for name in _OPTIONS]
     template = template_of(split, tokenizer, config)
-    known = (options, template and template.fingerprint, tokenizer_fingerprint(tokenizer))
+    known = (options, template and template.fingerprint, of_tokenizer)
     return str(Hasher.hash(("logitgen 3", transformers.__version__, split._fingerprint, known)))
 
 
