@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from logitgen.errors import UsageError
-from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding
+from logitgen.file.layout import ENCODINGS, WITH_KEPT_IDS, CaptureKind, Encoding
 
 _NOT_SETTINGS = (
     "output",
@@ -35,6 +35,12 @@ The chat template and its date do so as attributes of their own, because the pat
 
 _LONGEST_VALUE = 4096
 """In characters."""
+
+_OTHER_ENCODINGS = {
+    "hidden": "Hidden states have no log-probs to keep 16 bits of: leave it out, or choose --encoding packed.",
+    "full": "Leave one of the two out.",
+}
+"""Remedies by the kind of capture, where an encoding is not for it."""
 
 
 class TokenBudget(int):
@@ -169,7 +175,10 @@ class Config:
     )
     top_k: int = _option("what to keep", "How many tokens to keep per position with --capture topk or sample.", 64)
     encoding: Encoding = _option(
-        "what to keep", "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
+        "what to keep",
+        "How kept values are stored: as they are, or packed, with 8 bits for a log-prob or a value of a hidden state, "
+        "or 16 for a log-prob.",
+        "plain",
     )
     max_bytes: FileSize | None = _option(
         "what to keep",
@@ -245,10 +254,11 @@ class Config:
             raise UsageError(
                 f"--max_bytes chooses the k of --capture topk, got --capture {self.capture}. Leave one of the two out."
             )
-        if self.encoding != "plain" and self.capture not in WITH_KEPT_IDS:
+        if self.encoding not in ENCODINGS[self.capture]:
+            kinds = [kind for kind, encodings in ENCODINGS.items() if self.encoding in encodings]
             raise UsageError(
-                f"--encoding {self.encoding} is for --capture {' and '.join(WITH_KEPT_IDS)}, got --capture "
-                f"{self.capture}. Leave one of the two out."
+                f"--encoding {self.encoding} is for --capture {', '.join(kinds[:-1])} and {kinds[-1]}, got --capture "
+                f"{self.capture}. {_OTHER_ENCODINGS[self.capture]}"
             )
 
     @property

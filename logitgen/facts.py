@@ -82,7 +82,7 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
 
 
 def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
-    """Turn hidden states into logits, if there are any."""
+    """Turn hidden states into logits with their log-sum-exp, if there are any."""
     if "hidden" not in data:
         return {}
     import torch  # takes seconds
@@ -90,7 +90,10 @@ def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
     from logitgen.student.dataset import head_of
 
     head = head_of(file)
-    return {"logits": head(torch.tensor(data["hidden"], dtype=torch.float32)).numpy()} if head else {}
+    if not head:
+        return {}
+    logits_PV = head(torch.tensor(data["hidden"], dtype=torch.float32))
+    return {"logits": logits_PV.numpy(), "logsumexp": logits_PV.logsumexp(-1).numpy()}  # packed states have their own
 
 
 def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.file import states
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
+from logitgen.head import Head, stored
 from logitgen.split.batch import Pass
 from logitgen.split.tokens import load_tokenizer
 from logitgen.student.dataset import head_of
@@ -145,13 +147,16 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
     for row in rows:
         data = file.row(row)
         positions, input_ids = (data[name].astype(np.int64) for name in ("positions", "input_ids"))
-        for span, logits_CV, _ in teacher.logits([Pass(input_ids[None])], positions):
-            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
-            stored = {name: values[span] for name, values in data.items()}
+        for span, logits_CV, hidden_CD in teacher.logits([Pass(input_ids[None])], positions):
+            known = {name: values[span] for name, values in data.items()}
             if head:
-                hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)
-                stored["logits"] = head(hidden_CD).cpu().numpy()
-            difference, same_C = _compare(stored, now_CV, file.layout)
+                own_CV = head(_restored(known["hidden"], teacher.device))
+                known["logits"] = own_CV.cpu().numpy()
+                if file.layout.encoding == "packed" and hidden_CD.shape == known["hidden"].shape:
+                    known["logsumexp"] = own_CV.logsumexp(-1).cpu().numpy()
+                    logits_CV = logits_CV + _effect_of_packing(hidden_CD, head)
+            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
+            difference, same_C = _compare(known, now_CV, file.layout)
             if not len(difference):
                 continue
             largest = max(largest, float(difference.max()))
@@ -162,6 +167,21 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
     max_mean, min_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
     mean, agreement = total / num_values, num_same / num_positions
     return Rerun(num_positions, largest, mean, agreement, max_mean, min_agreement)
+
+
+def _restored(hidden_CD: Array, device: torch.device) -> Tensor:
+    return torch.tensor(hidden_CD, dtype=torch.float32, device=device)
+
+
+def _effect_of_packing(hidden_CD: Tensor, head: Head) -> Tensor:
+    """Return the changes that packing makes to the logits of hidden states, [C, V].
+
+    With them, a teacher is compared by the logits that its packed states would give. A bound on rounding would have to
+    add up the worst of all D values, and would let every other teacher pass too.
+    """
+    codes_CD, scale_CG = states.pack(hidden_CD)
+    packed_CD = states.unpack(codes_CD.cpu().numpy(), stored(scale_CG).cpu().numpy())
+    return head(_restored(packed_CD, hidden_CD.device)) - head(hidden_CD)
 
 
 def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

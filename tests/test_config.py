@@ -575,11 +575,20 @@ def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
 @pytest.mark.parametrize("encoding", ["packed", "packed16"])
 def test_what_has_no_kept_ids_cannot_be_packed(encoding: str) -> None:
     assert parse_config([*REQUIRED, f"--encoding={encoding}"]).encoding == encoding
-    message = (
-        rf"^--encoding {encoding} is for --capture topk and sample, got --capture full\. Leave one of the two out\.$"
-    )
+    kinds = {"packed": "topk, sample and hidden", "packed16": "topk and sample"}[encoding]
+    message = rf"^--encoding {encoding} is for --capture {kinds}, got --capture full\. Leave one of the two out\.$"
     with pytest.raises(UsageError, match=message):
         parse_config([*REQUIRED, f"--encoding={encoding}", "--capture=full"])
+
+
+def test_hidden_states_are_packed_with_8_bits_alone() -> None:
+    assert parse_config([*REQUIRED, "--encoding=packed", "--capture=hidden"]).encoding == "packed"
+    message = (
+        r"^--encoding packed16 is for --capture topk and sample, got --capture hidden\. Hidden states have no "
+        r"log-probs to keep 16 bits of: leave it out, or choose --encoding packed\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, "--encoding=packed16", "--capture=hidden"])
 
 
 HOW_TO_RUN = (

@@ -219,6 +219,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "sample": {"capture": "sample"},
     "sample, packed": {"capture": "sample", "encoding": "packed"},
     "hidden": {"capture": "hidden", "top_k": 0, "head": HEAD},
+    "hidden, packed": {"capture": "hidden", "top_k": 0, "head": HEAD, "encoding": "packed"},
     "full": {"capture": "full", "top_k": 0},
 }
 

@@ -23,6 +23,7 @@ import numpy as np
 from logitgen.errors import FormatError
 from logitgen.file.layout import (
     ATTRIBUTES,
+    ENCODINGS,
     FORMAT_NAME,
     FORMAT_VERSION,
     HEAD_ATTRIBUTES,
@@ -35,7 +36,6 @@ from logitgen.file.layout import (
     TEACHER_DTYPES,
     WITH_KEPT_IDS,
     CaptureKind,
-    Encoding,
     Field,
     HeadForm,
     Layout,
@@ -237,9 +237,8 @@ def _check_capture(plain: dict[str, Any], path: Path) -> None:
     least, most = (1, vocab_size) if capture in WITH_KEPT_IDS else (0, 0)
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k contradict one another.")
-    encodings = get_args(Encoding) if capture in WITH_KEPT_IDS else ("plain",)
     dtypes = STORED_DTYPES if capture == "hidden" else TEACHER_DTYPES
-    for name, allowed in (("encoding", encodings), ("teacher_dtype", dtypes)):
+    for name, allowed in (("encoding", ENCODINGS[capture]), ("teacher_dtype", dtypes)):
         if plain[name] not in allowed:
             raise FormatError(f"{path} is damaged: {name} must be one of {', '.join(allowed)}.")
     if not (math.isfinite(plain.get("head_scale", 1)) and 0 <= plain.get("head_soft_cap", 0) < math.inf):

@@ -3,7 +3,7 @@
 Writer and reader share this module and `header`, so both use the same format.
 
 Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, R bytes of a packed record, V
-vocabulary (rows of the output head), D hidden size.
+vocabulary (rows of the output head), D hidden size, G groups of its values.
 
 Datasets (all contiguous, little-endian):
 
@@ -12,7 +12,8 @@ Datasets (all contiguous, little-endian):
     position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P]
       topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
-                    dtype: float32, float16, or uint16 with the bits of bfloat16
+                    dtype: float32, float16, or uint16 with the bits of bfloat16; packed: hidden int8[P, D] and
+                    hidden_scale uint16[P, G], see `states`
       full          logits float16[P, V]
 """
 
@@ -20,12 +21,13 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from logitgen.errors import UsageError
+from logitgen.file import states
 from logitgen.file.packing import Packing
 
 FORMAT_NAME = "logitgen"
@@ -36,8 +38,11 @@ STATUS_BYTES = 2**16
 
 CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]
-WITH_KEPT_IDS = ("topk", "sample")
-"""Capture kinds that keep some ids and their log-probs, in any of the encodings."""
+WITH_KEPT_IDS: tuple[CaptureKind, ...] = ("topk", "sample")
+"""Capture kinds that keep some ids and their log-probs."""
+ENCODINGS: dict[CaptureKind, tuple[Encoding, ...]] = dict.fromkeys(WITH_KEPT_IDS, get_args(Encoding))
+ENCODINGS |= {"hidden": ("plain", "packed"), "full": ("plain",)}
+"""Encodings of the kept values, by the kind of capture."""
 
 ATTRIBUTES: dict[str, type] = {
     "format": str,
@@ -129,7 +134,7 @@ class Layout:
         num_positions: P, over all rows.
         vocab_size: V, the rows of the teacher's output head; padded rows count.
         top_k: K for `topk` and `sample`, 0 otherwise.
-        encoding: Encoding of kept ids and log-probs.
+        encoding: Encoding of the kept values.
         tokenizer_size: Ids of the tokenizer; no others can be drawn. 0 if unknown.
         head: The output head, for `hidden`, or None for the others, and until the teacher is loaded.
     """
@@ -165,7 +170,7 @@ class Layout:
     @property
     def packing(self) -> Packing | None:
         """Packing of kept ids and log-probs, or None where they are not packed."""
-        if self.encoding == "plain":
+        if self.encoding == "plain" or self.capture not in WITH_KEPT_IDS:
             return None
         value_bits = 8 if self.encoding == "packed" else 16
         has_tail = self.encoding == "packed" and self.capture == "topk"
@@ -185,7 +190,8 @@ class Layout:
         if self.capture == "full":
             return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
         if self.capture == "hidden":
-            return {"hidden": ((self.head.hidden_size,), self.head.dtype)} if self.head else {}
+            plain = self.encoding == "plain"
+            return states.fields(self.head.hidden_size, self.head.dtype if plain else None) if self.head else {}
         if self.packing:
             return {"kept": ((self.packing.record_bytes,), np.dtype("u1"))}
         return {

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from logitgen.errors import FormatError
+from logitgen.file import states
 from logitgen.file.header import read
 from logitgen.file.layout import Array, id_dtype
 
@@ -63,7 +64,7 @@ class LogitsFile:
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
             and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or `logits` [P, V]. Dtypes as
-            in the file; packed log-probs of 8 bits are float32.
+            in the file; packed values of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.
@@ -76,8 +77,10 @@ class LogitsFile:
             except ValueError as error:
                 raise FormatError(f"{self.path} is damaged: {error} in row {row}. Copy it again.") from error
             data |= {"kept_ids": ids_PK.astype(id_dtype(self.layout.vocab_size)), "kept_logprobs": logprobs_PK}
-        if "hidden" in data and self.attributes["teacher_dtype"] == "bfloat16":
-            data["hidden"] = (data["hidden"].astype("<u4") << 16).view("<f4")
+        if "hidden_scale" in data:
+            data["hidden"] = states.unpack(data["hidden"], data.pop("hidden_scale"))
+        elif "hidden" in data and self.attributes["teacher_dtype"] == "bfloat16":
+            data["hidden"] = states.from_bfloat16(data["hidden"])
         return data
 
     def stored(self, row: int) -> dict[str, Array]:

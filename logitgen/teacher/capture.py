@@ -29,6 +29,7 @@ _GPU_PASS_KEPT = 2**19
 """Kept ids packed at a time. Each takes some 200 bytes of temporary memory."""
 
 _TORCH_DTYPES = {
+    np.dtype("i1"): torch.int8,
     np.dtype("u1"): torch.uint8,
     np.dtype("<u2"): torch.uint16,
     np.dtype("<u4"): torch.uint32,
@@ -137,7 +138,7 @@ def _kept(
     if layout.capture == "full":
         return full(logits_CS, target_C, shard)
     if layout.capture == "hidden":
-        return hidden(logits_CS, target_C, hidden_CD, shard)
+        return hidden(logits_CS, target_C, hidden_CD, layout.encoding, shard)
     if layout.capture == "sample":
         return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_ids, shard)
     return top_k(logits_CS, target_C, layout.top_k, shard)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from logitgen.errors import first_line
-from logitgen.file.layout import FLOAT16_MAX
+from logitgen.file import states
+from logitgen.file.layout import FLOAT16_MAX, Encoding
 from logitgen.head import stored
 from logitgen.teacher.draw import GROUP_SIZE, Line, draw, finite
 from logitgen.teacher.shard import WHOLE, VocabShard
@@ -84,9 +85,15 @@ def full(logits_CS: Tensor, target_C: Tensor, shard: VocabShard = WHOLE) -> dict
     }
 
 
-def hidden(logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
+def hidden(
+    logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, encoding: Encoding, shard: VocabShard = WHOLE
+) -> dict[str, Tensor]:
     """Keep the last hidden state of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard) | {"hidden": stored(hidden_CD)}
+    scalars = _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard)
+    if encoding == "plain":
+        return scalars | {"hidden": stored(hidden_CD)}
+    codes_CD, scale_CG = states.pack(hidden_CD)
+    return scalars | {"hidden": codes_CD, "hidden_scale": stored(scale_CG)}
 
 
 def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
