@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks import rivals
 from benchmarks.targets import Kept, Target, gradient
 from logitgen.file import states
-from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, Encoding, HeadForm, Layout, id_dtype, nbytes
+from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, Encoding, Layout, id_dtype, nbytes
+from logitgen.file.states import HeadForm
 from logitgen.head import Head, dtype_name
 from logitgen.student.events import sample_weights
 from logitgen.teacher.keep import sample, top_k

@@ -103,6 +103,7 @@ def test_a_dry_run_leaves_nothing_in_the_output_folder(
         {"capture": "full"},
         {"capture": "hidden"},
         {"capture": "hidden", "encoding": "packed"},
+        {"capture": "hidden", "layers": "0,1"},
         {"packing": True, "max_length": 16},
     ],
     ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),

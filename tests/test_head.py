@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from logitgen import DistillationLoss, FormatError, LogitsDataset, LogitsFile, UsageError, collate
 from logitgen import head as head_module
 from logitgen.file.header import create
-from logitgen.file.layout import HeadForm, Layout
+from logitgen.file.layout import Layout
+from logitgen.file.states import HeadForm
 from logitgen.head import Head, restored, stored
 from logitgen.teacher.model import Teacher
 

@@ -22,7 +22,7 @@ from conftest import ROOT, launch_command, make_llama
 from torch.overrides import TorchFunctionMode
 
 from logitgen import CaptureError, LogitsFile, generate
-from logitgen.file.layout import HeadForm
+from logitgen.file.states import HeadForm
 from logitgen.leader.lock import sync_folder
 from logitgen.ranks import deliver, ending, environment
 from logitgen.ranks.agree import Ranks

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.file.states import fields, from_bfloat16, pack, unpack
+from logitgen.file.states import HeadForm, from_bfloat16, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -107,7 +107,8 @@ def test_the_error_is_a_small_part_of_that_of_linear_codes() -> None:
 
 @pytest.mark.parametrize(("width", "num_bytes"), [(1, 3), (32, 34), (33, 37), (576, 612), (4096, 4352)])
 def test_a_state_takes_its_values_and_two_bytes_per_group(width: int, num_bytes: int) -> None:
-    found = fields(width, None)
+    form = HeadForm(hidden_size=width, dtype=np.dtype("<f2"), has_bias=False)
+    found = form.fields(packed=True)
     assert list(found) == ["hidden_scale", "hidden"]  # the wider dtype first
     assert sum(np.empty(shape, dtype).nbytes for shape, dtype in found.values()) == num_bytes
-    assert fields(width, np.dtype("<f2")) == {"hidden": ((width,), np.dtype("<f2"))}
+    assert form.fields(packed=False) == {"hidden": ((width,), np.dtype("<f2"))}

@@ -37,10 +37,10 @@ from logitgen.file.layout import (
     WITH_KEPT_IDS,
     CaptureKind,
     Field,
-    HeadForm,
     Layout,
     nbytes,
 )
+from logitgen.file.states import HeadForm, layers_among, name_of
 
 Attributes = dict[str, str | int | float]
 Places = Mapping[str, int]  # the byte at which each dataset starts
@@ -256,14 +256,7 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
     if attributes["capture"] == "sample" and "threshold" in file:
         raise FormatError(f"{path} was drawn by an older logitgen, whose draws need other weights. Capture it again.")
-    sizes = {}
-    for name in ("done", "input_ids", "positions"):
-        dataset = _dataset(file, name, path)
-        if dataset.ndim != 1 or not dataset.size:
-            raise FormatError(
-                f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected one axis, not empty."
-            )
-        sizes[name] = dataset.shape[0]
+    sizes = {name: _last_size(file, name, 1, path) for name in ("done", "input_ids", "positions")}
     return Layout(
         capture=attributes["capture"],
         num_rows=sizes["done"],
@@ -278,13 +271,21 @@ def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
 
 
 def _head_form(file: h5py.File, attributes: dict[str, Any], path: Path) -> HeadForm:
-    weight = _dataset(file, "head_weight", path)
-    if weight.ndim != 2 or not weight.size:
-        raise FormatError(
-            f"{path} is damaged: head_weight is {weight.dtype}{list(weight.shape)}, expected two axes, not empty."
-        )
-    dtype = STORED_DTYPES[attributes["teacher_dtype"]]
-    return HeadForm(hidden_size=weight.shape[1], dtype=dtype, has_bias="head_bias" in file)
+    return HeadForm(
+        hidden_size=_last_size(file, "head_weight", 2, path),
+        dtype=STORED_DTYPES[attributes["teacher_dtype"]],
+        has_bias="head_bias" in file,
+        layers=tuple((layer, _last_size(file, name_of(layer), 2, path)) for layer in layers_among(file)),
+    )
+
+
+def _last_size(file: h5py.File, name: str, num_axes: int, path: Path) -> int:
+    """Return the size of a dataset's last axis, after a check of the number of axes."""
+    dataset = _dataset(file, name, path)
+    if dataset.ndim != num_axes or not dataset.size:
+        found, axes = f"{dataset.dtype}{list(dataset.shape)}", ("one axis", "two axes")[num_axes - 1]
+        raise FormatError(f"{path} is damaged: {name} is {found}, expected {axes}, not empty.")
+    return int(dataset.shape[-1])
 
 
 def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:

@@ -13,7 +13,7 @@ Datasets (all contiguous, little-endian):
       topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
                     dtype: float32, float16, or uint16 with the bits of bfloat16; packed: hidden int8[P, D] and
-                    hidden_scale uint16[P, G], see `states`
+                    hidden_scale uint16[P, G], see `states`; hidden_2, ... alike, states of other layers
       full          logits float16[P, V]
 """
 
@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from logitgen.errors import UsageError
-from logitgen.file import states
 from logitgen.file.packing import Packing
+from logitgen.file.states import HeadForm
 
 FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
@@ -109,21 +109,6 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadForm:
-    """Sizes of an output head that is in the file.
-
-    Attributes:
-        hidden_size: D.
-        dtype: Storage dtype of the head and the hidden states.
-        has_bias: True if there is a bias.
-    """
-
-    hidden_size: int
-    dtype: np.dtype
-    has_bias: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The sizes that fix every dataset of a file.
 
@@ -190,14 +175,18 @@ class Layout:
         if self.capture == "full":
             return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
         if self.capture == "hidden":
-            plain = self.encoding == "plain"
-            return states.fields(self.head.hidden_size, self.head.dtype if plain else None) if self.head else {}
+            return self.head.fields(packed=self.encoding == "packed") if self.head else {}
         if self.packing:
             return {"kept": ((self.packing.record_bytes,), np.dtype("u1"))}
         return {
             "kept_ids": ((self.top_k,), id_dtype(self.vocab_size)),
             "kept_logprobs": ((self.top_k,), np.dtype("<f2")),
         }
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """Layers whose hidden states are kept beside the last."""
+        return tuple(layer for layer, _ in self.head.layers) if self.head else ()
 
     @property
     def of_head(self) -> dict[str, Field]:
@@ -229,7 +218,7 @@ class Layout:
         words = {
             "topk": f"top {self.top_k}",
             "sample": f"{self.top_k} drawn",
-            "hidden": "hidden states",
+            "hidden": self.head.words if self.head else "hidden states",
             "full": "all logits",
         }[self.capture]
         return words if self.encoding == "plain" else f"{words}, {self.encoding}"

@@ -63,8 +63,8 @@ class LogitsFile:
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `logsumexp` [P], `target_logprob` [P]
-            and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or `logits` [P, V]. Dtypes as
-            in the file; packed values of 8 bits are float32.
+            and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D] and those of other layers, or
+            `logits` [P, V]. Dtypes as in the file; packed values of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.
@@ -77,10 +77,11 @@ class LogitsFile:
             except ValueError as error:
                 raise FormatError(f"{self.path} is damaged: {error} in row {row}. Copy it again.") from error
             data |= {"kept_ids": ids_PK.astype(id_dtype(self.layout.vocab_size)), "kept_logprobs": logprobs_PK}
-        if "hidden_scale" in data:
-            data["hidden"] = states.unpack(data["hidden"], data.pop("hidden_scale"))
-        elif "hidden" in data and self.attributes["teacher_dtype"] == "bfloat16":
-            data["hidden"] = states.from_bfloat16(data["hidden"])
+        for name in self.layout.head.widths if self.layout.head else ():
+            if self.layout.encoding == "packed":
+                data[name] = states.unpack(data[name], data.pop(f"{name}_scale"))
+            elif self.attributes["teacher_dtype"] == "bfloat16":
+                data[name] = states.from_bfloat16(data[name])
         return data
 
     def stored(self, row: int) -> dict[str, Array]:

@@ -1,6 +1,7 @@
-r"""Packed hidden states: 8 bits a value, and a scale for each group of 32 neighbouring values.
+r"""Hidden states: their datasets, and how they are packed.
 
-Code c of -127 to 127 in a group of scale s stands for
+Packed, a value takes 8 bits, and each group of 32 neighbouring values a scale. Code c of -127 to 127 in a
+group of scale s stands for
 
     s * c * |c| / 127^2
 
@@ -23,6 +24,9 @@ A scale in float32 gains 7 % for twice its bytes. Linear codes of values that we
 Shape letters: C positions of a chunk, P positions, D hidden size, G groups, W values of a group.
 """
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,13 +40,52 @@ Array = npt.NDArray[Any]
 GROUP_SIZE = 32
 """Values that share a scale, W. The last group of a state may have fewer."""
 _TOP = 127
+_NAME = re.compile(r"hidden_(\d{1,6})")
 
 
-def fields(width: int, dtype: np.dtype | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return the shape and dtype of each dataset's entry for one hidden state of D values, packed if dtype is None."""
-    if dtype:
-        return {"hidden": ((width,), dtype)}
-    return {"hidden_scale": ((_num_scales(width),), np.dtype("<u2")), "hidden": ((width,), np.dtype("i1"))}
+def name_of(layer: int) -> str:
+    """Name the dataset of a layer other than the last."""
+    return f"hidden_{layer}"
+
+
+def layers_among(names: Iterable[str]) -> list[int]:
+    """Return the numbers of the layers that have a dataset among these, ascending."""
+    return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadForm:
+    """Sizes of the hidden states and of the output head in a file.
+
+    Attributes:
+        hidden_size: D of the last hidden states, which the head reads.
+        dtype: Storage dtype of the head and of plain hidden states.
+        has_bias: True if there is a bias.
+        layers: Numbers of the other layers whose states are there, ascending, each with its D.
+    """
+
+    hidden_size: int
+    dtype: np.dtype
+    has_bias: bool
+    layers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """D of each kind of hidden state, by its name."""
+        return {"hidden": self.hidden_size} | {name_of(layer): width for layer, width in self.layers}
+
+    def fields(self, packed: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return the shape and dtype of one position's entry in each dataset, the widest dtype first."""
+        if not packed:
+            return {name: ((width,), self.dtype) for name, width in self.widths.items()}
+        scales = {f"{name}_scale": ((_num_scales(width),), np.dtype("<u2")) for name, width in self.widths.items()}
+        return scales | {name: ((width,), np.dtype("i1")) for name, width in self.widths.items()}
+
+    @property
+    def words(self) -> str:
+        """The hidden states in words."""
+        numbers = [str(layer) for layer, _ in self.layers]
+        return f"hidden states (layers {', '.join(numbers)}, last)" if numbers else "hidden states"
 
 
 def _num_scales(width: int) -> int:

@@ -7,6 +7,7 @@ Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, K kep
 
 import functools
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -85,15 +86,18 @@ def full(logits_CS: Tensor, target_C: Tensor, shard: VocabShard = WHOLE) -> dict
     }
 
 
-def hidden(
-    logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, encoding: Encoding, shard: VocabShard = WHOLE
+def hidden_states(
+    logits_CS: Tensor, target_C: Tensor, hidden: Mapping[str, Tensor], encoding: Encoding, shard: VocabShard = WHOLE
 ) -> dict[str, Tensor]:
-    """Keep the last hidden state of each position, with the same scalars as `top_k`."""
-    scalars = _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard)
-    if encoding == "plain":
-        return scalars | {"hidden": stored(hidden_CD)}
-    codes_CD, scale_CG = states.pack(hidden_CD)
-    return scalars | {"hidden": codes_CD, "hidden_scale": stored(scale_CG)}
+    """Keep the hidden states of each position, [C, D] by name, with the same scalars as `top_k`."""
+    kept = _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard)
+    for name, states_CD in hidden.items():
+        if encoding == "plain":
+            kept[name] = stored(states_CD)
+        else:
+            kept[name], scale_CG = states.pack(states_CD)
+            kept[f"{name}_scale"] = stored(scale_CG)
+    return kept
 
 
 def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:
