@@ -19,7 +19,8 @@ SmolLM2-135M in float32, V = 49,152, D = 576, which takes 1,152 bytes in float16
 
 A scale in float32 gains 7 % for twice its bytes. Linear codes of values that were rotated (Hadamard, 64 at a time) have
 2.0e-4 at 594 bytes, but no program could read them without the rotation. For comparison, rounding to bfloat16 has
-2.7e-5 at 1,152 bytes, and the whole teacher computed in bfloat16 1.5e-3.
+2.7e-5 at 1,152 bytes, and the whole teacher computed in bfloat16 1.5e-3. Codes of 4 bits are left out: at 324 bytes the
+gradient of a near student is 12 degrees off, that of the packed top 128 1.4 degrees at 297 (over 2,048 positions).
 
 Shape letters: C positions of a chunk, P positions, D hidden size, G groups, W values of a group.
 """
