@@ -159,8 +159,8 @@ def _quantization(teacher_config: PreTrainedConfig) -> str:
     return json.dumps(found if isinstance(found, dict) else found.to_dict(), sort_keys=True, default=str)
 
 
-def _check_layers(config: Config, num_layers: int | None) -> None:
-    if num_layers is not None and max(config.layer_numbers, default=-1) >= num_layers:
+def _check_layers(config: Config, num_layers: object) -> None:
+    if isinstance(num_layers, int) and max(config.layer_numbers, default=-1) >= num_layers:
         raise UsageError(
             f"--layers must be below the teacher's number of layers {num_layers}, got {config.layer_numbers[-1]}. The "
             "state after the last one is kept without being named, behind the final norm."
