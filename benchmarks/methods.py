@@ -13,7 +13,9 @@ from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.targets import Kept, Target, gradient
-from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, Encoding, HeadForm, Layout, id_dtype, nbytes
+from logitgen.file import states
+from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, Encoding, Layout, id_dtype, nbytes
+from logitgen.file.states import HeadForm
 from logitgen.head import Head, dtype_name
 from logitgen.student.events import sample_weights
 from logitgen.teacher.keep import sample, top_k
@@ -131,6 +133,8 @@ def ours(hidden_size: int) -> Iterator[Method]:
         form = HeadForm(hidden_size=hidden_size, dtype=STORED_DTYPES[dtype_name(dtype)], has_bias=False)
         name = f"hidden, {dtype_name(dtype)}"
         yield method(name, "hidden", partial(hidden_target, dtype), capture="hidden", head=form)
+        if dtype == torch.float16:
+            yield method("hidden, packed", "hidden", packed_target, capture="hidden", head=form, encoding="packed")
     yield method("full, float16", "full", full_target, capture="full")
 
 
@@ -153,6 +157,13 @@ def hidden_target(dtype: torch.dtype, batch: Batch, _: int) -> Tensor:
     """Hidden states and head, both rounded to a dtype and computed with in float32."""
     head = batch.head.to("cpu", dtype).to("cpu", torch.float32)
     return head(batch.hidden.to(dtype).float()).softmax(-1)
+
+
+def packed_target(batch: Batch, _: int) -> Tensor:
+    """Packed hidden states, and the head rounded to float16."""
+    codes_PD, scale_PG = states.pack(batch.hidden)
+    hidden_PD = torch.from_numpy(states.unpack(codes_PD.numpy(), scale_PG.view(torch.uint16).numpy()))
+    return batch.head.to("cpu", torch.float16).to("cpu", torch.float32)(hidden_PD).softmax(-1)
 
 
 def full_target(batch: Batch, _: int) -> Tensor:

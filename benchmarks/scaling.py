@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from benchmarks.harness import Row, parse, write_report
 from logitgen.file import header
-from logitgen.file.layout import ATTRIBUTES, STORED_DTYPES, HeadForm, Layout
+from logitgen.file.layout import ATTRIBUTES, STORED_DTYPES, Layout
+from logitgen.file.states import HeadForm
 
 HEAD = HeadForm(hidden_size=4096, dtype=STORED_DTYPES["bfloat16"], has_bias=False)
 KINDS: dict[str, Row] = {

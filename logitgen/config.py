@@ -1,18 +1,15 @@
 """The options of a run: one frozen, validated value."""
 
-import argparse
 import dataclasses
 import json
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from decimal import Decimal
 from typing import Any, Literal
 
 from logitgen.errors import UsageError
-from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding
+from logitgen.file.layout import ENCODINGS, WITH_KEPT_IDS, CaptureKind, Encoding
+from logitgen.values import FileSize, JsonObject, Layers, TokenBudget
 
 _NOT_SETTINGS = (
     "output",
@@ -36,62 +33,11 @@ The chat template and its date do so as attributes of their own, because the pat
 _LONGEST_VALUE = 4096
 """In characters."""
 
-
-class TokenBudget(int):
-    """A number of tokens. The word `auto` is stored as the largest number, for as many as fit."""
-
-    def __new__(cls, text: str) -> "TokenBudget":
-        """Read the value of the option.
-
-        Raises:
-            ArgumentTypeError: It is neither a whole number nor `auto`.
-        """
-        try:
-            return super().__new__(cls, sys.maxsize if text == "auto" else text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected a whole number or auto, got '{text}'") from error
-
-    @property
-    def is_auto(self) -> bool:
-        """True if the number is still to be found."""
-        return self == sys.maxsize
-
-
-_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt]i?)?b)?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-class FileSize(int):
-    """A size in bytes, written as 200GB, 1.5TB, 800MiB or plain bytes."""
-
-    def __new__(cls, text: str) -> "FileSize":
-        """Read the value of the option.
-
-        Raises:
-            ArgumentTypeError: It is no size. A unit without its B is none: it may be meant in either system.
-        """
-        match = _SIZE.fullmatch(str(text))
-        if not match:
-            raise argparse.ArgumentTypeError(f"expected a size such as 200GB, 800MiB or plain bytes, got '{text:.80}'")
-        return super().__new__(cls, int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]))
-
-
-class JsonObject(str):
-    """JSON text of an object, with its names in order: equal for equal objects."""
-
-    def __new__(cls, text: str) -> "JsonObject":
-        """Read the value of the option.
-
-        Raises:
-            ArgumentTypeError: It is not JSON, or not an object.
-        """
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise argparse.ArgumentTypeError(f"expected a JSON object, got '{text:.80}' ({error})") from error
-        if not isinstance(value, dict):
-            raise argparse.ArgumentTypeError(f"expected a JSON object, got '{text:.80}'")
-        return super().__new__(cls, json.dumps(value, sort_keys=True))
+_OTHER_ENCODINGS = {
+    "hidden": "Hidden states have no log-probs to keep 16 bits of: leave it out, or choose --encoding packed.",
+    "full": "Leave one of the two out.",
+}
+"""Remedies by the kind of capture, where an encoding is not for it."""
 
 
 def _option(group: str, help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -169,7 +115,16 @@ class Config:
     )
     top_k: int = _option("what to keep", "How many tokens to keep per position with --capture topk or sample.", 64)
     encoding: Encoding = _option(
-        "what to keep", "How kept tokens are stored: as they are, or packed, with 8 or 16 bits for a log-prob.", "plain"
+        "what to keep",
+        "How kept values are stored: as they are, or packed, with 8 bits for a log-prob or a value of a hidden state, "
+        "or 16 for a log-prob.",
+        "plain",
+    )
+    layers: Layers | None = _option(
+        "what to keep",
+        "With --capture hidden: numbers of other layers whose hidden states are kept too, such as 2,16,30; 0 is the "
+        "embeddings, and i the state after i layers.",
+        None,
     )
     max_bytes: FileSize | None = _option(
         "what to keep",
@@ -245,10 +200,16 @@ class Config:
             raise UsageError(
                 f"--max_bytes chooses the k of --capture topk, got --capture {self.capture}. Leave one of the two out."
             )
-        if self.encoding != "plain" and self.capture not in WITH_KEPT_IDS:
+        if self.layers is not None and self.capture != "hidden":
             raise UsageError(
-                f"--encoding {self.encoding} is for --capture {' and '.join(WITH_KEPT_IDS)}, got --capture "
-                f"{self.capture}. Leave one of the two out."
+                f"--layers keeps more hidden states with --capture hidden, got --capture {self.capture}. Leave one of "
+                "the two out."
+            )
+        if self.encoding not in ENCODINGS[self.capture]:
+            kinds = [kind for kind, encodings in ENCODINGS.items() if self.encoding in encodings]
+            raise UsageError(
+                f"--encoding {self.encoding} is for --capture {', '.join(kinds[:-1])} and {kinds[-1]}, got --capture "
+                f"{self.capture}. {_OTHER_ENCODINGS[self.capture]}"
             )
 
     @property
@@ -260,6 +221,11 @@ class Config:
     def kept(self) -> int:
         """Entries kept per position by choice of `top_k`, or 0 where `capture` does not choose."""
         return self.top_k if self.capture in WITH_KEPT_IDS else 0
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The layers whose hidden states are kept beside the last, ascending."""
+        return tuple(map(int, self.layers.split(","))) if self.layers else ()
 
     @property
     def settings(self) -> dict[str, Any]:

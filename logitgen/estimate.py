@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from logitgen.file.header import Attributes, file_bytes
-from logitgen.file.layout import Encoding, Layout
+from logitgen.file.layout import ENCODINGS, Encoding, Layout
 from logitgen.provenance import attributes_with
 from logitgen.ranks.deliver import NUM_BUFFERS, Outbox
 from logitgen.split.job import Job
@@ -287,7 +287,7 @@ def _other_layouts(layout: Layout) -> list[Layout]:
     if drawn.top_k <= drawn.num_ids:
         others.append(drawn)
     if layout.head:
-        others.append(replace(layout, capture="hidden", top_k=0, encoding="plain"))
+        others += [replace(layout, capture="hidden", top_k=0, encoding=encoding) for encoding in ENCODINGS["hidden"]]
     return [*others, replace(layout, capture="full", top_k=0, encoding="plain")]
 
 

@@ -93,7 +93,7 @@ def _logits(file: LogitsFile, data: dict[str, Array]) -> dict[str, Array]:
     if not head:
         return {}
     logits_PV = head(torch.tensor(data["hidden"], dtype=torch.float32))
-    return {"logits": logits_PV.numpy(), "logsumexp": logits_PV.logsumexp(-1).numpy()}
+    return {"logits": logits_PV.numpy(), "logsumexp": logits_PV.logsumexp(-1).numpy()}  # packed files have none
 
 
 def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:

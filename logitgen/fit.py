@@ -4,12 +4,13 @@ import logging
 from bisect import bisect_right
 from dataclasses import replace
 
-from logitgen.config import Config, TokenBudget
+from logitgen.config import Config
 from logitgen.console import format_bytes
 from logitgen.errors import UsageError
 from logitgen.file.header import Attributes, file_bytes
 from logitgen.file.layout import Layout
 from logitgen.provenance import settings_attributes
+from logitgen.values import TokenBudget
 
 logger = logging.getLogger(__name__)
 

@@ -190,7 +190,7 @@ def load_teacher(
     with ranks.together():
         model = load_model(config, ranks.device, ranks.num_replicas)
     with ranks.in_step():
-        teacher = Teacher(model, info.vocab_size, with_head=config.capture == "hidden")
+        teacher = Teacher(model, info.vocab_size, config.capture == "hidden", config.layer_numbers)
     rows, layout = split.rows, replace(split.layout, head=teacher.head_form)
     computation = {f"teacher's {name}": str(value) for name, value in teacher.computation.items()}
     ranks.same({"teacher's weights": teacher.fingerprint, "tokens": rows.fingerprint} | computation)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logitgen.file.layout import STORED_DTYPES, Array, HeadForm, crc32
+from logitgen.file.layout import STORED_DTYPES, Array, crc32
+from logitgen.file.states import HeadForm
 
 _BLOCK_ROWS = 2**14
 

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from logitgen.config import Config, FileSize, TokenBudget
+from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
+from logitgen.values import FileSize, Layers, TokenBudget
 
 _LARGEST_OPTIONS_FILE = 2**16
 """In characters."""
@@ -37,7 +38,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         spellings = ", ".join(word for word in action.option_strings if "-" not in word[2:])
         if action.nargs in (0, "?"):  # a switch needs no value
             return spellings
-        value = {int: "N", TokenBudget: "N", FileSize: "SIZE"}.get(action.type, "NAME")  # type: ignore[call-overload]
+        value = {int: "N", TokenBudget: "N", FileSize: "SIZE", Layers: "N,N"}.get(action.type, "NAME")  # type: ignore[call-overload]
         return f"{spellings} {self._format_args(action, value)}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

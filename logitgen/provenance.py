@@ -99,6 +99,8 @@ def attributes_with(layout: Layout, attributes: Attributes) -> Attributes:
     """Return the attributes of a file that keeps other values."""
     changes = {"capture": layout.capture, "encoding": layout.encoding}
     settings = json.loads(str(attributes["settings"])) | changes
+    if layout.capture != "hidden":
+        settings["layers"] = None
     if layout.capture in WITH_KEPT_IDS:
         settings["top_k"] = layout.top_k
     return {name: value for name, value in attributes.items() if name not in HEAD_ATTRIBUTES} | {

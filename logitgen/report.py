@@ -107,6 +107,9 @@ def verdict_view(file: LogitsFile, found: list[str], more: bool, compared: "Reru
             f"rounding, mean {compared.mean:.5f} (at most {compared.max_mean}), top-1 agreement "
             f"{compared.top1_agreement:.2%} (at least {compared.min_agreement:.0%})"
         )
+    if compared and file.layout.layer_numbers:
+        numbers = ", ".join(map(str, file.layout.layer_numbers))
+        lines["layers"] = f"hidden states of {numbers} differ by {compared.layers:.5f} (at most {compared.max_mean})"
     verified = "verified: every row is present once, with the right checksum and values"
     count = f"{'at least ' if more else ''}{len(found)} problem{'s' if len(found) > 1 else ''}"
     lines["verdict"] = f"NOT verified, {count}" if found else verified

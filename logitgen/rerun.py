@@ -14,8 +14,10 @@ from torch import Tensor
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.file import states
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
+from logitgen.head import stored
 from logitgen.split.batch import Pass
 from logitgen.split.tokens import load_tokenizer
 from logitgen.student.dataset import head_of
@@ -32,6 +34,10 @@ TOLERANCES = {"float64": (0.002, 0.99), "float32": (0.002, 0.99), "float16": (0.
 They allow for other batch shapes and other hardware.
 """
 
+_CPU = torch.device("cpu")
+_LEAST_CHANNEL = 1e-3
+"""Part of the usual square below which a channel of hidden states is taken to be of that size: it may be all zeros."""
+
 
 @dataclass(frozen=True)
 class Rerun:
@@ -44,6 +50,7 @@ class Rerun:
         top1_agreement: Share of the positions with the same likeliest token.
         max_mean: Largest mean difference the teacher's dtype explains.
         min_agreement: Least agreement it explains.
+        layers: Largest distance of a layer's hidden states, relative to the size of each channel; 0 without layers.
     """
 
     num_positions: int
@@ -52,13 +59,15 @@ class Rerun:
     top1_agreement: float
     max_mean: float
     min_agreement: float
+    layers: float = 0.0
 
     @property
     def problems(self) -> list[str]:
         """Differences that the teacher's dtype does not explain."""
-        if self.mean <= self.max_mean and self.top1_agreement >= self.min_agreement:
-            return []
-        return ["the teacher's log-probs differ from the stored ones"]
+        near = self.mean <= self.max_mean and self.top1_agreement >= self.min_agreement
+        found = [] if near else ["the teacher's log-probs differ from the stored ones"]
+        same = self.layers <= self.max_mean
+        return found if same else [*found, "the teacher's hidden states of other layers differ from the stored ones"]
 
 
 def sample_rows(file: LogitsFile, num_rows: int, seed: int = 0) -> Array:
@@ -92,7 +101,7 @@ def load_teacher_of(file: LogitsFile, name: str | None, trust_remote_code: bool)
             f"{info.vocab_size}. Give the file's teacher."
         )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    teacher = Teacher(load_model(config, device or torch.device("cpu")), info.vocab_size)
+    teacher = Teacher(load_model(config, device or _CPU), info.vocab_size, layers=file.layout.layer_numbers)
     tokenizer = tokenizer_fingerprint(load_tokenizer(config))
     differs = {
         "the teacher's weights differ from the file's": teacher.fingerprint != attributes["teacher_fingerprint"],
@@ -139,20 +148,23 @@ def _other_values(there: dict[str, Any], info: TeacherInfo) -> Iterator[str]:
 
 def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
     """Run a teacher of the file's vocabulary over some rows, each alone and unpadded, and compare log-probs."""
-    own_head = head_of(file)
+    own_head, layers, is_packed = head_of(file), _Layers(), file.layout.encoding == "packed"
     head = own_head.to(teacher.device) if own_head else None
     largest, total, num_values, num_same, num_positions = 0.0, 0.0, 0, 0, 0
     for row in rows:
         data = file.row(row)
         positions, input_ids = (data[name].astype(np.int64) for name in ("positions", "input_ids"))
-        for span, logits_CV, _ in teacher.logits([Pass(input_ids[None])], positions):
-            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
-            stored = {name: values[span] for name, values in data.items()}
+        for span, logits_CV, hidden in teacher.logits([Pass(input_ids[None])], positions):
+            known = {name: values[span] for name, values in data.items()}
             if head:
-                hidden_CD = torch.tensor(stored["hidden"], dtype=torch.float32, device=teacher.device)
-                logits_CV = head(hidden_CD).cpu()
-                stored = {"logsumexp": logits_CV.logsumexp(-1).numpy()} | stored | {"logits": logits_CV.numpy()}
-            difference, same_C = _compare(stored, now_CV, file.layout)
+                own_CV = head(_restored(known["hidden"], teacher.device))
+                known["logits"] = own_CV.cpu().numpy()
+                known.setdefault("logsumexp", own_CV.logsumexp(-1).cpu().numpy())  # packed files have none
+                if is_packed and "hidden" in hidden and hidden["hidden"].shape == known["hidden"].shape:
+                    logits_CV = logits_CV + head(_packed(hidden["hidden"])) - head(hidden["hidden"])
+                layers.add(known, hidden, is_packed)
+            now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
+            difference, same_C = _compare(known, now_CV, file.layout)
             if not len(difference):
                 continue
             largest = max(largest, float(difference.max()))
@@ -162,7 +174,52 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             num_positions += len(same_C)
     max_mean, min_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
     mean, agreement = total / num_values, num_same / num_positions
-    return Rerun(num_positions, largest, mean, agreement, max_mean, min_agreement)
+    return Rerun(num_positions, largest, mean, agreement, max_mean, min_agreement, layers.largest)
+
+
+def _restored(hidden_CD: Array, device: torch.device) -> Tensor:
+    return torch.tensor(hidden_CD, dtype=torch.float32, device=device)
+
+
+def _packed(hidden_CD: Tensor) -> Tensor:
+    """Pack a teacher's hidden states and unpack them, float32[C, D], to compare it by the states that it would store.
+
+    A bound on rounding would have to add up the worst of all D values, and would let every other teacher pass too.
+    """
+    codes_CD, scale_CG = states.pack(hidden_CD)
+    return _restored(states.unpack(codes_CD.cpu().numpy(), stored(scale_CG).cpu().numpy()), hidden_CD.device)
+
+
+class _Layers:
+    """The distances of a teacher's hidden states of other layers from a file's.
+
+    Attributes:
+        squares: Sums of the squared differences and of the squared states, by name, float64[2, D].
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[str, Array] = {}
+
+    def add(self, known: dict[str, Array], hidden: dict[str, Tensor], is_packed: bool) -> None:
+        """Compare the states of some positions. Those of another size are infinitely far."""
+        for name in hidden.keys() - {"hidden"}:
+            now_CD = (_packed(hidden[name]) if is_packed else hidden[name]).cpu().double().numpy()
+            off_CD = known[name] - now_CD if known[name].shape == now_CD.shape else np.full_like(now_CD, np.inf)
+            squares = np.square([off_CD, now_CD]).sum(1)
+            self.squares[name] = self.squares.get(name, np.zeros_like(squares)) + squares
+
+    @property
+    def largest(self) -> float:
+        """Largest distance of a layer, 0 without layers: the root mean square of its channels' relative differences.
+
+        Each channel counts alike: a few of them are thousands of times as large as the others (SmolLM2-135M, layer 16).
+        """
+        return max((_relative(*squares) for squares in self.squares.values()), default=0.0)
+
+
+def _relative(off_D: Array, size_D: Array) -> float:
+    size_D = size_D.clip(min=max(_LEAST_CHANNEL * float(np.median(size_D)), np.finfo(float).tiny))
+    return float(np.sqrt((off_D / size_D).mean()))
 
 
 def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from logitgen.split.batch import Pass
 from logitgen.teacher import keep
 from logitgen.teacher import model as teacher_module
 from logitgen.teacher.capture import capture_batch, seal
-from logitgen.teacher.keep import _largest, full, hidden, top_k
+from logitgen.teacher.keep import _largest, full, hidden_states, top_k
 from logitgen.teacher.model import Teacher
 
 
@@ -184,7 +184,11 @@ def test_the_target_is_nan_wherever_the_logsumexp_is_not_finite() -> None:
 def of_kinds(logits_CV: torch.Tensor, target_C: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """What is kept of logits by every kind of capture but `sample`, which is in test_draw."""
     states_CD = torch.zeros((len(logits_CV), 1))
-    return [top_k(logits_CV, target_C, 4), full(logits_CV, target_C), hidden(logits_CV, target_C, states_CD)]
+    return [
+        top_k(logits_CV, target_C, 4),
+        full(logits_CV, target_C),
+        hidden_states(logits_CV, target_C, {"hidden": states_CD}, "plain"),
+    ]
 
 
 def test_a_position_of_which_every_token_is_masked_is_not_finite() -> None:

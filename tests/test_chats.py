@@ -18,10 +18,11 @@ from families import assert_row_is_right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitgen import LogitsFile
-from logitgen.config import Config, JsonObject
+from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.encoded import remarks
 from logitgen.split.tokens import tokenize
+from logitgen.values import JsonObject
 
 Row = dict[str, Any]
 trl = importlib.util.find_spec("trl")

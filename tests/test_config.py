@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "capture": "topk",
     "top_k": 64,
     "encoding": "plain",
+    "layers": None,
     "max_bytes": None,
     "batch_tokens": 8192,
     "share_prefixes": True,
@@ -90,8 +91,8 @@ OTHERS: dict[str, Any] = {
     "log_dir": "my logs",
     "seed": 7,
 }
-"""Another value than the default for all but `messages_column`, `packing`, `device_map` and `max_bytes`, which others
-exclude."""
+"""Another value than the default for all but `messages_column`, `packing`, `device_map`, `layers` and `max_bytes`,
+which others exclude."""
 
 
 def options_file(folder: Path, content: str, name: str = "options.yaml") -> str:
@@ -110,8 +111,8 @@ def test_the_options_are_exactly_these(capsys: pytest.CaptureFixture[str]) -> No
         "device_map", "tp_size", "fsdp_size", "dataset_config", "split", "text_column", "messages_column",
         "chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "append_eos",
         "max_length", "overflow", "packing", "completion_only", "limit", "capture", "top_k", "encoding",
-        "max_bytes", "batch_tokens", "share_prefixes", "overwrite", "dry_run", "trust_remote_code", "rank_timeout",
-        "log_dir", "seed", "config",
+        "layers", "max_bytes", "batch_tokens", "share_prefixes", "overwrite", "dry_run", "trust_remote_code",
+        "rank_timeout", "log_dir", "seed", "config",
     ]  # fmt: skip
 
 
@@ -575,11 +576,53 @@ def test_only_top_k_capture_keeps_a_choice_of_tokens() -> None:
 @pytest.mark.parametrize("encoding", ["packed", "packed16"])
 def test_what_has_no_kept_ids_cannot_be_packed(encoding: str) -> None:
     assert parse_config([*REQUIRED, f"--encoding={encoding}"]).encoding == encoding
-    message = (
-        rf"^--encoding {encoding} is for --capture topk and sample, got --capture full\. Leave one of the two out\.$"
-    )
+    kinds = {"packed": "topk, sample and hidden", "packed16": "topk and sample"}[encoding]
+    message = rf"^--encoding {encoding} is for --capture {kinds}, got --capture full\. Leave one of the two out\.$"
     with pytest.raises(UsageError, match=message):
         parse_config([*REQUIRED, f"--encoding={encoding}", "--capture=full"])
+
+
+def test_hidden_states_are_packed_with_8_bits_alone() -> None:
+    assert parse_config([*REQUIRED, "--encoding=packed", "--capture=hidden"]).encoding == "packed"
+    message = (
+        r"^--encoding packed16 is for --capture topk and sample, got --capture hidden\. Hidden states have no "
+        r"log-probs to keep 16 bits of: leave it out, or choose --encoding packed\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, "--encoding=packed16", "--capture=hidden"])
+
+
+HIDDEN = [*REQUIRED, "--capture=hidden"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "numbers"),
+    [("2,16,30", "2,16,30", (2, 16, 30)), (" 30 , 2", "2,30", (2, 30)), ("0", "0", (0,)), ("07", "7", (7,))],
+)
+def test_layers_are_numbers_in_ascending_order(text: str, expected: str, numbers: tuple[int, ...]) -> None:
+    config = parse_config([*HIDDEN, f"--layers={text}"])
+    assert config.layers == expected
+    assert config.layer_numbers == numbers
+    assert parse_config(HIDDEN).layer_numbers == ()
+
+
+@pytest.mark.parametrize("text", ["", "two", "1,", ",1", "-1", "1.5", "1 2", "²", "1;2", "1234567"])
+def test_layers_that_are_no_numbers_are_refused(text: str) -> None:
+    message = rf"^Argument --layers: expected numbers of layers from 0 on, such as 2,16,30, got '{re.escape(text)}'\."
+    with pytest.raises(UsageError, match=message):
+        parse_config([*HIDDEN, f"--layers={text}"])
+
+
+def test_layers_that_are_named_twice_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^Argument --layers: expected every layer once, got '3,2,03'\."):
+        parse_config([*HIDDEN, "--layers=3,2,03"])
+
+
+@pytest.mark.parametrize("capture", ["topk", "sample", "full"])
+def test_layers_are_for_hidden_states_alone(capture: str) -> None:
+    message = rf"^--layers keeps more hidden states with --capture hidden, got --capture {capture}\. Leave one of the"
+    with pytest.raises(UsageError, match=message):
+        parse_config([*REQUIRED, f"--capture={capture}", "--layers=2"])
 
 
 HOW_TO_RUN = (
@@ -597,7 +640,7 @@ HOW_TO_RUN = (
 def test_the_settings_leave_out_how_to_run_and_where_to_leave_things() -> None:
     expected = {name: value for name, value in OTHERS.items() if name not in HOW_TO_RUN}
     assert "device_map" not in parse_config([*REQUIRED, "--device_map=auto"]).settings
-    assert Config(**OTHERS).settings == expected | {"packing": False, "messages_column": None}
+    assert Config(**OTHERS).settings == expected | {"packing": False, "messages_column": None, "layers": None}
 
 
 def test_settings_are_equal_text_if_and_only_if_they_are_equal() -> None:

@@ -181,7 +181,12 @@ def test_the_module_table_is_the_package() -> None:
 @pytest.fixture
 def files(capture: Callable[..., Path], teacher: Path, ragged: Path, tmp_path: Path) -> list[LogitsFile]:
     """One file of every kind."""
-    kinds = [{}, {"capture": "sample", "encoding": "packed"}, {"capture": "hidden"}, {"capture": "full"}]
+    kinds = [
+        {},
+        {"capture": "sample", "encoding": "packed"},
+        {"capture": "hidden", "encoding": "packed", "layers": "1"},
+        {"capture": "full"},
+    ]
     options: dict[str, Any] = {"teacher": teacher, "dataset": ragged, "limit": 5}
     return [
         LogitsFile(capture(**options, **kind, output=tmp_path / f"{number}.h5")) for number, kind in enumerate(kinds)
@@ -378,6 +383,8 @@ def test_the_python_that_reads_runs(
     """What trains is run in test_training, and what merges in test_adapter."""
     monkeypatch.chdir(tmp_path)
     capture(teacher=teacher, dataset=ragged, output=tmp_path / "teacher.h5")
+    capture(teacher=teacher, dataset=ragged, output=tmp_path / "hidden.h5", capture="hidden", encoding="packed")
+    capture(teacher=teacher, dataset=ragged, output=tmp_path / "layers.h5", capture="hidden", layers="0,1")
     for name in ("part_0", "part_1", "part_2", "part_3", "chat", "code"):
         shutil.copy("teacher.h5", f"{name}.h5")
     reading = [(page, code) for page, code in PYTHON if "student" not in code and "peft" not in code]

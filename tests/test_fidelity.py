@@ -185,6 +185,8 @@ def test_the_report_has_every_method_and_knows_which_is_exact(teacher: Path, rag
         assert lines[f"sample 32, {encoding}"]["bias of p"] < lines[f"sample 32, {encoding}"]["RMSE of p"]
     assert lines["sample 32, plain"]["total B"] == lines["topk 32, plain"]["total B"]
     assert lines["hidden, float16"]["record B"] == 2 * 32
+    assert lines["hidden, packed"]["record B"] == 32 + 2
+    assert lines["hidden, float32"]["RMSE of p"] < lines["hidden, packed"]["RMSE of p"] < 0.01
     assert lines["RS-KD, 50 draws"]["total B"] < 3 * 50
     assert all(name in done.stdout for name in lines)
     assert (tmp_path / "fidelity.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """Hidden states and the head in the file give back the model's own logits, for every family; others are refused."""
 
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from families import FAMILIES, ROWS, USUAL, VOCAB, DoublingLlama, make
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from logitgen import FormatError, LogitsDataset, LogitsFile, UsageError, collate
+from logitgen import DistillationLoss, FormatError, LogitsDataset, LogitsFile, UsageError, collate
 from logitgen import head as head_module
 from logitgen.file.header import create
-from logitgen.file.layout import HeadForm, Layout
+from logitgen.file.layout import Layout
+from logitgen.file.states import HeadForm
 from logitgen.head import Head, restored, stored
 from logitgen.teacher.model import Teacher
 
@@ -218,6 +220,8 @@ def test_opening_a_file_does_not_read_its_head(tmp_path: Path) -> None:
         ({"head_soft_cap": float("inf")}, "head_soft_cap finite and at least 0"),
         ({"head_crc32": "text"}, "attribute head_crc32 is missing or not int"),
         ({"teacher_dtype": "float64"}, "teacher_dtype must be one of float32, float16, bfloat16"),
+        ({"encoding": "packed16"}, "encoding must be one of plain, packed"),
+        ({"encoding": "packed"}, "target_logprob is float32"),
     ],
 )
 def test_what_a_file_says_of_its_head_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -229,6 +233,68 @@ def test_what_a_file_says_of_its_head_is_checked(tmp_path: Path, changes: dict[s
     create(tmp_path / "out.h5", layout, plain_attributes(**{**about, "head_crc32": 0, **changes}))
     with pytest.raises(FormatError, match=message):
         LogitsFile(tmp_path / "out.h5", partial=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_packed_states_are_the_plain_ones_within_half_a_step(
+    dtype: str, capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    options = {"teacher": teacher, "dataset": ragged, "capture": "hidden", "dtype": dtype}
+    plain = LogitsFile(capture(**options))
+    packed = LogitsFile(capture(**options, encoding="packed", output=tmp_path / "packed.h5"))
+    for name in ("head_weight", "positions"):
+        assert packed.arrays[name].tobytes() == plain.arrays[name].tobytes()
+    assert packed.arrays["target_logprob"].tobytes() == plain.arrays["target_logprob"].astype("<f2").tobytes()
+    assert packed.layout.bytes_per_position == 2 + 32 + 2
+    errors = []
+    for row in range(len(plain)):
+        exact_PD, found_PD = plain.row(row)["hidden"].astype(np.float64), packed.row(row)["hidden"]
+        assert found_PD.dtype == np.float32
+        largest_P1 = np.abs(exact_PD).max(1, keepdims=True, initial=0)  # D = 32 is a single group
+        errors.append(np.abs(found_PD - exact_PD) / largest_P1)
+        code_PD = np.sqrt(np.abs(found_PD) / largest_P1) * 127
+        assert (errors[-1] <= (code_PD + 0.5) / 127**2 * 1.01).all()
+    assert np.concatenate(errors).mean() > 5e-4  # it is rounded indeed
+
+
+def test_h5py_alone_reads_packed_states(capture: Capture, teacher: Path, ragged: Path) -> None:
+    path = capture(teacher=teacher, dataset=ragged, capture="hidden", encoding="packed", limit=9)
+    with h5py.File(path) as file:
+        codes, bits = file["hidden"][...], file["hidden_scale"][...]
+    expected = [
+        [struct.unpack(">f", struct.pack(">I", int(bits[at, 0]) << 16))[0] * code * abs(code) / 127**2 for code in line]
+        for at, line in enumerate(codes.tolist())
+    ]
+    rows = LogitsDataset(path)
+    np.testing.assert_allclose(torch.cat([row["hidden"] for row in rows]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_students_loss_from_packed_states_is_that_from_plain_ones(
+    divergence: Any, capture: Capture, teacher: Path, ragged: Path, tmp_path: Path
+) -> None:
+    """As near as the distributions are: by their distance, times the largest slope of a divergence there."""
+    options = {"teacher": teacher, "dataset": ragged, "capture": "hidden", "limit": 12}
+    paths = [capture(**options), capture(**options, encoding="packed", output=tmp_path / "packed.h5")]
+    student = make_llama(num_hidden_layers=1)
+    values, logprobs = [], []
+    for path in paths:
+        dataset = LogitsDataset(path)
+        batch = collate(list(dataset))
+        with torch.no_grad():
+            logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        values.append(DistillationLoss(dataset, divergence=divergence)(logits, batch).item())
+        assert dataset.head
+        logprobs.append(dataset.head(batch["hidden"][batch["captured"]]).double().log_softmax(-1))
+    exact_PV, packed_PV = logprobs
+    kl = (exact_PV.exp() * (exact_PV - packed_PV)).sum(-1).mean().item()
+    assert 1e-8 < kl < 1e-2
+    student_PV = logits[batch["captured"]].double().log_softmax(-1)
+    distance_P = (exact_PV.exp() - packed_PV.exp()).abs().sum(-1)
+    slope_P = 1 + (exact_PV - student_PV).abs().amax(-1) + (packed_PV - student_PV).abs().amax(-1)
+    change_P = (exact_PV - packed_PV).abs().amax(-1)  # reverse: the student's weights of changed log-probs
+    assert values[0] != values[1]
+    assert abs(values[0] - values[1]) <= (distance_P * slope_P + change_P).mean().item()
 
 
 def test_gradients_reach_what_is_compared_with_the_logits() -> None:

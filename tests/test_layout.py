@@ -9,11 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen.errors import UsageError
-from logitgen.file.layout import WITH_KEPT_IDS, CaptureKind, Encoding, Layout, id_dtype, nbytes, row_crc32
+from logitgen.file.layout import (
+    ENCODINGS,
+    WITH_KEPT_IDS,
+    CaptureKind,
+    Encoding,
+    Layout,
+    id_dtype,
+    nbytes,
+    row_crc32,
+)
+from logitgen.file.states import HeadForm
 
 encodings = st.sampled_from(["plain", "packed", "packed16"])
-captures = st.sampled_from(["topk", "sample", "full"])
+captures = st.sampled_from(["topk", "sample", "hidden", "full"])
 vocab_sizes = st.one_of(st.integers(1, 300), st.sampled_from([65_535, 65_536, 65_537, 131_073]))
+
+
+FORM = HeadForm(hidden_size=33, dtype=np.dtype("<u2"), has_bias=True, layers=((3, 7),))
 
 
 def make_layout(
@@ -31,7 +44,8 @@ def make_layout(
         num_positions=num_positions,
         vocab_size=vocab_size,
         top_k=top_k if capture in WITH_KEPT_IDS else 0,
-        encoding=encoding if capture in WITH_KEPT_IDS else "plain",
+        encoding=encoding if encoding in ENCODINGS[capture] else "plain",
+        head=FORM if capture == "hidden" else None,
     )
 
 
@@ -89,6 +103,38 @@ def test_the_datasets_of_a_full_file_are_exactly_these() -> None:
         ("logits", ((30, 1000), np.dtype("<f2"))),
     ]
     assert layout.data_bytes == 4 * (1 + 4 + 8) + 2 * 5 * 8 + 50 * 2 + 30 * (4 + 4 + 4 + 1000 * 2)
+
+
+def test_the_datasets_of_a_file_of_hidden_states_are_exactly_these() -> None:
+    form = HeadForm(hidden_size=70, dtype=np.dtype("<u2"), has_bias=True)
+    sizes = {"num_rows": 4, "num_tokens": 50, "num_positions": 30, "vocab_size": 1000, "top_k": 0}
+    plain = Layout(capture="hidden", head=form, **sizes)
+    known = list(replace(plain, capture="full").datasets.items())[:7]
+    head = [("head_weight", ((1000, 70), np.dtype("<u2"))), ("head_bias", ((1000,), np.dtype("<u2")))]
+    scalars = [("logsumexp", ((30,), np.dtype("<f4"))), ("target_logprob", ((30,), np.dtype("<f4")))]
+    assert list(plain.datasets.items()) == [*known, *head, *scalars, ("hidden", ((30, 70), np.dtype("<u2")))]
+    packed = [("hidden_scale", ((30, 3), np.dtype("<u2"))), ("hidden", ((30, 70), np.dtype("i1")))]
+    layout = replace(plain, encoding="packed")
+    assert list(layout.datasets.items()) == [*known, *head, ("target_logprob", ((30,), np.dtype("<f2"))), *packed]
+    assert layout.bytes_per_position == 2 + 70 + 3 * 2
+    assert layout.packing is None
+    assert layout.kept == "hidden states, packed"
+
+
+def test_states_of_other_layers_follow_the_last_ones_whatever_their_size() -> None:
+    form = HeadForm(hidden_size=16, dtype=np.dtype("<f2"), has_bias=False, layers=((0, 70), (12, 32)))
+    sizes = {"num_rows": 4, "num_tokens": 50, "num_positions": 30, "vocab_size": 1000, "top_k": 0}
+    plain = Layout(capture="hidden", head=form, **sizes)
+    states = {"hidden": ((16,), np.dtype("<f2")), "hidden_0": ((70,), np.dtype("<f2"))}
+    states |= {"hidden_12": ((32,), np.dtype("<f2"))}
+    assert list(plain.captured.items())[2:] == list(states.items())
+    assert plain.bytes_per_position == 8 + 2 * (16 + 70 + 32)
+    assert plain.kept == "hidden states (layers 0, 12, last)"
+    packed = replace(plain, encoding="packed")
+    scales = {f"{name}_scale": ((groups,), np.dtype("<u2")) for name, groups in zip(states, (1, 3, 1), strict=True)}
+    codes = {name: (shape, np.dtype("i1")) for name, (shape, _) in states.items()}
+    assert list(packed.captured.items())[1:] == [*scales.items(), *codes.items()]
+    assert packed.bytes_per_position == 2 + 2 * 5 + 16 + 70 + 32
 
 
 def test_a_position_takes_two_scalars_and_what_is_kept_of_it() -> None:

@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"top_k": 11},
     "packed draws": {"capture": "sample", "encoding": "packed", "top_k": 12},
-    "hidden": {"capture": "hidden"},
+    "hidden": {"capture": "hidden", "layers": "0,1"},
     "full": {"capture": "full"},
 }
 TP_FAMILIES = [
@@ -155,7 +155,8 @@ def test_a_shared_teacher_says_what_a_direct_forward_pass_says(
     assert about == about_one  # the teacher's fingerprint among them
     shared, alone = LogitsFile(path).arrays, LogitsFile(one).arrays
     if kind == "hidden":
-        np.testing.assert_allclose(shared["hidden"], alone["hidden"], atol=BOUND)
+        for name in ("hidden", "hidden_0", "hidden_1"):
+            np.testing.assert_allclose(shared[name], alone[name], atol=BOUND)
         assert (shared["head_weight"] == alone["head_weight"]).all()
     if kind == "packed draws":
         rows = [(LogitsFile(path).row(row), LogitsFile(one).row(row)) for row in range(len(ROWS))]

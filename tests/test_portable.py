@@ -22,7 +22,7 @@ from conftest import ROOT, launch_command, make_llama
 from torch.overrides import TorchFunctionMode
 
 from logitgen import CaptureError, LogitsFile, generate
-from logitgen.file.layout import HeadForm
+from logitgen.file.states import HeadForm
 from logitgen.leader.lock import sync_folder
 from logitgen.ranks import deliver, ending, environment
 from logitgen.ranks.agree import Ranks
@@ -219,6 +219,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "sample": {"capture": "sample"},
     "sample, packed": {"capture": "sample", "encoding": "packed"},
     "hidden": {"capture": "hidden", "top_k": 0, "head": HEAD},
+    "hidden, packed": {"capture": "hidden", "top_k": 0, "head": HEAD, "encoding": "packed"},
     "full": {"capture": "full", "top_k": 0},
 }
 

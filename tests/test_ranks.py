@@ -51,6 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, teacher: Path, ragged: Path)
         pytest.param(3, {"limit": 4}, id="few", marks=pytest.mark.slow),
         pytest.param(2, {"capture": "sample", "encoding": "packed", "top_k": 12}, id="draws", marks=pytest.mark.slow),
         pytest.param(2, {"capture": "hidden"}, id="hidden", marks=pytest.mark.slow),
+        pytest.param(2, {"capture": "hidden", "encoding": "packed", "layers": "0,1"}, id="layers"),
         pytest.param(2, {"capture": "full", "limit": 11}, id="full", marks=pytest.mark.slow),
     ],
 )

@@ -132,6 +132,7 @@ def test_a_masked_token_is_no_value_that_would_make_the_mean_smaller() -> None:
         {"top_k": 16, "encoding": "packed16"},
         {"capture": "sample", "top_k": 16, "encoding": "packed"},
         {"capture": "hidden"},
+        {"capture": "hidden", "encoding": "packed"},
         {"capture": "full"},
     ],
     ids=lambda kept: " ".join(map(str, kept.values())),
@@ -158,18 +159,36 @@ def test_a_captured_file_agrees_with_its_own_teacher(
     assert "verified: every row is present once" in out
 
 
+def test_a_teacher_is_compared_by_the_packed_states_it_would_give(capture: Capture, teacher: Path, data: Path) -> None:
+    """Packing itself is no difference, however far it moves the log-probs. A changed code is one."""
+    file = LogitsFile(capture(teacher=teacher, dataset=data, capture="hidden", encoding="packed"))
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    own = Teacher(model, 384)
+    compared = rerun(file, own, np.array([0, 4]))
+    assert compared.largest < 1e-3
+    row, head = file.row(0), model.lm_head
+    with torch.no_grad():
+        exact_PV = model(torch.tensor([ROWS[0]])).logits[0, :-1].log_softmax(-1)
+        moved_PV = head(torch.tensor(row["hidden"])).log_softmax(-1) - exact_PV
+    assert moved_PV.abs().max() > 5e-3
+    file.arrays["hidden"] = file.arrays["hidden"].copy()
+    file.arrays["hidden"][:, :4] = -file.arrays["hidden"][:, :4]
+    assert rerun(file, own, np.array([0, 4])).problems == ["the teacher's log-probs differ from the stored ones"]
+
+
 def test_a_teacher_saved_in_float64_can_be_run_again(capture: Capture, tmp_path: Path, data: Path) -> None:
     folder = save_teacher(tmp_path / "teacher", make_llama().double(), None)
     path = capture(teacher=folder, dataset=data, top_k=4)
     assert main(["verify", str(path), "--teacher"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["topk", "sample", "hidden"])
+@pytest.mark.parametrize("kind", ["topk", "sample", "hidden", "hidden, packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_slightly_changed_teacher_is_too_far_for_any_precision(
     dtype: str, kind: str, capture: Capture, teacher: Path, data: Path, tmp_path: Path, tokenizer: Any, capsys: Any
 ) -> None:
-    path = capture(teacher=teacher, dataset=data, dtype=dtype, top_k=16, capture=kind)
+    encoding = {"encoding": "packed"} if "packed" in kind else {}
+    path = capture(teacher=teacher, dataset=data, dtype=dtype, top_k=16, capture=kind.split(",")[0], **encoding)
     other = save_teacher(tmp_path / "other", changed_llama(0.2), tokenizer)
     capsys.readouterr()
     assert main(["verify", str(path), "--teacher", str(other)]) == 1

@@ -10,9 +10,10 @@ import pytest
 from conftest import CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_GENERATION, make_tokenizer
 from test_chats import rendered, warnings_of
 
-from logitgen.config import Config, JsonObject
+from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.tokens import tokenize
+from logitgen.values import JsonObject
 
 Row = dict[str, Any]
 WITH_TOOLS = (

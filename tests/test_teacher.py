@@ -363,9 +363,9 @@ def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) 
         return logits_CV
 
     monkeypatch.setattr(teacher, "run_head", watched)
-    for _, logits_CV, hidden_CD in wrapped.logits([Pass(np.arange(20)[None])], np.arange(20)):
+    for _, logits_CV, hidden in wrapped.logits([Pass(np.arange(20)[None])], np.arange(20)):
         assert not logits_CV.requires_grad
-        del logits_CV, hidden_CD
+        del logits_CV, hidden
     assert len(seen) == 5
 
 

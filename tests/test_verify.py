@@ -36,6 +36,7 @@ SEALED = (
     "kept",
     "kept_ids",
     "kept_logprobs",
+    "hidden_scale",
     "hidden",
     "logits",
 )
@@ -129,6 +130,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
         {"capture": "full"},
         {"capture": "hidden"},
         {"capture": "hidden", "dtype": "bfloat16"},
+        {"capture": "hidden", "encoding": "packed"},
+        {"capture": "hidden", "dtype": "bfloat16", "encoding": "packed"},
         {"encoding": "packed", "top_k": 1},
         {"capture": "sample", "top_k": 12},
         {"capture": "sample", "top_k": 12, "encoding": "packed"},
@@ -461,6 +464,16 @@ def test_a_changed_weight_of_the_head_is_found(hidden: Path) -> None:
 def test_a_hidden_state_that_is_not_finite_is_found(hidden: Path) -> None:
     edit(hidden, put("hidden", (POSITION, 2), np.nan))
     assert found(hidden) == [f"row {EDITED} has hidden states that are not finite"]
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0], ids=["infinity", "minus infinity", "NaN"])
+def test_a_scale_of_packed_hidden_states_that_is_not_finite_is_found(
+    bits: int, capture: Capture, teacher: Path, data: Path
+) -> None:
+    path = capture(teacher=teacher, dataset=data, capture="hidden", encoding="packed")
+    assert found(path) == []
+    edit(path, put("hidden_scale", (POSITION, 0), bits))
+    assert found(path) == [f"row {EDITED} has hidden states that are not finite"]
 
 
 def test_every_damaged_row_is_listed(topk: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from logitgen.errors import FormatError
 from logitgen.file.layout import (
     ATTRIBUTES,
+    ENCODINGS,
     FORMAT_NAME,
     FORMAT_VERSION,
     HEAD_ATTRIBUTES,
@@ -35,12 +36,11 @@ from logitgen.file.layout import (
     TEACHER_DTYPES,
     WITH_KEPT_IDS,
     CaptureKind,
-    Encoding,
     Field,
-    HeadForm,
     Layout,
     nbytes,
 )
+from logitgen.file.states import HeadForm, layers_among, name_of
 
 Attributes = dict[str, str | int | float]
 Places = Mapping[str, int]  # the byte at which each dataset starts
@@ -237,9 +237,8 @@ def _check_capture(plain: dict[str, Any], path: Path) -> None:
     least, most = (1, vocab_size) if capture in WITH_KEPT_IDS else (0, 0)
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k contradict one another.")
-    encodings = get_args(Encoding) if capture in WITH_KEPT_IDS else ("plain",)
     dtypes = STORED_DTYPES if capture == "hidden" else TEACHER_DTYPES
-    for name, allowed in (("encoding", encodings), ("teacher_dtype", dtypes)):
+    for name, allowed in (("encoding", ENCODINGS[capture]), ("teacher_dtype", dtypes)):
         if plain[name] not in allowed:
             raise FormatError(f"{path} is damaged: {name} must be one of {', '.join(allowed)}.")
     if not (math.isfinite(plain.get("head_scale", 1)) and 0 <= plain.get("head_soft_cap", 0) < math.inf):
@@ -257,14 +256,7 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
     if "threshold" in file or ("kept" in file and "logsumexp" in file):
         raise FormatError(f"{path} was written by an older logitgen, with other scalars. Capture it again.")
-    sizes = {}
-    for name in ("done", "input_ids", "positions"):
-        dataset = _dataset(file, name, path)
-        if dataset.ndim != 1 or not dataset.size:
-            raise FormatError(
-                f"{path} is damaged: {name} is {dataset.dtype}{list(dataset.shape)}, expected one axis, not empty."
-            )
-        sizes[name] = dataset.shape[0]
+    sizes = {name: _last_size(file, name, 1, path) for name in ("done", "input_ids", "positions")}
     return Layout(
         capture=attributes["capture"],
         num_rows=sizes["done"],
@@ -279,13 +271,21 @@ def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
 
 
 def _head_form(file: h5py.File, attributes: dict[str, Any], path: Path) -> HeadForm:
-    weight = _dataset(file, "head_weight", path)
-    if weight.ndim != 2 or not weight.size:
-        raise FormatError(
-            f"{path} is damaged: head_weight is {weight.dtype}{list(weight.shape)}, expected two axes, not empty."
-        )
-    dtype = STORED_DTYPES[attributes["teacher_dtype"]]
-    return HeadForm(hidden_size=weight.shape[1], dtype=dtype, has_bias="head_bias" in file)
+    return HeadForm(
+        hidden_size=_last_size(file, "head_weight", 2, path),
+        dtype=STORED_DTYPES[attributes["teacher_dtype"]],
+        has_bias="head_bias" in file,
+        layers=tuple((layer, _last_size(file, name_of(layer), 2, path)) for layer in layers_among(file)),
+    )
+
+
+def _last_size(file: h5py.File, name: str, num_axes: int, path: Path) -> int:
+    """Return the size of a dataset's last axis, after a check of the number of axes."""
+    dataset = _dataset(file, name, path)
+    if dataset.ndim != num_axes or not dataset.size:
+        found, axes = f"{dataset.dtype}{list(dataset.shape)}", ("one axis", "two axes")[num_axes - 1]
+        raise FormatError(f"{path} is damaged: {name} is {found}, expected {axes}, not empty.")
+    return int(dataset.shape[-1])
 
 
 def _place(file: h5py.File, name: str, field: Field, path: Path) -> int:

@@ -3,7 +3,7 @@
 Writer and reader share this module and `header`, so both use the same format.
 
 Shape letters: N rows of the file, T tokens, P captured positions, K kept per position, R bytes of a packed record, V
-vocabulary (rows of the output head), D hidden size.
+vocabulary (rows of the output head), D hidden size, G groups of its values.
 
 Datasets (all contiguous, little-endian):
 
@@ -13,7 +13,8 @@ Datasets (all contiguous, little-endian):
                     packed: no logsumexp, and target_logprob float16[P]
       topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
-                    dtype: float32, float16, or uint16 with the bits of bfloat16
+                    dtype: float32, float16, or uint16 with the bits of bfloat16; packed: hidden int8[P, D] and
+                    hidden_scale uint16[P, G], see `states`; hidden_2, ... alike, states of other layers
       full          logits float16[P, V]
 """
 
@@ -21,13 +22,14 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from logitgen.errors import UsageError
 from logitgen.file.packing import Packing
+from logitgen.file.states import HeadForm
 
 FORMAT_NAME = "logitgen"
 FORMAT_VERSION = 1
@@ -37,8 +39,11 @@ STATUS_BYTES = 2**16
 
 CaptureKind = Literal["topk", "sample", "hidden", "full"]
 Encoding = Literal["plain", "packed", "packed16"]
-WITH_KEPT_IDS = ("topk", "sample")
-"""Capture kinds that keep some ids and their log-probs, in any of the encodings."""
+WITH_KEPT_IDS: tuple[CaptureKind, ...] = ("topk", "sample")
+"""Capture kinds that keep some ids and their log-probs."""
+ENCODINGS: dict[CaptureKind, tuple[Encoding, ...]] = dict.fromkeys(WITH_KEPT_IDS, get_args(Encoding))
+ENCODINGS |= {"hidden": ("plain", "packed"), "full": ("plain",)}
+"""Encodings of the kept values, by the kind of capture."""
 
 ATTRIBUTES: dict[str, type] = {
     "format": str,
@@ -105,21 +110,6 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadForm:
-    """Sizes of an output head that is in the file.
-
-    Attributes:
-        hidden_size: D.
-        dtype: Storage dtype of the head and the hidden states.
-        has_bias: True if there is a bias.
-    """
-
-    hidden_size: int
-    dtype: np.dtype
-    has_bias: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The sizes that fix every dataset of a file.
 
@@ -130,7 +120,7 @@ class Layout:
         num_positions: P, over all rows.
         vocab_size: V, the rows of the teacher's output head; padded rows count.
         top_k: K for `topk` and `sample`, 0 otherwise.
-        encoding: Encoding of kept ids and log-probs.
+        encoding: Encoding of the kept values.
         tokenizer_size: Ids of the tokenizer; no others can be drawn. 0 if unknown.
         head: The output head, for `hidden`, or None for the others, and until the teacher is loaded.
     """
@@ -166,7 +156,7 @@ class Layout:
     @property
     def packing(self) -> Packing | None:
         """Packing of kept ids and log-probs, or None where they are not packed."""
-        if self.encoding == "plain":
+        if self.encoding == "plain" or self.capture not in WITH_KEPT_IDS:
             return None
         value_bits = 8 if self.encoding == "packed" else 16
         has_tail = self.encoding == "packed" and self.capture == "topk"
@@ -189,13 +179,18 @@ class Layout:
         if self.capture == "full":
             return {"logits": ((self.vocab_size,), np.dtype("<f2"))}
         if self.capture == "hidden":
-            return {"hidden": ((self.head.hidden_size,), self.head.dtype)} if self.head else {}
+            return self.head.fields(packed=self.encoding == "packed") if self.head else {}
         if self.packing:
             return {"kept": ((self.packing.record_bytes,), np.dtype("u1"))}
         return {
             "kept_ids": ((self.top_k,), id_dtype(self.vocab_size)),
             "kept_logprobs": ((self.top_k,), np.dtype("<f2")),
         }
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """Layers whose hidden states are kept beside the last."""
+        return tuple(layer for layer, _ in self.head.layers) if self.head else ()
 
     @property
     def of_head(self) -> dict[str, Field]:
@@ -227,7 +222,7 @@ class Layout:
         words = {
             "topk": f"top {self.top_k}",
             "sample": f"{self.top_k} drawn",
-            "hidden": "hidden states",
+            "hidden": self.head.words if self.head else "hidden states",
             "full": "all logits",
         }[self.capture]
         return words if self.encoding == "plain" else f"{words}, {self.encoding}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from logitgen.errors import FormatError
+from logitgen.file import states
 from logitgen.file.header import read
 from logitgen.file.layout import Array, id_dtype
 
@@ -62,8 +63,8 @@ class LogitsFile:
 
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `target_logprob` [P], `logsumexp` [P] if
-            the encoding is plain, and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D], or
-            `logits` [P, V]. Dtypes as in the file; packed log-probs of 8 bits are float32.
+            the encoding is plain, and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D] and those
+            of other layers, or `logits` [P, V]. Dtypes as in the file; packed values of 8 bits are float32.
 
         Raises:
             IndexError: There is no such row.
@@ -76,8 +77,11 @@ class LogitsFile:
             except ValueError as error:
                 raise FormatError(f"{self.path} is damaged: {error} in row {row}. Copy it again.") from error
             data |= {"kept_ids": ids_PK.astype(id_dtype(self.layout.vocab_size)), "kept_logprobs": logprobs_PK}
-        if "hidden" in data and self.attributes["teacher_dtype"] == "bfloat16":
-            data["hidden"] = (data["hidden"].astype("<u4") << 16).view("<f4")
+        for name in self.layout.head.widths if self.layout.head else ():
+            if self.layout.encoding == "packed":
+                data[name] = states.unpack(data[name], data.pop(f"{name}_scale"))
+            elif self.attributes["teacher_dtype"] == "bfloat16":
+                data[name] = states.from_bfloat16(data[name])
         return data
 
     def stored(self, row: int) -> dict[str, Array]:

@@ -70,7 +70,7 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
     if not (np.isfinite(target_logprob).all() and (target_logprob <= 0).all()):
         yield "has a target_logprob that is not finite or above 0"
     if layout.capture == "hidden":
-        if not np.isfinite(data["hidden"]).all():
+        if not all(np.isfinite(data[name]).all() for name in (layout.head.widths if layout.head else ())):
             yield "has hidden states that are not finite"
     elif layout.capture == "full":
         yield from _logits_problems(data, layout)

@@ -38,8 +38,9 @@ _EQUAL = (
     "teacher_dtype",
     "quantization",
     "tokenizer_fingerprint",
+    "layers",
 )
-"""Attributes that must be equal in files read as one dataset."""
+"""Attributes and settings that must be equal in files read as one dataset."""
 
 Row = dict[str, Tensor]
 
@@ -113,7 +114,8 @@ class LogitsDataset(Dataset[Row]):
             `input_ids` int64[T] and `positions` int64[P]. At these positions, predicting the token after,
             `target_logprob` float32[P], `logsumexp` float32[P] if the encoding is plain, and the captured values:
             `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats, descending), or `hidden` float32[P, D],
-            which `head` turns into logits, or `logits` float32[P, V].
+            which `head` turns into logits, with the states of other layers, `hidden_2` float32[P, D] and so on, or
+            `logits` float32[P, V].
 
         Raises:
             IndexError: There is no such row.
@@ -212,7 +214,7 @@ def head_of(file: LogitsFile) -> Head | None:
 
 def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
     for name in _EQUAL:
-        value, expected = file.attributes[name], first.attributes[name]
+        value, expected = (each.attributes.get(name, each.attributes["settings"].get(name)) for each in (file, first))
         if value == expected:
             continue
         if isinstance(value, dict):

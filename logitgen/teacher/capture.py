@@ -17,7 +17,7 @@ from logitgen.console import format_bytes
 from logitgen.errors import CaptureError
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout, row_crc32
 from logitgen.split.batch import Batch
-from logitgen.teacher.keep import full, hidden, sample, top_k
+from logitgen.teacher.keep import full, hidden_states, sample, top_k
 from logitgen.teacher.model import Teacher, on_device
 from logitgen.teacher.noise import position_keys
 from logitgen.teacher.shard import VocabShard
@@ -29,6 +29,7 @@ _GPU_PASS_KEPT = 2**19
 """Kept ids packed at a time. Each takes some 200 bytes of temporary memory."""
 
 _TORCH_DTYPES = {
+    np.dtype("i1"): torch.int8,
     np.dtype("u1"): torch.uint8,
     np.dtype("<u2"): torch.uint16,
     np.dtype("<u4"): torch.uint32,
@@ -112,8 +113,8 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
     if layout.packing:
         into["kept_ids"] = target_U.new_empty((len(batch.positions), layout.top_k))
         into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
-    for span, logits_CS, hidden_CD in teacher.logits(batch.passes, batch.slots[distinct.index]):
-        kept = _kept(logits_CS, hidden_CD, target_U[span], key_U[span], teacher.shard, layout)
+    for span, logits_CS, hidden in teacher.logits(batch.passes, batch.slots[distinct.index]):
+        kept = _kept(logits_CS, hidden, target_U[span], key_U[span], teacher.shard, layout)
         for name in kept.keys() & into:
             stored = _storable(kept[name], into[name].dtype)
             if distinct.copies is None:
@@ -121,7 +122,7 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
             else:
                 places, sources = (on_device(array, device) for array in distinct.of_span(span))
                 _indexable(into[name])[places] = _indexable(stored)[sources]
-        del logits_CS, hidden_CD, kept, stored  # otherwise they live until the next chunk is computed
+        del logits_CS, hidden, kept, stored  # otherwise they live until the next chunk is computed
     if layout.packing:
         # All chunks at once: packing takes a GPU little time, and the host many launches.
         step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
@@ -131,13 +132,13 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
 
 
 def _kept(
-    logits_CS: Tensor, hidden_CD: Tensor, target_C: Tensor, key_C: Tensor, shard: VocabShard, layout: Layout
+    logits_CS: Tensor, hidden: dict[str, Tensor], target_C: Tensor, key_C: Tensor, shard: VocabShard, layout: Layout
 ) -> dict[str, Tensor]:
     """Choose the values to keep of a chunk."""
     if layout.capture == "full":
         return full(logits_CS, target_C, shard)
     if layout.capture == "hidden":
-        return hidden(logits_CS, target_C, hidden_CD, shard)
+        return hidden_states(logits_CS, target_C, hidden, layout.encoding, shard)
     if layout.capture == "sample":
         return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_ids, shard)
     return top_k(logits_CS, target_C, layout.top_k, shard)

@@ -78,6 +78,7 @@ def describe_teacher(config: Config) -> TeacherInfo:
     context_length = getattr(text_config, "max_position_embeddings", None)
     vocab_size = getattr(text_config, "vocab_size", 0)
     _check(config, vocab_size, context_length)
+    _check_layers(config, getattr(text_config, "num_hidden_layers", None))
     return TeacherInfo(
         vocab_size=vocab_size,
         max_length=config.max_length or context_length,
@@ -156,6 +157,14 @@ def _quantization(teacher_config: PreTrainedConfig) -> str:
     if not found:
         return ""
     return json.dumps(found if isinstance(found, dict) else found.to_dict(), sort_keys=True, default=str)
+
+
+def _check_layers(config: Config, num_layers: object) -> None:
+    if isinstance(num_layers, int) and max(config.layer_numbers, default=-1) >= num_layers:
+        raise UsageError(
+            f"--layers must be below the teacher's number of layers {num_layers}, got {config.layer_numbers[-1]}. The "
+            "state after the last one is kept without being named, behind the final norm."
+        )
 
 
 def _check(config: Config, vocab_size: int, context_length: int | None) -> None:

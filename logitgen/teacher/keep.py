@@ -7,13 +7,15 @@ Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, K kep
 
 import functools
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from logitgen.errors import first_line
-from logitgen.file.layout import FLOAT16_MAX
+from logitgen.file import states
+from logitgen.file.layout import FLOAT16_MAX, Encoding
 from logitgen.head import stored
 from logitgen.teacher.draw import GROUP_SIZE, Line, draw, finite
 from logitgen.teacher.shard import WHOLE, VocabShard
@@ -84,9 +86,18 @@ def full(logits_CS: Tensor, target_C: Tensor, shard: VocabShard = WHOLE) -> dict
     }
 
 
-def hidden(logits_CS: Tensor, target_C: Tensor, hidden_CD: Tensor, shard: VocabShard = WHOLE) -> dict[str, Tensor]:
-    """Keep the last hidden state of each position, with the same scalars as `top_k`."""
-    return _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard) | {"hidden": stored(hidden_CD)}
+def hidden_states(
+    logits_CS: Tensor, target_C: Tensor, hidden: Mapping[str, Tensor], encoding: Encoding, shard: VocabShard = WHOLE
+) -> dict[str, Tensor]:
+    """Keep the hidden states of each position, [C, D] by name, with the same scalars as `top_k`."""
+    kept = _scalars(logits_CS, target_C, shard.logsumexp(_logsumexp(logits_CS)), shard)
+    for name, states_CD in hidden.items():
+        if encoding == "plain":
+            kept[name] = stored(states_CD)
+        else:
+            kept[name], scale_CG = states.pack(states_CD)
+            kept[f"{name}_scale"] = stored(scale_CG)
+    return kept
 
 
 def _scalars(logits_CS: Tensor, target_C: Tensor, logsumexp_C: Tensor, shard: VocabShard) -> dict[str, Tensor]:

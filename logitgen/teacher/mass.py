@@ -65,16 +65,16 @@ class MeasuredTeacher(Teacher):
         self._passes, self._wanted = batch.passes, np.sort(batch.slots[drawn])
         self._measured = self._found[number] = []
 
-    def logits(self, passes: Sequence[Pass], slots: Array) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def logits(self, passes: Sequence[Pass], slots: Array) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
         """Yield the logits as `Teacher.logits` does."""
         places = np.searchsorted(slots, self._wanted) if passes is self._passes else np.empty(0, np.int64)
-        for span, logits_CS, hidden_CD in super().logits(passes, slots):
+        for span, logits_CS, hidden in super().logits(passes, slots):
             here = places[(places >= span.start) & (places < span.stop)] - span.start
             start = self._now()
             for first in range(0, len(here), _AT_ONCE):
                 self._measure(logits_CS[on_device(here[first : first + _AT_ONCE], logits_CS.device)])
             self.seconds += self._now() - start
-            yield span, logits_CS, hidden_CD
+            yield span, logits_CS, hidden
 
     def _measure(self, logits_CS: Tensor) -> None:
         no_target_C = torch.zeros(len(logits_CS), dtype=torch.int64, device=logits_CS.device)

@@ -11,6 +11,7 @@ of a shard of it, D hidden size.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -24,7 +25,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from logitgen.config import Config
 from logitgen.errors import UsageError, cause_of, first_line
-from logitgen.file.layout import Array, HeadForm
+from logitgen.file.layout import Array
+from logitgen.file.states import HeadForm, name_of
 from logitgen.split.batch import Pass
 from logitgen.teacher.adapter import merged
 from logitgen.teacher.describe import loader, read_config
@@ -60,18 +62,22 @@ class Teacher:
         fingerprint: SHA-256 over all weights, see `identity.fingerprint`.
         computation: Description of its computation, see `identity.describe_computation`.
         head: Its output head, if it was asked for.
+        layers: Numbers of the other layers whose hidden states were asked for, each with its D.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, with_head: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocab_size: int, with_head: bool = False, layers: Sequence[int] = ()
+    ) -> None:
         """Wrap a model in evaluation mode, and probe the ways to run it.
 
         Args:
             model: A model that `load_model` returned.
             vocab_size: Number of logits it should have, V.
             with_head: True to keep its head for the file.
+            layers: Numbers of the layers whose hidden states are handed out beside the last.
 
         Raises:
-            UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
+            UsageError: It is no causal language model, has another number of logits, or lacks such a head or layer.
         """
         # cuDNN's attention plans every new shape of a batch for some 50 ms, and almost every batch has a new shape
         # (modelscope/FunASR #3704, pytorch/pytorch #191576). It is the likely reason for the 65 ms a batch that 8 small
@@ -82,16 +88,16 @@ class Teacher:
         self.is_shared = model._device_mesh is not None
         self.fingerprint = fingerprint(weights_of(model), describe_adapters(model))
         self.computation = describe_computation(model)
-        anatomy = probe(model, vocab_size, with_head)
+        anatomy = probe(model, vocab_size, with_head, layers)
         self.device, self.shard, self.head = anatomy.device, anatomy.shard, anatomy.head
-        self._decoder = anatomy.decoder
+        self._decoder, self.layers = anatomy.decoder, anatomy.layers
 
     @property
     def head_form(self) -> HeadForm | None:
-        """Sizes of the output head, if it was asked for."""
-        return self.head.form if self.head else None
+        """Sizes of the output head and hidden states, if they were asked for."""
+        return replace(self.head.form, layers=self.layers) if self.head else None
 
-    def logits(self, passes: Sequence[Pass], slots: Array) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def logits(self, passes: Sequence[Pass], slots: Array) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
         """Yield the logits at some places of a batch, a chunk of places at a time.
 
         The body runs once per pass. The head runs over chunks of the wanted hidden states, so no tensor of the size
@@ -103,8 +109,8 @@ class Teacher:
                 ascending.
 
         Yields:
-            The slice of the P places, their logits [C, S] and their last hidden states [C, D], in the dtype the
-            teacher computes in. The hidden states are empty where the teacher is run whole.
+            The slice of the P places, their logits [C, S] and their hidden states [C, D] by their names in the file,
+            in the dtype the teacher computes in. There are no hidden states where the teacher is run whole.
         """
         step = max(1, (CHUNK_LOGITS if self.device.type == "cpu" else GPU_CHUNK_LOGITS) // self.shard.size)
         spans = [slice(start, min(start + step, len(slots))) for start in range(0, len(slots), step)]
@@ -114,11 +120,12 @@ class Teacher:
             slot_P = on_device(slots, self.device)
             for span in spans:
                 logits_CS = logits_LTS.flatten(0, 1)[slot_P[span]]
-                yield span, logits_CS, logits_CS[:, :0]
+                yield span, logits_CS, {}
             return
-        output, hidden_PD = self._hidden(passes, slots)
+        output, hidden = self._hidden(passes, slots)
         for span in spans:
-            yield span, run_head(self._model, self._decoder, output, hidden_PD[span]), hidden_PD[span]
+            of_span = {name: states_PD[span] for name, states_PD in hidden.items()}
+            yield span, run_head(self._model, self._decoder, output, of_span["hidden"]), of_span
 
     @torch.no_grad()
     def share_prefixes(self) -> bool:
@@ -141,10 +148,9 @@ class Teacher:
         logger.warning("The tokens that several rows begin with are read again in every row: %s.", reason)
         return False
 
-    def _hidden(self, passes: Sequence[Pass], slots: Array) -> tuple[Any, Tensor]:
-        """Run the body over all passes. Return the last output, and the last hidden states [P, D] at some places."""
-        trunk: dict[str, Cache] = {}
-        before, found = 0, list[Tensor]()
+    def _hidden(self, passes: Sequence[Pass], slots: Array) -> tuple[Any, dict[str, Tensor]]:
+        """Run the body over all passes. Return the last output, and hidden states [P, D] at some places, by name."""
+        trunk, found, before = dict[str, Cache](), dict[str, list[Tensor]](), 0
         for each in passes:
             past = {}
             if each.parents is not None:
@@ -155,9 +161,15 @@ class Teacher:
                 trunk = cache_of(output)
             start, end = np.searchsorted(slots, (before, before + each.input_ids.size))
             slot_P = on_device(slots[start:end] - before, self.device)
-            found.append(output.last_hidden_state.to(self.device).flatten(0, 1)[slot_P])
+            for name, states_LTD in self._states(output).items():
+                found.setdefault(name, []).append(states_LTD.to(self.device).flatten(0, 1)[slot_P])
             before += each.input_ids.size
-        return output, found[0] if len(found) == 1 else torch.cat(found)
+        return output, {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+
+    def _states(self, output: Any) -> dict[str, Tensor]:
+        """Return the hidden states of a pass by name, [L, T, D]. Some families add up their layers in float32."""
+        more = {name_of(layer): output.hidden_states[layer].to(self.dtype) for layer, _ in self.layers}
+        return {"hidden": output.last_hidden_state} | more
 
     def keep_step(self) -> None:
         """Run once for nothing, because another rank that shares the teacher runs it once more."""
@@ -166,8 +178,10 @@ class Teacher:
     @torch.no_grad()
     def _body(self, input_ids_LT: Tensor, use_cache: bool = False, **past: Cache) -> Any:
         """Run all but the head; the head too where it cannot be run apart."""
+        kinds = {"output_hidden_states": [layer for layer, _ in self.layers]} if self.layers else {}
+        use_cache = use_cache or bool(past)
         with _rows_not_packed():
-            return (self._decoder or self._model)(input_ids=input_ids_LT, use_cache=use_cache or bool(past), **past)
+            return (self._decoder or self._model)(input_ids=input_ids_LT, use_cache=use_cache, **kinds, **past)
 
 
 def on_device(array: Array, device: torch.device) -> Tensor:

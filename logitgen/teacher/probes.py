@@ -5,6 +5,7 @@ shard of it, D hidden size.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,25 +35,29 @@ class Anatomy:
         shard: The ids whose logits this rank gets.
         decoder: The body, or None where it cannot be run without the head.
         head: The output head, if it is to be stored.
+        layers: Numbers of the layers whose hidden states are to be stored too, each with its D.
     """
 
     device: torch.device
     shard: VocabShard
     decoder: nn.Module | None
     head: Head | None
+    layers: tuple[tuple[int, int], ...]
 
 
-def probe(model: PreTrainedModel, vocab_size: int, with_head: bool) -> Anatomy:
+def probe(model: PreTrainedModel, vocab_size: int, with_head: bool, layers: Sequence[int] = ()) -> Anatomy:
     """Find the parts of a model that can be run apart, by running it on a few tokens.
 
     Raises:
-        UsageError: It is no causal language model, has another number of logits, or its head cannot be stored.
+        UsageError: It is no causal language model, has another number of logits, its head cannot be stored, or it has
+            no such hidden states.
     """
     device = _device_of_logits(model)
     shard = _find_shard(model, vocab_size, device)
     decoder = _separable_decoder(model, shard, device)
     head = _find_head(model, decoder, shard, device) if with_head else None
-    return Anatomy(device, shard, decoder, head)
+    widths = _layer_widths(model, decoder, layers, _some_ids(vocab_size, device)) if layers else {}
+    return Anatomy(device, shard, decoder, head, tuple(widths.items()))
 
 
 def _device_of_logits(model: PreTrainedModel) -> torch.device:
@@ -225,6 +230,36 @@ def _no_head(reason: str) -> UsageError:
         "--capture hidden needs a teacher whose logits are a product of its last hidden states and its output "
         f"embeddings, scaled or soft-capped at most; with this one {reason}. Use another --capture."
     )
+
+
+def _is_same(states: Tensor, expected: Tensor) -> bool:
+    return close(states, expected, relative=4 * torch.finfo(states.dtype).eps)
+
+
+@torch.no_grad()
+def _layer_widths(
+    model: PreTrainedModel, decoder: nn.Module | None, layers: Sequence[int], input_ids_BT: Tensor
+) -> dict[int, int]:
+    """Find D of the hidden states of some layers, and prove that the body alone gives the states of the whole model.
+
+    The body is asked for the wanted layers only. Families that know no such choice return those of all layers.
+
+    Raises:
+        UsageError: It does not give them.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
+    expected = model(**inputs, output_hidden_states=True).hidden_states or ()
+    found = (decoder(**inputs, output_hidden_states=list(layers)).hidden_states if decoder else None) or ()
+    widths = {}
+    for layer in layers:
+        states = found[layer] if layer < min(len(found), len(expected) - 1) else None
+        if states is None or states.shape[:-1] != input_ids_BT.shape or not _is_same(states, expected[layer]):
+            raise UsageError(
+                f"The teacher's body does not return the hidden states of layer {layer} in transformers' way, one per "
+                "token. Leave the layer out of --layers."
+            )
+        widths[layer] = states.shape[-1]
+    return widths
 
 
 def _whole(tensor: Tensor) -> Tensor:
