@@ -49,7 +49,7 @@ class SplitOrder(Plan):
         self._rows = np.flatnonzero(lengths)
         self._starts = np.append(np.arange(0, len(self._rows), _BATCH_ROWS), len(self._rows))
         longest = np.maximum.reduceat(lengths[self._rows], self._starts[:-1]).astype(np.int64)
-        self.padded_tokens = longest * np.diff(self._starts)
+        self.costs = self.padded_tokens = longest * np.diff(self._starts)
         self.num_tokens = self.num_read = int(lengths.sum(dtype=np.int64))
 
 

@@ -95,8 +95,9 @@ class LogitsFile:
         return {"input_ids": self.arrays["input_ids"][tokens]} | {name: self.arrays[name][positions] for name in names}
 
     def perplexity(self) -> float:
-        """Return the teacher's perplexity over all captured positions: exp of the mean of -`target_logprob`."""
+        """Return the teacher's perplexity over all captured positions: exp of the mean of -`target_logprob`, or inf."""
         target_logprob = self.arrays["target_logprob"]
         blocks = range(0, len(target_logprob), _BLOCK_POSITIONS)
         total = sum(float(target_logprob[start : start + _BLOCK_POSITIONS].sum(dtype=np.float64)) for start in blocks)
-        return float(np.exp(-total / len(target_logprob)))
+        with np.errstate(over="ignore"):  # of masked targets
+            return float(np.exp(-total / len(target_logprob)))
