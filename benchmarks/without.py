@@ -34,6 +34,7 @@ from logitgen.ranks.agree import Ranks
 from logitgen.ranks.deliver import Submit
 from logitgen.split import job
 from logitgen.split.plan import Plan
+from logitgen.split.tree import CPU_COST
 from logitgen.teacher.model import Teacher
 
 _BATCH_ROWS = 8
@@ -45,7 +46,7 @@ class SplitOrder(Plan):
 
     def __init__(self, lengths: Array, batch_tokens: int, *_: object) -> None:
         """Plan one forward pass over every row that needs one."""
-        self.batch_tokens, self._shared = batch_tokens, None
+        self.batch_tokens, self.pass_cost, self._shared = batch_tokens, CPU_COST, None
         self._rows = np.flatnonzero(lengths)
         self._starts = np.append(np.arange(0, len(self._rows), _BATCH_ROWS), len(self._rows))
         longest = np.maximum.reduceat(lengths[self._rows], self._starts[:-1]).astype(np.int64)
