@@ -17,7 +17,7 @@ from logitgen.file import states
 from logitgen.file.layout import FLOAT16_MAX, STORED_DTYPES, Encoding, Layout, id_dtype, nbytes
 from logitgen.file.states import HeadForm
 from logitgen.head import Head, dtype_name
-from logitgen.student.events import sample_weights
+from logitgen.student.events import certain_tokens, sample_weights
 from logitgen.teacher.keep import sample, top_k
 from logitgen.teacher.noise import position_keys
 
@@ -115,20 +115,25 @@ def layout_of(vocab_size: int, **kind: Any) -> Layout:
 def ours(hidden_size: int) -> Iterator[Method]:
     """Every kind of capture, in every encoding."""
 
-    def method(name: str, family: str, target: Callable[[Batch, int], Target], **kind: Any) -> Method:
+    def method(
+        name: str, family: str, target: Callable[[Batch, int], Target], is_random: bool = False, **kind: Any
+    ) -> Method:
         def total_bytes(_: float, vocab_size: int) -> int:
             return layout_of(vocab_size, **kind).bytes_per_position
 
         captured = layout_of(LARGE_VOCAB, **kind).captured
         scalar_bytes = sum(nbytes(captured[scalar]) for scalar in SCALARS if scalar in captured)
-        is_random = kind["capture"] == "sample"
         return Method(name, family, target, total_bytes, scalar_bytes, is_ours=True, is_random=is_random)
 
     for capture in ("topk", "sample"):
         for encoding in ENCODINGS:
             for k in KEPT:
                 kind = {"capture": capture, "top_k": k, "encoding": encoding}
-                yield method(f"{capture} {k}, {encoding}", f"{capture}, {encoding}", partial(stored, kind), **kind)
+                name, target = f"{capture} {k}, {encoding}", partial(stored, kind)
+                yield method(name, f"{capture}, {encoding}", target, capture == "sample", **kind)
+    for k in KEPT:
+        kind = {"capture": "sample", "top_k": k, "encoding": "packed"}
+        yield method(f"sample {k}, packed, ghost", "sample, ghost", partial(certain, kind), **kind)
     for dtype in (torch.float16, torch.float32):
         form = HeadForm(hidden_size=hidden_size, dtype=STORED_DTYPES[dtype_name(dtype)], has_bias=False)
         name = f"hidden, {dtype_name(dtype)}"
@@ -139,18 +144,28 @@ def ours(hidden_size: int) -> Iterator[Method]:
 
 
 def stored(kind: dict[str, Any], batch: Batch, seed: int) -> Kept:
-    """What was kept, after it was written and read back."""
-    is_sample = kind["capture"] == "sample"
-    kept = batch.kept(kind["top_k"], seed if is_sample else None)
+    """What the loss makes of a kind by default: the top k and a ghost token, or drawn tokens and their weights."""
+    ids_PK, logprobs_PK = read_back(kind, batch, seed)
+    if kind["capture"] == "sample":
+        return Kept(ids_PK, sample_weights(logprobs_PK), has_tail=False)
+    return Kept(ids_PK, logprobs_PK.exp(), has_tail=True)
+
+
+def certain(kind: dict[str, Any], batch: Batch, seed: int) -> Kept:
+    """What `tail="ghost"` makes of a sample: the tokens that were certain to be drawn, and a ghost token."""
+    ids_PK, logprobs_PK = read_back(kind, batch, seed)
+    return Kept(ids_PK, logprobs_PK.exp().where(certain_tokens(logprobs_PK), 0), has_tail=True)
+
+
+def read_back(kind: dict[str, Any], batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    """Ids int64[P, K] and log-probs float64[P, K] of what was kept, after it was written and read back."""
+    kept = batch.kept(kind["top_k"], seed if kind["capture"] == "sample" else None)
     ids_PK, logprobs_PK = kept["kept_ids"], kept["kept_logprobs"]
     packing = layout_of(batch.logits.shape[-1], **kind).packing
     if packing:
         ids, logprobs = packing.unpack(packing.pack(ids_PK, logprobs_PK).numpy())
         ids_PK, logprobs_PK = torch.from_numpy(ids.astype("int64")), torch.from_numpy(logprobs)
-    logprobs_PK = (logprobs_PK if packing else logprobs_PK.half()).double()
-    if is_sample:
-        return Kept(ids_PK, sample_weights(logprobs_PK), has_tail=False)
-    return Kept(ids_PK, logprobs_PK.exp(), has_tail=True)
+    return ids_PK, (logprobs_PK if packing else logprobs_PK.half()).double()
 
 
 def hidden_target(dtype: torch.dtype, batch: Batch, _: int) -> Tensor:

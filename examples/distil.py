@@ -12,6 +12,7 @@ Shape letters: B rows of a batch, T tokens, V vocabulary, P positions of the hel
 
 import argparse
 import copy
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +38,15 @@ KINDS = {
     "sample 12": ["--capture=sample", "--top_k=12"],
     "topk 64, packed": ["--capture=topk", "--top_k=64", "--encoding=packed"],
     "hidden": ["--capture=hidden"],
+    "sample 64, packed": ["--capture=sample", "--top_k=64", "--encoding=packed"],
 }
-"""What to capture, by name: options of generate.py."""
+"""What to capture, by name: options of generate.py. The first four are compared if none is named."""
 
 LOSSES: dict[str, dict[str, Any]] = {
     "forward KL": {},
     "reverse KL": {"divergence": "reverse_kl"},
     "JSD": {"divergence": "jsd"},
+    "ghost token": {"tail": "ghost"},
     "half cross-entropy": {"cross_entropy_weight": 0.5},
 }
 """What to train on of a file, by name: options of the loss."""
@@ -54,7 +57,6 @@ BATCH_ROWS = 4
 HELD_OUT_ROWS = 24
 MAX_LENGTH = 64
 WARM_UP_SHARE = 0.1
-NUM_EVALUATIONS = 5
 
 Batch = dict[str, Tensor]
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
@@ -83,7 +85,8 @@ class Curve:
             self.points.setdefault(name, []).append(value)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False)
     parser.add_argument("--teacher", type=Path, required=True, help="Folder of a Llama-like causal language model.")
     parser.add_argument("--dataset", type=Path, required=True, help="A .jsonl file with a column `text`.")
@@ -91,10 +94,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="Each has its own order of the rows.")
     parser.add_argument("--layers", type=int, default=3, help="Of the student; they are taken from the teacher.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS][:4], choices=list(KINDS))
     parser.add_argument("--losses", nargs="*", default=["forward KL"], choices=list(LOSSES))
+    parser.add_argument("--only", default="", help="Regular expression of the ways to train, as the table names them.")
+    parser.add_argument("--evaluations", type=int, default=5, help="Looks at the held-out rows, evenly over the steps.")
     parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "distil")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     num_rows = options.steps * BATCH_ROWS
     started = time.monotonic()
 
@@ -102,9 +111,11 @@ def main() -> None:
     datasets = {name: LogitsDataset(path) for name, (path, _) in files.items()}
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
     held_out = hold_out(options, teacher, num_rows)
+    print(f"The student starts {evaluate(cut_down(teacher, options.layers), held_out)['divergence']:.2f} nats away.")
 
     ways: dict[str, Loss] = {TOKENS_ALONE: tokens_alone, ONLINE: online(teacher)}
     ways |= {f"file, {kind}, {loss}": of_file for kind in datasets for loss in options.losses}
+    ways = {name: loss for name, loss in ways.items() if re.search(options.only, name)}
     curves: dict[str, list[Curve]] = {name: [] for name in ways}
     for seed in range(options.seeds):
         for name, loss in ways.items():
@@ -112,7 +123,7 @@ def main() -> None:
             dataset = datasets.get(kind, next(iter(datasets.values())))
             student = cut_down(teacher, options.layers)
             student = distil(student, dataset, **LOSSES[said]) if loss is of_file else student
-            curve = train(student, loss, batches(dataset, seed), options.steps, options.learning_rate, held_out)
+            curve = train(student, loss, batches(dataset, seed), options, held_out)
             curves[name].append(curve)
             print(f"seed {seed}, {name}: divergence {curve.points['divergence'][-1]:.4f} nats", flush=True)
 
@@ -170,10 +181,11 @@ def batches(dataset: LogitsDataset, seed: int) -> Iterator[Batch]:
 
 
 def train(
-    student: PreTrainedModel, loss: Loss, source: Iterator[Batch], steps: int, learning_rate: float, held_out: HeldOut
+    student: PreTrainedModel, loss: Loss, source: Iterator[Batch], options: argparse.Namespace, held_out: HeldOut
 ) -> Curve:
     """Train for so many steps, and look at the held-out rows now and then; that is not counted as training."""
-    optimizer = torch.optim.AdamW((weight for weight in student.parameters() if weight.requires_grad), learning_rate)
+    weights, steps = (weight for weight in student.parameters() if weight.requires_grad), options.steps
+    optimizer = torch.optim.AdamW(weights, options.learning_rate)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP_SHARE * steps), steps)
     curve = Curve()
     curve.add(step=0, seconds=0, **evaluate(student, held_out))
@@ -185,7 +197,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         curve.step_seconds.append(time.perf_counter() - start)
-        if step * NUM_EVALUATIONS % steps < NUM_EVALUATIONS:
+        if step * options.evaluations % steps < options.evaluations:
             curve.add(step=step, seconds=sum(curve.step_seconds), **evaluate(student, held_out))
     return curve
 
@@ -234,25 +246,24 @@ def online(teacher: PreTrainedModel) -> Loss:
 
 def report(folder: Path, curves: dict[str, list[Curve]], files: dict[str, tuple[Path, float]]) -> None:
     """Print what each way led to, with its spread over the seeds, and how it differs from the teacher in memory."""
-    table, data = [], {}
+    table = []
     for name, runs in curves.items():
-        last = {measure: [run.points[measure][-1] for run in runs] for measure in ("divergence", "loss", "agreement")}
-        against = [of - at for of, at in zip(last["divergence"], ends(curves[ONLINE], "divergence"), strict=True)]
-        seconds = mean(value for run in runs for value in run.step_seconds)
+        last = {measure: ends(runs, measure) for measure in ("divergence", "loss", "agreement")}
+        online_ends = ends(curves.get(ONLINE, runs), "divergence")
+        against = [of - at for of, at in zip(last["divergence"], online_ends, strict=True)]
         path, capture_seconds = files.get(name.removeprefix("file, ").rpartition(", ")[0], (None, 0.0))
-        row = {"trained on": name}
-        row |= {
+        row = {
+            "trained on": name,
             "KL to teacher": spread(last["divergence"], ".3f"),
-            "less KL in memory": "" if name == ONLINE else spread(against, "+.3f"),
+            "less KL in memory": "" if name == ONLINE or ONLINE not in curves else spread(against, "+.3f"),
             "held-out loss": spread(last["loss"], ".3f"),
             "top-1 agreement": spread(last["agreement"], ".1%"),
-            "steps/s": f"{1 / seconds:.2f}",
+            "steps/s": f"{1 / mean(value for run in runs for value in run.step_seconds):.2f}",
             "capture, s": f"{capture_seconds:.0f}" if path else "",
             "file, MB": f"{path.stat().st_size / 1e6:.1f}" if path else "",
         }
         table.append(row)
-        data[name] = [{"points": run.points, "step_seconds": run.step_seconds} for run in runs]
-    write_report(folder, "distil", table, data=data)
+    write_report(folder, "distil", table, data={name: [vars(run) for run in runs] for name, runs in curves.items()})
     plot(curves, folder / "distil.png")
 
 

@@ -1,6 +1,7 @@
 """The example that distils: what it compares is comparable, and it reports what it found."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,4 +74,5 @@ def test_a_run_reports_every_way_and_draws_it(
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in data)
     assert (tmp_path / "distil.png").stat().st_size > 10_000
+    assert re.search(r"The student starts -?0\.00 nats away", printed)
     assert "The whole took" in printed

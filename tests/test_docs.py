@@ -149,15 +149,35 @@ def test_the_table_of_measures_has_all_that_are_logged() -> None:
 
 def test_what_to_choose_follows_from_the_tables_of_the_benchmarks() -> None:
     """The numbers of one are the differences of the others, rounded."""
-    (near, far, small, tail, tokens) = (measured for _, _, measured in table_rows("where"))
+    (kind, little, other, small, tail, divergence, tokens) = (measured for _, _, measured in table_rows("where"))
     angles = {name.strip("*"): [float(angle) for angle in cells[7:9]] for name, *cells in table_rows("method")}
-    students = {name: [re.split("[ (]", cell)[0] for cell in cells] for name, *cells in table_rows("trained on")}
-    exact, alone = students["teacher in memory"], students["cross-entropy"]
-    assert f"is {round(angles['topk 64, packed'][0])} degrees" in near
-    assert [round(angle) for angle in reversed(angles["sample 64, packed"])] == [3, 4]
-    assert "3 to 4" in near
-    assert f"{float(students['file, sample 12, forward KL'][1]):.3f} nats above" in far
-    assert f"from the top 12 {float(students['file, topk 12, forward KL'][1]):.2f} nats" in far
+    students, far, near = (
+        {name: [re.split("[ (]", cell)[0] for cell in cells] for name, *cells in table_rows(heading)}
+        for heading in ("trained on", "far student, trained on", "near student, trained on")
+    )
+    exact, alone, top = (
+        students[name] for name in ("teacher in memory", "cross-entropy", "file, topk 64, packed, forward KL")
+    )
+    drawn, ghost = (f"file, sample 64, packed, {loss}" for loss in ("forward KL", "ghost token"))
+    above = [
+        float(near[f"file, {kind} 12, forward KL"][0]) - float(near["teacher in memory"][0])
+        for kind in ("sample", "topk")
+    ]
+    assert f"near its teacher ends {abs(float(near[drawn][1])):.3f} nats" in kind
+    assert f"a far one {float(far[drawn][0]) - float(exact[0]):.3f} and {float(top[1]):.2f}" in kind
+    assert f"{float(students['file, sample 12, forward KL'][1]):.3f} nats above" in little
+    assert f"from the top 12 {float(students['file, topk 12, forward KL'][1]):.2f} nats" in little
+    assert f"a near one {above[0]:.3f} instead of {above[1]:.3f}" in little
+    assert f"a near student ends {float(near[ghost][1]):.3f} nats" in other
+    for text in (kind, other):
+        assert f"the top 64 {float(near['file, topk 64, packed, forward KL'][1]):.3f}" in text
+    jsd, reverse = (far[f"file, topk 64, packed, {loss}"] for loss in ("JSD", "reverse KL"))
+    shares = jsd[2], top[3], reverse[2], near["file, topk 64, packed, forward KL"][3]
+    assert shares[3] == near["file, topk 64, packed, JSD"][3]
+    for share, said in zip(shares, re.findall(r"at ([\d.]+) %", divergence), strict=True):
+        assert share == f"{said}%"
+    for loss, said in zip((jsd[1], reverse[1]), re.findall(r"higher by ([\d.]+)", divergence), strict=True):
+        assert f"{float(loss) - float(top[2]):.2f}" == said
     assert students["file, hidden, forward KL"][0] == exact[0]
     sizes = [float(students[name][-1]) for name in ("file, hidden, forward KL", "file, topk 64, packed, forward KL")]
     assert f"{round(sizes[0] / sizes[1], -2):.0f} times" in small
@@ -167,6 +187,23 @@ def test_what_to_choose_follows_from_the_tables_of_the_benchmarks() -> None:
     )
     assert f"lower by {float(exact[2]) - float(alone[2]):.2f} nats" in tokens
     assert f"higher by {float(alone[1]):.2f}" in tokens
+
+
+def test_the_better_loss_of_a_gradient_follows_from_the_table_of_students() -> None:
+    rule = " ".join(PAGES["docs/training.md"].split())
+    rows = [[float(cell.replace(",", "")) for cell in cells[1:6]] for cells in table_rows("student")]
+    assert all(certain > min(top, drawn) for _, _, top, drawn, certain in rows)
+    nearer = {(nats, positions): drawn < top for nats, positions, top, drawn, _ in rows}
+    assert "from 2 nats on if a step has 512 positions, and from 0.8 nats on if it has 2,048" in rule
+    assert all(found for (nats, positions), found in nearer.items() if nats > 1.9 and positions >= 512)
+    assert all(found for (nats, positions), found in nearer.items() if nats > 0.75 and positions >= 2048)
+    assert not all(found for (nats, positions), found in nearer.items() if nats > 0.75)
+    near = {
+        positions: (round(top), round(drawn), drawn < top) for nats, positions, top, drawn, _ in rows if nats < 0.75
+    }
+    assert "the top 64 are 2 degrees from the exact gradient, and the drawn tokens 4" in rule
+    assert near[512] == (2, 4, False)
+    assert [is_nearer for *_, is_nearer in near.values()] == [False, False, False, True]
 
 
 def test_the_module_table_is_the_package() -> None:
@@ -307,6 +344,8 @@ def check(command: str) -> bool:
         case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
             words = {word for word in rest if word.startswith("--")}
             assert words <= options_of_benchmark(module.removeprefix("benchmarks."))
+        case ["python", "-m", "examples.distil", *rest]:
+            assert {word for word in rest if word.startswith("--")} <= options_in_source("examples/distil.py")
         case [script, *rest] if script.endswith(".py"):
             assert {word for word in rest if word.startswith("--")} <= options_in_source(script)
         case ["sbatch", *rest]:
@@ -320,7 +359,15 @@ def check(command: str) -> bool:
     return True
 
 
-STARTS = ("accelerate launch ", "python -m logitgen ", "python -m benchmarks", "tests/chaos.py ", "sbatch ", "make ")
+STARTS = (
+    "accelerate launch ",
+    "python -m logitgen ",
+    "python -m benchmarks",
+    "python -m examples",
+    "tests/chaos.py ",
+    "sbatch ",
+    "make ",
+)
 COMMANDS = [(page, text) for page, text in CODE if text.startswith(STARTS) and " COMMAND" not in text]
 
 
@@ -336,6 +383,7 @@ def test_commands_of_every_program_were_found() -> None:
 def test_an_option_in_the_text_exists_and_takes_its_value() -> None:
     known = {f"--{field.name}" for field in dataclasses.fields(Config)} | {"--config"} | options_of_launcher()
     known = known.union(*options_of_commands().values(), *map(options_of_benchmark, benchmarks.ALL))
+    known |= options_in_source("examples/distil.py")
     choices = {f"--{name}": typing.get_args(hint) for name, hint in typing.get_type_hints(Config).items()}
     for page, text in CODE:
         if text.startswith("--"):

@@ -227,6 +227,20 @@ def test_logits_that_are_not_finite_make_the_scalars_not_finite(value: float, pl
         assert drawn_from(logits_CV, 5)[name].isfinite().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("layout", ["whole", "part", "repeated", "transposed", "none"])
+def test_groups_are_picked_by_their_number_however_the_logits_lie(layout: str) -> None:
+    values = torch.randn((6, 5, 32), generator=torch.Generator().manual_seed(0)).flatten(1)
+    laid_out = {
+        "whole": values,
+        "part": torch.cat([values, values], dim=1)[1:, 160:],
+        "repeated": values[:1].expand(4, -1),
+        "transposed": values.T.contiguous().T,
+        "none": values[:0],
+    }[layout].unflatten(1, (5, 32))
+    groups = torch.tensor([4, 0, 4]).expand(len(laid_out), -1)
+    assert torch.equal(draw_module._pick(laid_out, groups), laid_out[:, [4, 0, 4]])
+
+
 class Ranks:
     """Ranks as threads, which gather as `torch.distributed` does."""
 

@@ -10,15 +10,18 @@ from types import SimpleNamespace
 import programs
 import pytest
 import torch
+from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import rivals
-from benchmarks.fidelity import errors
-from benchmarks.methods import Method
+from benchmarks.fidelity import errors, with_noise
+from benchmarks.methods import Method, certain
 from benchmarks.targets import LEAST_TAIL, Kept, Target, angle, dense, divergence, gradient
 from logitgen.student.events import sample_weights
 from logitgen.student.losses import DistillationLoss
+from logitgen.teacher.keep import sample
+from logitgen.teacher.noise import position_keys
 
 VOCAB = 40
 POSITIONS = 6
@@ -34,10 +37,10 @@ def top(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, logprobs
 
 
-def loss_gradient(capture: str, **values: torch.Tensor) -> torch.Tensor:
+def loss_gradient(capture: str, tail: str | None = None, **values: torch.Tensor) -> torch.Tensor:
     """What autograd makes of the project's loss, for one student logit at a time; the loss is a mean over positions."""
     attributes = {"capture": capture, "vocab_size": VOCAB, "tokenizer_size": VOCAB}
-    loss = DistillationLoss(SimpleNamespace(attributes=attributes, head=None))
+    loss = DistillationLoss(SimpleNamespace(attributes=attributes, head=None), tail=tail)
     student = some_logits(1)[None].requires_grad_()
     captured = torch.ones(1, POSITIONS, dtype=torch.bool)
     labels = torch.zeros(1, POSITIONS, dtype=torch.int64)
@@ -61,6 +64,30 @@ def test_the_gradient_of_a_sample_is_that_of_our_loss():
     expected = loss_gradient("sample", kept_ids=ids, kept_logprobs=logprobs)
     weights = sample_weights(logprobs.double())
     assert torch.allclose(closed_form(Kept(ids, weights, has_tail=False)), expected, atol=1e-5)
+
+
+def test_the_gradient_of_the_certain_tokens_of_a_sample_is_that_of_our_loss_with_a_ghost_token():
+    logits = some_logits(0)
+    keys = position_keys(0, torch.zeros(POSITIONS, dtype=torch.int64), torch.arange(POSITIONS))
+    drawn = sample(logits, torch.zeros(POSITIONS, dtype=torch.int64), 12, keys, VOCAB)
+    ids, logprobs = drawn["kept_ids"], drawn["kept_logprobs"].half()
+    batch = SimpleNamespace(logits=logits, kept=lambda k, seed: drawn)
+    target = certain({"capture": "sample", "top_k": 12, "encoding": "plain"}, batch, 0)
+    assert set(target.is_kept.sum(-1).tolist()) <= set(range(1, 12))
+    expected = loss_gradient("sample", tail="ghost", kept_ids=ids, kept_logprobs=logprobs)
+    assert torch.allclose(closed_form(target), expected, atol=1e-6)
+    others = loss_gradient("sample", kept_ids=ids, kept_logprobs=logprobs)
+    assert not torch.allclose(expected, others, atol=1e-2)
+
+
+def test_noise_is_a_share_of_the_spread_of_a_matrix():
+    model = make_llama(num_hidden_layers=1)
+    exact = {name: weight.clone() for name, weight in model.named_parameters()}
+    for name, weight in with_noise(model, 0.1).named_parameters():
+        if weight.ndim == 2:
+            noise = weight - exact[name]
+            assert (noise.std() / exact[name].std()).item() == pytest.approx(0.1, rel=0.1)
+            assert abs(noise.mean() / noise.std()) < 5 / math.sqrt(weight.numel())
 
 
 def test_the_gradient_of_everything_is_that_of_our_loss():
@@ -184,6 +211,7 @@ def test_the_report_has_every_method_and_knows_which_is_exact(teacher: Path, rag
         assert biases == sorted(biases, reverse=True)
         assert lines[f"sample 32, {encoding}"]["bias of p"] < lines[f"sample 32, {encoding}"]["RMSE of p"]
     assert lines["sample 32, plain"]["total B"] == lines["topk 32, plain"]["total B"]
+    assert lines["topk 32, packed"]["tail mass"] < lines["sample 32, packed, ghost"]["tail mass"] < 1
     assert lines["hidden, float16"]["record B"] == 2 * 32
     assert lines["hidden, packed"]["record B"] == 32 + 2
     assert lines["hidden, float32"]["RMSE of p"] < lines["hidden, packed"]["RMSE of p"] < 0.01
