@@ -125,7 +125,7 @@ def test_a_teacher_without_such_states_is_refused() -> None:
     model = make("llama")
     whole = model.forward
     model.forward = lambda *args, **options: whole(*args, **options | {"output_hidden_states": False})
-    message = r"^The teacher's body does not return the hidden states of layer 1 in transformers' way, one per token\."
+    message = r"^The teacher's body does not return the hidden states of layer 1, one per token, with transformers "
     with pytest.raises(UsageError, match=message):
         Teacher(model, VOCAB, layers=(1,))
 

@@ -7,6 +7,7 @@ shard of it, D hidden size.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -255,8 +256,8 @@ def _layer_widths(
         states = found[layer] if layer < min(len(found), len(expected) - 1) else None
         if states is None or states.shape[:-1] != input_ids_BT.shape or not _is_same(states, expected[layer]):
             raise UsageError(
-                f"The teacher's body does not return the hidden states of layer {layer} in transformers' way, one per "
-                "token. Leave the layer out of --layers."
+                f"The teacher's body does not return the hidden states of layer {layer}, one per token, with "
+                f"transformers {version('transformers')}. Leave the layer out of --layers, or use transformers 5.23."
             )
         widths[layer] = states.shape[-1]
     return widths
