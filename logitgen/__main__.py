@@ -148,6 +148,12 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _print_json(known: dict[str, Any]) -> None:
+    """Print facts for scripts. JSON has no number for infinity: null stands for it."""
+    finite = json.loads(json.dumps(known), parse_constant=lambda name: None)
+    sys.stdout.write(json.dumps(finite, indent=2) + "\n")
+
+
 def _preview(options: argparse.Namespace) -> int:
     from logitgen.options import parse_config  # takes seconds, as does the next
     from logitgen.preview import preview_facts
@@ -155,7 +161,7 @@ def _preview(options: argparse.Namespace) -> int:
     quiet_libraries()
     known = preview_facts(parse_config(["--output", "none", *options.others]), options.row)
     if options.json:
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+        _print_json(known)
     else:
         print_result(preview_view(known))
     return 0
@@ -171,7 +177,7 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     status = watch.look()
     if options.json:
-        sys.stdout.write(json.dumps(status_facts(status), indent=2) + "\n")
+        _print_json(status_facts(status))
     else:
         print_result(status_view(status))
     return 0
@@ -208,7 +214,7 @@ def _inspect(options: argparse.Namespace) -> int:
         known = row_facts(file, options.row, _decoder(file, options.tokenizer))
         drawn = row_view(known, options.positions)
     if options.json:
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+        _print_json(known)
     else:
         print_result(drawn)
     return 0
@@ -272,7 +278,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     tokenizer, code = options.other_tokenizer, options.trust_remote_code
     known = evaluate(options.student, file, options.rows, other_tokenizer=tokenizer, trust_remote_code=code)
     if options.json:
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+        _print_json(known)
     else:
         print_result(evaluation_view(known))
     return 0

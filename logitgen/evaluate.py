@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.file.layout import Array
-from logitgen.file.reader import LogitsFile
+from logitgen.file.reader import LogitsFile, perplexity_of
 from logitgen.rerun import sample_rows
 from logitgen.split.batch import Pass
 from logitgen.split.tokens import load_tokenizer
@@ -112,8 +112,8 @@ def _measured(student: Teacher, dataset: LogitsDataset) -> dict[str, Any]:
         "reverse_kl": means["reverse_kl"]["divergence"] if exact else None,
         "cross_entropy": found["cross_entropy"],
         "teacher_cross_entropy": teacher_cross_entropy,
-        "perplexity": math.exp(found["cross_entropy"]),
-        "teacher_perplexity": math.exp(teacher_cross_entropy),
+        "perplexity": perplexity_of(found["cross_entropy"]),
+        "teacher_perplexity": perplexity_of(teacher_cross_entropy),
         **{name: found.get(name) for name in ("agreement", "tail", "teacher_tail")},
     }
 

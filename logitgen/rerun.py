@@ -4,6 +4,7 @@ Shape letters: P captured positions of a row, C positions of a chunk, K kept per
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,7 +162,8 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
                 known["logits"] = own_CV.cpu().numpy()
                 known.setdefault("logsumexp", own_CV.logsumexp(-1).cpu().numpy())  # packed files have none
                 if is_packed and "hidden" in hidden and hidden["hidden"].shape == known["hidden"].shape:
-                    logits_CV = logits_CV + head(_packed(hidden["hidden"])) - head(hidden["hidden"])
+                    change_CV = head(_packed(hidden["hidden"])) - head(hidden["hidden"])
+                    logits_CV = logits_CV + change_CV.where(change_CV.isfinite(), 0)  # masked tokens stay so
                 layers.add(known, hidden, is_packed)
             now_CV = logits_CV[:, : file.layout.num_ids].float().log_softmax(-1).cpu()
             difference, same_C = _compare(known, now_CV, file.layout)
@@ -173,7 +175,7 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
             num_same += int(same_C.sum())
             num_positions += len(same_C)
     max_mean, min_agreement = TOLERANCES[file.attributes["teacher_dtype"]]
-    mean, agreement = total / num_values, num_same / num_positions
+    mean, agreement = (total / num_values, num_same / num_positions) if num_values else (math.nan, 0.0)
     return Rerun(num_positions, largest, mean, agreement, max_mean, min_agreement, layers.largest)
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -97,6 +97,13 @@ def make_llama(vocab_size: int = 384, **changes: Any) -> PreTrainedModel:
     """Build a Llama small enough for thousands of forward passes."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=256, **{**sizes, **changes})
+    return enlarge_weights(AutoModelForCausalLM.from_config(config))
+
+
+def make_phi() -> PreTrainedModel:
+    """Build a small Phi, whose head has a bias."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = PhiConfig(vocab_size=384, max_position_embeddings=256, **sizes)
     return enlarge_weights(AutoModelForCausalLM.from_config(config))
 
 

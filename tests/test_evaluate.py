@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, save_teacher
+from conftest import make_llama, make_phi, make_tokenizer, save_teacher
 from test_training import make_student
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
@@ -167,6 +167,23 @@ def test_a_student_worse_than_chance_is_named(
     found = evaluated(capsys, student, "--file", path)
     assert found["cross_entropy"] > math.log(384)
     assert "predicts the tokens worse than by chance" in caplog.text
+
+
+def test_targets_that_are_masked_make_a_perplexity_beyond_all_numbers(
+    capture: Capture, ragged: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_phi()
+    with torch.no_grad():
+        model.lm_head.bias[::2] = -1e9
+    masking = save_teacher(tmp_path / "masking", model, tokenizer)
+    path = capture(teacher=masking, dataset=ragged, top_k=8)
+    found = evaluated(capsys, masking, "--file", path)
+    assert found["cross_entropy"] > math.log(torch.finfo(torch.float64).max)
+    assert found["perplexity"] is found["teacher_perplexity"] is None  # JSON knows no infinity
+    assert main(["evaluate", str(masking), "--file", str(path)]) == main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out.count(" inf") >= 3
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["perplexity"] is None
 
 
 def test_rows_are_cut_at_the_students_context(

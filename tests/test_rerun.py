@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, save_teacher, write_jsonl
+from conftest import make_llama, make_phi, save_teacher, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from logitgen import LogitsFile, UsageError
@@ -113,6 +113,24 @@ def test_a_masked_token_makes_no_difference(masked: float, capture: Capture, tea
     compared = rerun(file, own, np.array([0, 4]))
     assert compared.largest < 0.02
     assert compared.problems == []
+
+
+def test_nothing_to_compare_is_no_agreement(capture: Capture, teacher: Path, data: Path) -> None:
+    file = LogitsFile(capture(teacher=teacher, dataset=data, capture="full"))
+    file.arrays |= {"logits": np.full_like(file.arrays["logits"], -65504)}  # all masked
+    compared = rerun(file, Teacher(make_llama(), 384), np.array([0]))
+    assert compared.problems == ["the teacher's log-probs differ from the stored ones"]
+
+
+@pytest.mark.parametrize("kept", [{"capture": "hidden", "encoding": "packed"}, {"capture": "hidden"}, {"top_k": 9}])
+def test_a_head_that_masks_tokens_agrees_with_itself(
+    kept: dict[str, Any], capture: Capture, data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_phi()
+    with torch.no_grad():
+        model.lm_head.bias[200:] = -torch.inf
+    masking = save_teacher(tmp_path / "masking", model, tokenizer)
+    assert main(["verify", str(capture(teacher=masking, dataset=data, **kept)), "--teacher"]) == 0
 
 
 def test_a_masked_token_is_no_value_that_would_make_the_mean_smaller() -> None:

@@ -86,6 +86,15 @@ def test_a_state_that_is_not_finite_is_not_read_as_one_that_is(value: float) -> 
     assert np.isfinite(unpack(*packed(states))).all(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_numbers_stay_numbers_of_their_dtype(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    states = torch.tensor([[most, -most, 1.0], [most * 0.9999, 1.0, 0.0]], dtype=dtype)
+    restored = torch.from_numpy(unpack(*packed(states))).to(dtype)
+    assert restored.isfinite().all()
+    np.testing.assert_allclose(restored[:, 0].double(), states[:, 0].double(), rtol=2**-8)
+
+
 def test_a_state_is_packed_alike_whatever_it_is_packed_with() -> None:
     states = random_states(50, 576, seed=1)
     codes, scales = packed(states)

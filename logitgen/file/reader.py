@@ -99,5 +99,10 @@ class LogitsFile:
         target_logprob = self.arrays["target_logprob"]
         blocks = range(0, len(target_logprob), _BLOCK_POSITIONS)
         total = sum(float(target_logprob[start : start + _BLOCK_POSITIONS].sum(dtype=np.float64)) for start in blocks)
-        with np.errstate(over="ignore"):  # of masked targets
-            return float(np.exp(-total / len(target_logprob)))
+        return perplexity_of(-total / len(target_logprob))
+
+
+def perplexity_of(cross_entropy: float) -> float:
+    """Return exp of a cross-entropy in nats: inf where masked targets make it larger than any number."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(cross_entropy))

@@ -41,6 +41,8 @@ Array = npt.NDArray[Any]
 GROUP_SIZE = 32
 """Values that share a scale, W. The last group of a state may have fewer."""
 _TOP = 127
+_MOST_FLOAT16 = 65_280.0
+"""The largest value that bfloat16 and float16 both have."""
 _NAME = re.compile(r"hidden_(\d{1,6})")
 
 
@@ -107,7 +109,11 @@ def pack(states_CD: "Tensor") -> tuple["Tensor", "Tensor"]:
     width = states_CD.shape[-1]
     padded = torch.nn.functional.pad(states_CD.float(), (0, _num_scales(width) * GROUP_SIZE - width))
     values_CGW = padded.unflatten(-1, (-1, GROUP_SIZE))
-    scale_CG = values_CGW.abs().amax(-1).to(torch.bfloat16)
+    largest_CG = values_CGW.abs().amax(-1)
+    scale_CG = largest_CG.to(torch.bfloat16)
+    # Not rounded up to infinity, here or in the teacher's dtype. What is infinite already stays so.
+    most = _MOST_FLOAT16 if states_CD.dtype == torch.float16 else torch.finfo(torch.bfloat16).max
+    scale_CG = scale_CG.clamp(max=most).where(largest_CG.isfinite(), scale_CG)
     divisor_CG1 = scale_CG.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     squares_CGW = values_CGW.abs() / divisor_CG1 * _TOP**2
     # c^2 + c + 1/2 is half-way from c^2 to the next square, and (c + 1/2)^2 + 1/4.
