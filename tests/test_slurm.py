@@ -45,7 +45,7 @@ def job(tmp_path: Path, teacher: Path) -> Job:
     for name, script in {"scontrol": SCONTROL, "srun": SRUN}.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-    rows = [{"text": SENTENCES[index % 40][: 300 + index % 97]} for index in range(1500)]
+    rows = [{"text": f"{index} {SENTENCES[index % 40][: 300 + index % 97]}"} for index in range(1500)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
 
     def start(num_nodes: int = 1, **environment: str) -> subprocess.Popen[str]:
@@ -71,9 +71,8 @@ def test_a_stopped_job_is_requeued_and_finished_by_the_next(job: Job, tmp_path: 
     """On two nodes at first, then on one."""
     first = job(num_nodes=2)
     log = tmp_path / "logs" / "rank_0.log"
-    while first.poll() is None and not (log.exists() and "Capturing" in log.read_text()):
+    while first.poll() is None and not (log.exists() and "First rows" in log.read_text()):
         time.sleep(0.05)
-    time.sleep(1)
     [srun] = psutil.Process(first.pid).children()
     srun.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=120)
