@@ -162,7 +162,7 @@ def test_a_writer_that_fails_ends_every_rank_with_its_message(teacher: Path, rag
 @pytest.fixture
 def long_run(teacher: Path, tmp_path: Path) -> Iterator[Program]:
     """A run of two ranks that takes long enough to be disturbed, caught in the middle of its rows."""
-    rows = [{"text": SENTENCES[index % 40][: 300 + index % 97]} for index in range(6000)]
+    rows = [{"text": f"{index} {SENTENCES[index % 40][: 300 + index % 97]}"} for index in range(6000)]
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     command = launch_command(
         2, teacher=teacher, dataset=data, output=tmp_path / "out.h5", log_dir=tmp_path / "logs", batch_tokens=256
