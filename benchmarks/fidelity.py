@@ -40,7 +40,7 @@ FAMILIES = {
     "topk, plain": ("#80b0e0", "o", "-"),
     "sample, packed": ("#2f8050", "s", "-"),
     "sample, plain": ("#90c8a0", "s", "-"),
-    "sample, ghost": ("#2f8050", "s", "--"),
+    "sample, ghost": ("#a0a030", "P", "--"),
     "hidden": ("#204020", "D", "-"),
     "full": ("#808080", "D", "-"),
     "RS-KD": ("#c03030", "v", ":"),
