@@ -44,6 +44,7 @@ def prefixes(bench: Bench) -> Iterator[Row]:
         with bench.teacher(number) as model:
             if not model.share_prefixes():
                 yield {"teacher, rows": "its prefixes cannot be shared"}
+                continue
             for shape in SHAPES:
                 rows = _rows(shape, bench.scale.chats, model.shard.vocab_size)
                 for batch_tokens in (bench.scale.batch_tokens, 4 * bench.scale.batch_tokens):

@@ -49,7 +49,8 @@ class Pilot:
     """The measurements of a rank on a few batches.
 
     Attributes:
-        seconds_per_token: Time of a token, padding or not, from its row to a checksummed payload in host memory.
+        seconds_per_token: Time from a row to a checksummed payload in host memory, over `Plan.costs`: of a token,
+            padding or not, but that passes over shared prefixes count for more than they read.
         host_bytes: Largest resident memory of the process, or 0 where the system does not tell.
         device_bytes: Largest memory reserved on the GPU, or 0 on CPU.
         kept_mass: Probability mass of the top k. All ranks compute the same batches, and measure the same positions.
@@ -254,7 +255,7 @@ def estimate(job: Job, attributes: Attributes, pilots: list[Pilot], tp_size: int
         saved_share=plan.saved_share,
         tokens_per_second=plan.num_tokens / int(plan.costs.sum()) / seconds_per_token,
         seconds={
-            num_ranks: _most_tokens(plan, num_ranks // (tp_size * fsdp_size), fsdp_size) * seconds_per_token
+            num_ranks: _largest_cost(plan, num_ranks // (tp_size * fsdp_size), fsdp_size) * seconds_per_token
             for num_ranks in NUM_RANKS
             if num_ranks % (tp_size * fsdp_size) == 0
         },
@@ -291,7 +292,7 @@ def _other_layouts(layout: Layout) -> list[Layout]:
     return [*others, replace(layout, capture="full", top_k=0, encoding="plain")]
 
 
-def _most_tokens(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
-    """Return the tokens, padding included, of the rank that takes longest."""
+def _largest_cost(plan: Plan, num_replicas: int, fsdp_size: int) -> int:
+    """Return the cost of all batches of the rank that takes longest, in tokens."""
     shares = plan.shares(np.arange(plan.num_batches), num_replicas, fsdp_size)
     return max(int(plan.costs[share].sum()) for share in shares)
