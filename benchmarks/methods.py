@@ -48,7 +48,7 @@ class Batch:
     target: Tensor  # the tokens that really came, int64[P]
     row: Tensor  # row of each position, int64[P]
     position: Tensor  # which position of that row it is, int64[P]
-    _kept: dict[tuple[int, int | None], dict[str, Tensor]] = field(init=False, default_factory=dict)
+    _kept: dict[tuple[Any, int | None], dict[str, Tensor]] = field(init=False, default_factory=dict)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -79,18 +79,19 @@ class Batch:
         """Turn a gradient by the logits into one by the weights of the student's output head, [V, D]."""
         return gradient_PV.T @ self.student_hidden
 
-    def kept(self, k: int, seed: int | None = None) -> dict[str, Tensor]:
-        """What a capture of `topk` keeps, or of `sample` with a seed: each is computed once, for all encodings."""
-        if (k, seed) not in self._kept and seed is None:
-            self._kept[k, seed] = top_k(self.logits, self.target, k)
-        elif (k, seed) not in self._kept:
+    def kept(self, layout: Layout, seed: int) -> dict[str, Tensor]:
+        """What a capture of `topk` or `sample` keeps: each is computed once, for all encodings that keep the same."""
+        of_kind = (layout.room, seed) if layout.capture == "sample" else (layout.top_k, None)
+        if of_kind not in self._kept and layout.capture == "topk":
+            self._kept[of_kind] = top_k(self.logits, self.target, layout.top_k)
+        elif of_kind not in self._kept:
             keys_P = position_keys(seed, self.row, self.position)
-            self._kept[k, seed] = sample(self.logits, self.target, k, keys_P, self.logits.shape[-1])
-        return self._kept[k, seed]
+            self._kept[of_kind] = sample(self.logits, self.target, layout.room, keys_P, self.logits.shape[-1])
+        return self._kept[of_kind]
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Ids and log-probs of the top k, [P, K]."""
-        kept = self.kept(k)
+        kept = self.kept(layout_of(self.logits.shape[-1], capture="topk", top_k=k), 0)
         return kept["kept_ids"], kept["kept_logprobs"]
 
 
@@ -159,13 +160,13 @@ def certain(kind: dict[str, Any], batch: Batch, seed: int) -> Kept:
 
 def read_back(kind: dict[str, Any], batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
     """Ids int64[P, K] and log-probs float64[P, K] of what was kept, after it was written and read back."""
-    kept = batch.kept(kind["top_k"], seed if kind["capture"] == "sample" else None)
-    ids_PK, logprobs_PK = kept["kept_ids"], kept["kept_logprobs"]
-    packing = layout_of(batch.logits.shape[-1], **kind).packing
-    if packing:
-        ids, logprobs = packing.unpack(packing.pack(ids_PK, logprobs_PK).numpy())
-        ids_PK, logprobs_PK = torch.from_numpy(ids.astype("int64")), torch.from_numpy(logprobs)
-    return ids_PK, (logprobs_PK if packing else logprobs_PK.half()).double()
+    layout = layout_of(batch.logits.shape[-1], **kind)
+    kept = batch.kept(layout, seed)
+    values = [kept[name] for name in ("kept_ids", "kept_logprobs", "num_certain") if name in kept]
+    if layout.packing:
+        ids, logprobs = layout.packing.unpack(layout.packing.pack(*values).numpy())
+        return torch.from_numpy(ids.astype("int64")), torch.from_numpy(logprobs).double()
+    return values[0], values[1].half().double()
 
 
 def hidden_target(dtype: torch.dtype, batch: Batch, _: int) -> Tensor:

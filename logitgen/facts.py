@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from logitgen.errors import FormatError, UsageError
+from logitgen.file.drawn import DrawnPacking, is_certain
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.file.verify import row_problems
@@ -60,6 +61,8 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
     data = file.row(row)
     ids = data["input_ids"]
     ids_PK, logprobs_PK = _guesses(data | _logits(file, data))
+    if isinstance(file.layout.packing, DrawnPacking):  # of the others only their mean is known
+        logprobs_PK = np.where(is_certain(data["kept_logprobs"])[:, :NUM_GUESSES], logprobs_PK, -np.inf)
     positions = [
         {
             "position": int(position),
@@ -106,9 +109,13 @@ def _guesses(data: dict[str, Array]) -> tuple[Array, Array]:
 
 
 def _named(decoder: Decoder | None, ids_K: Array, logprobs_K: Array) -> list[dict[str, Any]]:
-    """Name some ids with their probabilities."""
-    probabilities = np.exp(logprobs_K.astype(np.float32)).tolist()
-    return [{"token": _text(decoder, token), "probability": p} for token, p in zip(ids_K, probabilities, strict=True)]
+    """Name some ids with their probabilities. Those with a log-prob of -inf are left out."""
+    known = zip(ids_K, logprobs_K.astype(np.float32), strict=True)
+    return [
+        {"token": _text(decoder, token), "probability": float(np.exp(logprob))}
+        for token, logprob in known
+        if logprob > -np.inf
+    ]
 
 
 def _text(decoder: Decoder | None, token: int) -> str:

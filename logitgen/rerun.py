@@ -16,6 +16,7 @@ from torch import Tensor
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.file import states
+from logitgen.file.drawn import DrawnPacking, is_certain
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout
 from logitgen.file.reader import LogitsFile
 from logitgen.head import stored
@@ -239,6 +240,8 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
         values, offset_C1 = data["kept_logprobs"], torch.zeros(len(now_CV), 1)
     stored_CK = torch.from_numpy(values.astype(np.float32))
     now_CK = now_CV.gather(-1, ids_CK).clamp(min=-FLOAT16_MAX)
+    if isinstance(layout.packing, DrawnPacking):
+        now_CK = _as_packed(now_CK, stored_CK)
     off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
     usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond float16
     likeliest_CK = stored_CK == stored_CK.amax(-1, keepdim=True)
@@ -246,3 +249,12 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
     now_C1 = drawn_C1 if layout.capture == "sample" else now_CV.argmax(-1, keepdim=True)
     same_C = (likeliest_CK & (ids_CK == now_C1)).any(-1)
     return off_CK.clamp(min=0)[usual_CK], same_C
+
+
+def _as_packed(now_CK: Tensor, stored_CK: Tensor) -> Tensor:
+    """Replace new log-probs by what a packed record holds of them: the mean of those that were not certain."""
+    is_there_CK = stored_CK > -torch.inf
+    is_certain_CK = torch.from_numpy(is_certain(stored_CK.numpy()))
+    is_drawn_CK = is_there_CK & ~is_certain_CK
+    mean_C1 = now_CK.where(is_drawn_CK, 0).sum(-1, keepdim=True) / is_drawn_CK.sum(-1, keepdim=True)
+    return now_CK.where(is_certain_CK, mean_C1).where(is_there_CK, -torch.inf)

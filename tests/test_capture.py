@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitgen import CaptureError, LogitsFile
+from logitgen.file.drawn import is_certain
 from logitgen.file.layout import HeadForm
 from logitgen.split.batch import Pass
 from logitgen.teacher import keep
@@ -235,14 +236,31 @@ def test_what_is_drawn_depends_on_the_place_alone(encoding: str) -> None:
 def test_packed_records_hold_what_is_kept_unpacked() -> None:
     """Ids exactly; log-probs as test_packing has them."""
     batch = batch_of([[1, 2, 3, 4, 5, 6], [9, 8, 7]])
-    for capture in ("topk", "sample"):
-        plain = captured(batch, layout_of(batch, capture=capture, top_k=7))
-        layout = layout_of(batch, capture=capture, top_k=7, encoding="packed")
-        packed = captured(batch, layout)
-        assert layout.packing
-        ids, logprobs = layout.packing.unpack(packed["kept"].reshape(7, -1))
-        assert [set(row) for row in ids.tolist()] == [set(row) for row in plain["kept_ids"].reshape(7, 7).tolist()]
-        np.testing.assert_allclose(np.exp(logprobs), np.exp(plain["kept_logprobs"].reshape(7, 7)), atol=0.02)
+    plain = captured(batch, layout_of(batch, top_k=7))
+    layout = layout_of(batch, top_k=7, encoding="packed")
+    assert layout.packing
+    ids, logprobs = layout.packing.unpack(captured(batch, layout)["kept"].reshape(7, -1))
+    assert [set(row) for row in ids.tolist()] == [set(row) for row in plain["kept_ids"].reshape(7, 7).tolist()]
+    np.testing.assert_allclose(np.exp(logprobs), np.exp(plain["kept_logprobs"].reshape(7, 7)), atol=0.02)
+
+
+@pytest.mark.parametrize("encoding", ["packed", "packed16"])
+def test_packed_draws_are_of_the_models_own_distribution(encoding: str) -> None:
+    """The certain ones are the likeliest, with their log-probs, the others have the mean of theirs."""
+    batch, model = batch_of([[1, 2, 3, 4, 5, 6]]), make_llama(50)
+    logprobs_CV = model(torch.tensor([[1, 2, 3, 4, 5, 6]])).logits[0, :-1].detach().double().log_softmax(-1).numpy()
+    layout = layout_of(batch, capture="sample", top_k=7, encoding=encoding)
+    assert layout.packing
+    ids, logprobs = layout.packing.unpack(captured(batch, layout, model)["kept"].reshape(5, -1))
+    atol = 0.06 if encoding == "packed" else 0.005
+    for ids_W, logprobs_W, logprobs_V, certain_W in zip(ids, logprobs, logprobs_CV, is_certain(logprobs), strict=True):
+        there_W = np.isfinite(logprobs_W)
+        assert 7 <= there_W.sum() == len(set(ids_W[there_W].tolist()))
+        own_W = logprobs_V[ids_W]
+        np.testing.assert_allclose(logprobs_W[certain_W], own_W[certain_W], atol=atol)
+        assert set(ids_W[certain_W].tolist()) == set(np.argsort(-logprobs_V)[: certain_W.sum()].tolist())
+        drawn_W = there_W & ~certain_W
+        np.testing.assert_allclose(logprobs_W[drawn_W], own_W[drawn_W].mean(), atol=atol)
 
 
 @pytest.mark.parametrize("capture", ["topk", "sample"])

@@ -1,7 +1,7 @@
 """The draw: every token's share by integrating over all random numbers, and the plain algorithm beside it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitgen.file.packing import Packing
 from logitgen.student.events import certain_tokens, sample_level, sample_weights
 from logitgen.teacher import draw as draw_module
 from logitgen.teacher import shard as shard_module
@@ -36,11 +35,13 @@ def keys(num_positions: int) -> torch.Tensor:
 
 
 def drawn_from(
-    logits_CV: torch.Tensor, k: int, num_ids: int | None = None, shard: VocabShard = WHOLE
+    logits_CV: torch.Tensor, k: int | Sequence[int], num_ids: int | None = None, shard: VocabShard = WHOLE
 ) -> dict[str, Any]:
+    """Draw k tokens of each position, or as many as there is room for."""
     num_positions = len(logits_CV)
     target_C = torch.zeros(num_positions, dtype=torch.int64)
-    return sample(logits_CV, target_C, k, keys(num_positions), num_ids or logits_CV.shape[1], shard)
+    room = [k] * (k + 1) if isinstance(k, int) else k
+    return sample(logits_CV, target_C, room, keys(num_positions), num_ids or logits_CV.shape[1], shard)
 
 
 def level_of(probabilities: list[Any], k: int) -> Any:
@@ -147,7 +148,8 @@ def test_of_many_tokens_each_is_drawn_as_often_as_it_should_be(vocab_size: int, 
     logits_V, num_positions = 3 * torch.randn(vocab_size, generator=generator), 4000
     chunks = position_keys(3, torch.zeros(num_positions, dtype=torch.int64), torch.arange(num_positions)).split(500)
     target_C = torch.zeros(500, dtype=torch.int64)
-    ids = torch.cat([sample(logits_V.expand(500, -1), target_C, k, key_C, vocab_size)["kept_ids"] for key_C in chunks])
+    drawn = [sample(logits_V.expand(500, -1), target_C, [k] * (k + 1), key_C, vocab_size) for key_C in chunks]
+    ids = torch.cat([of_chunk["kept_ids"] for of_chunk in drawn])
     counts = np.bincount(ids.flatten().numpy(), minlength=vocab_size)
     probabilities = logits_V.double().softmax(-1).numpy()
     shares = np.minimum(1, probabilities / level_of(probabilities.tolist(), k))
@@ -175,22 +177,6 @@ def test_the_level_follows_from_the_drawn_tokens_alone() -> None:
         np.testing.assert_allclose(sample_weights(kept_CK.double()).sum(-1), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("value_bits", "most_off", "most_missing"), [(8, 0.01, 1e-3), (16, 1e-3, 1e-6)])
-@pytest.mark.parametrize("scale", [1.5, 3.0, 6.0])
-def test_packed_draws_keep_their_weights(value_bits: int, most_off: float, most_missing: float, scale: float) -> None:
-    """On average over positions: the weights' rounding together, and what they lack of 1 where a tail is lost."""
-    logits_CV = scale * torch.randn((400, 2000), generator=torch.Generator().manual_seed(1))
-    for k in (12, 64):
-        drawn = drawn_from(logits_CV, k)
-        exact = weights_of(drawn, 2000)
-        packing = Packing(vocab_size=2000, k=k, value_bits=value_bits, has_tail=False)
-        ids, logprobs = packing.unpack(packing.pack(drawn["kept_ids"], drawn["kept_logprobs"]).numpy())
-        read = {"kept_ids": torch.from_numpy(ids.astype("int64")), "kept_logprobs": torch.from_numpy(logprobs)}
-        off = weights_of(read, 2000) - exact
-        assert np.abs(off).sum(1).mean() < most_off
-        assert np.abs(off.sum(1)).mean() < most_missing
-
-
 def test_padded_rows_of_the_head_are_never_drawn_and_have_no_share() -> None:
     logits_CV = torch.tensor([0.3, 0.2, 0.1, 0.4]).log().expand(500, -1)  # the last one has no token
     drawn = drawn_from(logits_CV, 2, num_ids=3)
@@ -209,8 +195,8 @@ def test_masked_tokens_are_drawn_only_for_want_of_others_and_weigh_nothing(low: 
         weights = sample_weights(stored.double())
         np.testing.assert_allclose(weights, np.tile([0.5, 0.5, 0], (100, 1)), atol=1e-3)
     if low == -torch.inf:
-        assert (drawn["kept_logprobs"][:, 2] == -65504).all()
-        assert (sample_weights(drawn["kept_logprobs"].half().double())[:, 2] == 0).all()
+        assert (drawn["kept_logprobs"][:, 2] == -torch.inf).all()
+        assert (sample_weights(drawn["kept_logprobs"].clamp(-65504).half().double())[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -303,7 +289,7 @@ def test_ranks_with_a_part_of_the_vocabulary_each_draw_what_one_draws(
         usual = torch.tensor([row not in (7, 8) for row in range(50)])  # where masked ones fill up
         assert torch.equal(found["kept_ids"].sort(-1).values[usual], alone["kept_ids"].sort(-1).values[usual])
         for name in ("logsumexp", "target_logprob", "kept_logprobs"):
-            np.testing.assert_allclose(found[name], alone[name], atol=2e-6)
+            np.testing.assert_allclose(found[name].clamp(-65504), alone[name].clamp(-65504), atol=2e-6)
     top = top_k(logits_CV, torch.zeros(50, dtype=torch.int64), k)
     for found in ranks.run(
         lambda: part_of(lambda logits_CS: top_k(logits_CS, torch.zeros(50, dtype=torch.int64), k, shard))

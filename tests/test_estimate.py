@@ -145,12 +145,12 @@ def test_the_sizes_with_other_things_kept_are_exact(
     capture(teacher=teacher, dataset=ragged, top_k=3, dry_run=True)
     sizes = estimates[0].other_sizes
     plain = ["top 8", "top 16", "top 32", "top 64", "top 128", "top 256"]
-    assert list(sizes) == [*plain, *(f"{name}, packed" for name in (*plain, "12 drawn")), "all logits"]
+    assert list(sizes) == [*plain, *(f"{name}, packed" for name in (*plain, "12+ drawn")), "all logits"]
     kinds: dict[str, dict[str, Any]] = {
         "top 8": {"top_k": 8},
         "top 256": {"top_k": 256},
         "top 64, packed": {"encoding": "packed"},
-        "12 drawn, packed": {"capture": "sample", "top_k": 12, "encoding": "packed"},
+        "12+ drawn, packed": {"capture": "sample", "top_k": 12, "encoding": "packed"},
         "all logits": {"capture": "full"},
     }
     for kept, options in kinds.items():
@@ -254,9 +254,9 @@ def test_times_and_buffers_worked_by_hand() -> None:
     # A payload has 4 bytes a row, and a position two float32, two ids and two float16: 16 bytes.
     assert found.buffer_bytes == 2 * 2 * (2 * 4 + 101 * 16)
     plain = ["top 8", "top 16", "top 32"]
-    packed = [f"{name}, packed" for name in (*plain, "12 drawn")]
+    packed = [f"{name}, packed" for name in (*plain, "12+ drawn")]
     assert list(found.other_sizes) == [*plain, *packed, "all logits"]
-    assert found.other_sizes["12 drawn, packed"] - found.other_sizes["top 8"] == 171 * (2 + 6 + 12 - 8 - 8 * 4)
+    assert found.other_sizes["12+ drawn, packed"] - found.other_sizes["top 8"] == 171 * (2 + 7 + 13 - 8 - 8 * 4)
     assert found.other_sizes["top 8, packed"] - found.other_sizes["top 8"] == 171 * (2 + 5 + 8 + 1 - 8 - 8 * 4)
     assert found.other_sizes["top 16"] - found.other_sizes["top 8"] == 171 * 8 * 4
     assert found.other_sizes["all logits"] - found.other_sizes["top 8"] == 171 * (40 * 2 - 8 * 4)

@@ -69,7 +69,7 @@ def test_the_gradient_of_a_sample_is_that_of_our_loss():
 def test_the_gradient_of_the_certain_tokens_of_a_sample_is_that_of_our_loss_with_a_ghost_token():
     logits = some_logits(0)
     keys = position_keys(0, torch.zeros(POSITIONS, dtype=torch.int64), torch.arange(POSITIONS))
-    drawn = sample(logits, torch.zeros(POSITIONS, dtype=torch.int64), 12, keys, VOCAB)
+    drawn = sample(logits, torch.zeros(POSITIONS, dtype=torch.int64), [12] * 13, keys, VOCAB)
     ids, logprobs = drawn["kept_ids"], drawn["kept_logprobs"].half()
     batch = SimpleNamespace(logits=logits, kept=lambda k, seed: drawn)
     target = certain({"capture": "sample", "top_k": 12, "encoding": "plain"}, batch, 0)

@@ -125,9 +125,10 @@ def test_with_the_kernel_the_same_is_drawn_as_without(num_ids: int, drawable: in
     logits_CV, target_C = (torch.randn(6, num_ids) * 4).to(dtype), torch.randint(drawable, (6,))
     logits_CV[3, 2:] = -torch.inf
     key_C = position_keys(0, torch.zeros(6, dtype=torch.int64), torch.arange(6))
-    without = sample(logits_CV, target_C, 20, key_C, drawable)
+    room = [*range(29, 19, -1), *[20] * 11]
+    without = sample(logits_CV, target_C, room, key_C, drawable)
     with mock.patch.object(keep, "_gpu_kernel", return_value=KERNEL):
-        found = sample(logits_CV, target_C, 20, key_C, drawable)
+        found = sample(logits_CV, target_C, room, key_C, drawable)
     usual = torch.tensor([0, 1, 2, 4, 5])  # any of the masked tokens of the other may fill it up
     assert torch.equal(found["kept_ids"].sort(-1).values[usual], without["kept_ids"].sort(-1).values[usual])
     for name in ("logsumexp", "target_logprob", "kept_logprobs"):

@@ -66,7 +66,7 @@ def test_a_full_capture_hands_out_logits(tmp_path: Path) -> None:
 
 
 def test_a_packed_file_has_no_logsumexp_and_its_targets_in_half_precision(tmp_path: Path) -> None:
-    packing = Packing(vocab_size=10, k=2, value_bits=16, has_tail=False)
+    packing = Packing(vocab_size=10, k=2, value_bits=16)
     kept = (
         torch.from_numpy(TOP_2[name].astype(dtype)) for name, dtype in (("kept_ids", "i8"), ("kept_logprobs", "f4"))
     )

@@ -18,6 +18,7 @@ from conftest import make_llama, make_tokenizer, save_teacher, write_jsonl
 from logitgen import CaptureError, FormatError, LogitsFile, generate
 from logitgen.__main__ import MAX_PROBLEMS, main
 from logitgen.file import layout as schema
+from logitgen.file.drawn import DrawnPacking
 from logitgen.file.verify import problems
 
 Capture = Callable[..., Path]
@@ -420,15 +421,38 @@ def test_packed_log_probs_are_off_by_no_more_than_8_bits_explain(off: float, rig
     assert found(packed) == ([] if right else [f"row {EDITED} {NOT_ITS_TARGET}"])
 
 
+@pytest.mark.parametrize(
+    ("target", "certain", "problem"),
+    [(-0.7, 1, None), (-1.0, 1, NOT_ITS_TARGET), (-1.0, 0, None)],
+    ids=["its own", "not its own", "drawn: only a mean is known"],
+)
+def test_the_target_of_packed_draws_is_compared_where_it_was_certain(
+    target: float, certain: int, problem: str | None, capture: Capture, teacher: Path, data: Path
+) -> None:
+    path = capture(teacher=teacher, dataset=data, capture="sample", top_k=3, encoding="packed")
+    packing = LogitsFile(path).layout.packing
+    assert isinstance(packing, DrawnPacking)
+    ids = torch.zeros((1, packing.num_columns), dtype=torch.int64)
+    ids[0, :3] = torch.tensor([8, 100, 102])
+    logprobs = torch.full(ids.shape, -torch.inf)
+    logprobs[0, :3] = torch.tensor([-0.7, -2.0, -3.0])
+    record = packing.pack(ids, logprobs, torch.tensor([certain]))[0].numpy()
+    edit(path, put_all(put("kept", POSITION, record), put("target_logprob", POSITION, target)))
+    assert LogitsFile(path).row(EDITED)["kept_ids"][0, :3].tolist() == [8, 100, 102]
+    assert found(path) == ([] if problem is None else [f"row {EDITED} {problem}"])
+    edit(path, put("kept", POSITION, 0))
+    assert found(path) == [f"row {EDITED} has packed records that cannot be unpacked"]
+
+
 def test_a_target_in_half_precision_may_be_off_by_half_a_step_more(capture: Capture, teacher: Path, data: Path) -> None:
     """Of all log-probs, the one whose record and float16 are farthest apart, beyond the record's own rounding."""
-    path = capture(teacher=teacher, dataset=data, capture="sample", top_k=3, encoding="packed")
+    path = capture(teacher=teacher, dataset=data, top_k=3, encoding="packed")
     packing = LogitsFile(path).layout.packing
     assert packing
     logprobs_P = torch.linspace(-7.9, -5, 10_000)
     records_PR = packing.pack(
         torch.tensor([[100, 8, 102]]).expand(10_000, -1),
-        torch.stack([torch.full_like(logprobs_P, -0.5), logprobs_P, torch.full_like(logprobs_P, -9.0)], dim=1),
+        torch.stack([torch.full_like(logprobs_P, -2.0), logprobs_P, torch.full_like(logprobs_P, -9.0)], dim=1),
     ).numpy()
     stored_PK = packing.unpack(records_PR)[1]
     beyond_P = np.abs(stored_PK[:, 1] - logprobs_P.half().float().numpy()) - packing.rounding(stored_PK)[:, 1]

@@ -254,20 +254,20 @@ def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
 
 
 def _layout(file: h5py.File, attributes: dict[str, Any], path: Path) -> Layout:
-    if "threshold" in file or ("kept" in file and "logsumexp" in file):
-        raise FormatError(f"{path} was written by an older logitgen, with other scalars. Capture it again.")
-    sizes = {name: _last_size(file, name, 1, path) for name in ("done", "input_ids", "positions")}
-    return Layout(
+    datasets = {"num_rows": "done", "num_tokens": "input_ids", "num_positions": "positions"}
+    layout = Layout(
+        **{size: _last_size(file, name, 1, path) for size, name in datasets.items()},
         capture=attributes["capture"],
-        num_rows=sizes["done"],
-        num_tokens=sizes["input_ids"],
-        num_positions=sizes["positions"],
         vocab_size=attributes["vocab_size"],
         top_k=attributes["top_k"],
         encoding=attributes["encoding"],
         tokenizer_size=attributes["tokenizer_size"],
         head=_head_form(file, attributes, path) if attributes["capture"] == "hidden" else None,
     )
+    is_short = layout.packing and "kept" in file and _last_size(file, "kept", 2, path) < layout.packing.record_bytes
+    if "threshold" in file or ("kept" in file and "logsumexp" in file) or is_short:
+        raise FormatError(f"{path} was written by an older logitgen, in another form. Capture it again.")
+    return layout
 
 
 def _head_form(file: h5py.File, attributes: dict[str, Any], path: Path) -> HeadForm:

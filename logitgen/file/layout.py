@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitgen.errors import UsageError
+from logitgen.file.drawn import DrawnPacking
 from logitgen.file.packing import Packing
 from logitgen.file.states import HeadForm
 
@@ -154,13 +155,17 @@ class Layout:
             )
 
     @property
-    def packing(self) -> Packing | None:
+    def packing(self) -> Packing | DrawnPacking | None:
         """Packing of kept ids and log-probs, or None where they are not packed."""
         if self.encoding == "plain" or self.capture not in WITH_KEPT_IDS:
             return None
-        value_bits = 8 if self.encoding == "packed" else 16
-        has_tail = self.encoding == "packed" and self.capture == "topk"
-        return Packing(vocab_size=self.vocab_size, k=self.top_k, value_bits=value_bits, has_tail=has_tail)
+        sizes = {"vocab_size": self.vocab_size, "k": self.top_k, "value_bits": 8 if self.encoding == "packed" else 16}
+        return DrawnPacking(num_ids=self.num_ids, **sizes) if self.capture == "sample" else Packing(**sizes)
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Ids that are drawn, by the number of certain ones among them, from 0 to K."""
+        return self.packing.room if isinstance(self.packing, DrawnPacking) else (self.top_k,) * (self.top_k + 1)
 
     @property
     def captured(self) -> dict[str, Field]:
@@ -221,7 +226,7 @@ class Layout:
         """Kept values per position, in words."""
         words = {
             "topk": f"top {self.top_k}",
-            "sample": f"{self.top_k} drawn",
+            "sample": f"{self.top_k}{'+' if self.packing else ''} drawn",
             "hidden": self.head.words if self.head else "hidden states",
             "full": "all logits",
         }[self.capture]

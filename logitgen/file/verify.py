@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from logitgen.errors import FormatError
+from logitgen.file.drawn import DrawnPacking, is_certain
 from logitgen.file.layout import FLOAT16_MAX, Array, Layout, crc32, row_crc32
 from logitgen.file.reader import LogitsFile
 
@@ -80,15 +81,21 @@ def _value_problems(data: Row, layout: Layout) -> Iterator[str]:
 
 def _kept_problems(data: Row, layout: Layout) -> Iterator[str]:
     ids_PK, logprobs_PK = data["kept_ids"], data["kept_logprobs"].astype(np.float32)
-    if (ids_PK >= layout.num_ids).any() or (np.diff(np.sort(ids_PK, axis=1), axis=1) == 0).any():
+    is_there_PK = is_own_PK = np.ones_like(ids_PK, np.bool_)
+    if isinstance(layout.packing, DrawnPacking):
+        is_there_PK, is_own_PK = ~np.isneginf(logprobs_PK), is_certain(logprobs_PK)
+    fillers_K = layout.vocab_size + np.arange(ids_PK.shape[1])
+    each_PK = np.sort(np.where(is_there_PK, ids_PK, fillers_K), axis=1)
+    if (ids_PK >= layout.num_ids).any() or (each_PK[:, 1:] == each_PK[:, :-1]).any():
         yield f"has kept_ids that repeat or exceed {layout.num_ids - 1}"
-    if not (np.isfinite(logprobs_PK).all() and (logprobs_PK <= 0).all() and (np.diff(logprobs_PK, axis=1) <= 0).all()):
+    is_descending = (logprobs_PK[:, 1:] <= logprobs_PK[:, :-1]).all()
+    if not (np.isfinite(logprobs_PK[is_there_PK]).all() and (logprobs_PK <= 0).all() and is_descending):
         yield "has kept_logprobs that are not finite, above 0 or not descending"
         return
     rounding_PK = layout.rounding(logprobs_PK)
     if (np.exp(logprobs_PK - rounding_PK).sum(1) > 1 + _NATS_ERROR).any():
         yield "has a position whose probabilities sum to more than 1"
-    is_target_PK = ids_PK == data["input_ids"][data["positions"] + 1][:, None]
+    is_target_PK = is_own_PK & (ids_PK == data["input_ids"][data["positions"] + 1][:, None])
     target_P = data["target_logprob"].astype(np.float32)
     half_step_P = np.abs(target_P) * np.finfo(data["target_logprob"].dtype).eps / 2
     allowed_PK = rounding_PK + half_step_P[:, None] + _NATS_ERROR

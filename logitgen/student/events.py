@@ -78,24 +78,26 @@ def _tail_logprob(kept_CK: Tensor) -> Tensor:
 def sample_level(logprobs_CK: Tensor) -> Tensor:
     """Find the level of drawn tokens, [C, 1]: raised to it, their probabilities sum to 1.
 
-    Tokens above the level are certain. Any other was drawn with a probability of its own divided by the level.
+    Tokens from the level on are certain. Any other was drawn with a probability of its own divided by the level.
 
     Args:
-        logprobs_CK: Log-probs of the drawn tokens, descending.
+        logprobs_CK: Log-probs of the drawn tokens, descending, -inf behind the last of a position.
 
     *Source*: Cohen et al. 2009, "Stream sampling for variance-optimal estimation of subset sums", section 2. With the
     i likeliest certain, the k - i others share the rest of the probability; the least such share is the level. It is
-    the teacher's: of the tokens that it was found from, those above it are all kept.
+    the teacher's: of the tokens that it was found from, those from it on are all kept.
     """
     probs_CK = logprobs_CK.exp()
     rest_CK = 1 - (probs_CK.cumsum(-1) - probs_CK)
-    num_others_K = torch.arange(probs_CK.shape[-1], 0, -1, device=probs_CK.device)
-    return (rest_CK / num_others_K).amin(-1, keepdim=True).clamp(min=0)
+    num_C1 = (logprobs_CK > -torch.inf).sum(-1, keepdim=True)
+    num_others_CK = num_C1 - torch.arange(probs_CK.shape[-1], device=probs_CK.device)
+    share_CK = (rest_CK / num_others_CK.clamp(min=1)).where(num_others_CK > 0, torch.inf)
+    return share_CK.amin(-1, keepdim=True).clamp(min=0)
 
 
 def certain_tokens(logprobs_CK: Tensor) -> Tensor:
     """Tell which tokens of a draw were certain to be in it, bool[C, K]. No other token is likelier than one of them."""
-    return logprobs_CK.exp() > sample_level(logprobs_CK)
+    return logprobs_CK.exp() >= sample_level(logprobs_CK)
 
 
 def sample_weights(logprobs_CK: Tensor) -> Tensor:

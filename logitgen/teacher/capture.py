@@ -111,8 +111,10 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         key_U = position_keys(batch.seed, on_device(row_U, device), on_device(position_U, device))
     into = dict(packed)
     if layout.packing:
-        into["kept_ids"] = target_U.new_empty((len(batch.positions), layout.top_k))
+        into["kept_ids"] = target_U.new_empty((len(batch.positions), layout.packing.num_columns))
         into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
+    if is_drawn and layout.packing:
+        into["num_certain"] = target_U.new_empty(len(batch.positions))
     for span, logits_CS, hidden in teacher.logits(batch.passes, batch.slots[distinct.index]):
         kept = _kept(logits_CS, hidden, target_U[span], key_U[span], teacher.shard, layout)
         for name in kept.keys() & into:
@@ -125,10 +127,11 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         del logits_CS, hidden, kept, stored  # otherwise they live until the next chunk is computed
     if layout.packing:
         # All chunks at once: packing takes a GPU little time, and the host many launches.
-        step = max(1, (_CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT) // layout.top_k)
-        parts = (into[name].split(step) for name in ("kept_ids", "kept_logprobs", "kept"))
-        for ids_PK, logprobs_PK, kept_PR in zip(*parts, strict=True):
-            kept_PR.copy_(layout.packing.pack(ids_PK, logprobs_PK))
+        at_once = _CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT
+        step = max(1, at_once // layout.packing.num_columns)
+        names = [name for name in ("kept", "kept_ids", "kept_logprobs", "num_certain") if name in into]
+        for kept_PR, *values in zip(*(into[name].split(step) for name in names), strict=True):
+            kept_PR.copy_(layout.packing.pack(*values))
 
 
 def _kept(
@@ -140,7 +143,7 @@ def _kept(
     if layout.capture == "hidden":
         return hidden_states(logits_CS, target_C, hidden, layout.encoding, shard)
     if layout.capture == "sample":
-        return sample(logits_CS, target_C, layout.top_k, key_C, layout.num_ids, shard)
+        return sample(logits_CS, target_C, layout.room, key_C, layout.num_ids, shard)
     return top_k(logits_CS, target_C, layout.top_k, shard)
 
 

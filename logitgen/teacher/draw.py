@@ -1,8 +1,8 @@
 """VarOpt sampling: of all ways to keep k ids of a position, the one whose unbiased estimate has the least variance.
 
-The level tau is where min(1, p / tau), summed over all ids, is k. Ids of a larger probability p than tau are certain:
-they are kept, with p as their weight. Each of the others is drawn with probability p / tau, and then weighs tau. So an
-id weighs p on average, exactly k are kept, and their weights always sum to 1.
+The level tau is where min(1, p / tau), summed over all ids, is the number to draw. Ids of a larger probability p than
+tau are certain: they are kept, with p as their weight. Each of the others is drawn with probability p / tau, and then
+weighs tau. So an id weighs p on average, exactly that many are kept, and their weights always sum to 1.
 
 For the draw, the others lie on a line in the order of their ids, each as long as its p. Marks stand on it tau apart,
 the first at a random place below tau. The ids under them are drawn: no id is longer than tau, so no mark falls on an
@@ -11,13 +11,17 @@ neighbours. The ids of a group are looked at where it has a mark, or an id that 
 
 Probabilities stand here relative to the likeliest id's: p is exp(logit - largest).
 
+How many are drawn of a position may depend on its probabilities: a packed record holds more where fewer are certain. It
+must not depend on the random number, or the weights would be biased.
+
 Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, G groups of them, M members of a group, K
-kept, W shards.
+ids that can be certain, W ids that can be drawn.
 
 *Source*: E. Cohen, N. Duffield, H. Kaplan, C. Lund, M. Thorup, Stream sampling for variance-optimal estimation of
 subset sums, SODA 2009 (level and weights); W. G. Madow, On the theory of systematic sampling, 1949 (the draw).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +40,23 @@ _ROUNDING = 2.0**-16
 
 _NOTHING = 2.0**-100
 """A level below it is 0: nothing but the likeliest ids has a probability, and all of them are certain."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The ids drawn of some positions.
+
+    Attributes:
+        ids_CW: The ids, int64, distinct, the certain ones first. Ids without a probability fill up.
+        logits_CW: Their logits, float32, -inf for what fills up.
+        num_certain_C: How many were certain, int64.
+        logsumexp_C: The log-sum-exp of all logits, float32.
+    """
+
+    ids_CW: Tensor
+    logits_CW: Tensor
+    num_certain_C: Tensor
+    logsumexp_C: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,35 +123,40 @@ class Line:
         return ids_CK.clamp(max=self.logits_CS.shape[1] - 1), logits_CKM.gather(-1, places_CK1)[..., 0]
 
 
-def draw(line: Line, key_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw k ids of each position.
+def draw(line: Line, key_C: Tensor, room: Sequence[int]) -> Draw:
+    """Draw ids of each position: as many as its record has room for.
 
     Args:
         line: The logits.
         key_C: The key of each position's random number, int64.
-
-    Returns:
-        The drawn ids int64[C, K], distinct, the certain ones first; their logits float32[C, K]; and the log-sum-exp of
-        all logits, float32[C].
+        room: How many ids fit, by the number of certain ids among them, from 0 to k; never more for a larger number.
     """
-    certain_CK, logsumexp_C = _certain(line)
-    bound_C1 = _least(line.kept_CK, certain_CK)
+    num_C1, certain_CK, logsumexp_C = _certain(line, room)
+    wider = (0, room[0] - certain_CK.shape[1])
+    kept_CW, ids_CW, certain_CW = (
+        pad(line.kept_CK, wider, value=-torch.inf),
+        pad(line.ids_CK, wider),
+        pad(certain_CK, wider),
+    )
+    bound_C1 = _least(kept_CW, certain_CW)
     sums_CG = line.below(bound_C1)
     ends_CG = sums_CG.cumsum(-1, dtype=_wide(key_C.device))
-    ends_CW = line.shard.beside(ends_CG[:, -1:]).cumsum(-1)
-    marks_CK = _marks(ends_CW[:, -1:], certain_CK, key_C)
-    start_C1, end_C1 = pad(ends_CW, (1, 0))[:, line.shard.index :][:, :2].split(1, dim=1)
-    here_CK = (marks_CK >= start_C1) & (marks_CK < end_C1)
-    drawn_CK, logits_CK = line.ids_at(marks_CK - start_C1, sums_CG, ends_CG, bound_C1)
-    drawn_CK = line.shard.most((drawn_CK + line.shard.start).where(here_CK, -1))
-    logits_CK = line.shard.most(logits_CK.where(here_CK, -torch.inf))
+    ends_CS = line.shard.beside(ends_CG[:, -1:]).cumsum(-1)
+    marks_CW = _marks(ends_CS[:, -1:], certain_CW, num_C1, key_C)
+    start_C1, end_C1 = pad(ends_CS, (1, 0))[:, line.shard.index :][:, :2].split(1, dim=1)
+    here_CW = (marks_CW >= start_C1) & (marks_CW < end_C1)
+    drawn_CW, logits_CW = line.ids_at(marks_CW - start_C1, sums_CG, ends_CG, bound_C1)
+    drawn_CW = line.shard.most((drawn_CW + line.shard.start).where(here_CW, -1))
+    logits_CW = line.shard.most(logits_CW.where(here_CW, -torch.inf))
     # Logits that are not finite, which `capture.seal` refuses, leave marks that no shard has.
-    as_kept_CK = certain_CK | (drawn_CK < 0)
-    return line.ids_CK.where(as_kept_CK, drawn_CK), line.kept_CK.where(as_kept_CK, logits_CK), logsumexp_C
+    as_kept_CW = certain_CW | (drawn_CW < 0)
+    return Draw(
+        ids_CW.where(as_kept_CW, drawn_CW), kept_CW.where(as_kept_CW, logits_CW), certain_CW.sum(-1), logsumexp_C
+    )
 
 
-def _certain(line: Line) -> tuple[Tensor, Tensor]:
-    """Tell which of the largest logits are certain, bool[C, K], and compute the log-sum-exp of all, float32[C].
+def _certain(line: Line, room: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell how many ids are drawn, [C, 1], which of the k largest are certain, bool[C, K], and the log-sum-exp, [C].
 
     No sum is a difference: the little that is left of much would be mostly rounding.
     """
@@ -141,18 +167,39 @@ def _certain(line: Line) -> tuple[Tensor, Tensor]:
     above_sums_CK = lengths_CK.where(above_CK, 0).flip(-1).cumsum(-1).flip(-1)
     rest_C1 = line.below(_least(kept_CK, above_CK)).sum(-1, keepdim=True, dtype=wide)
     left_CK = line.shard.beside(rest_C1).sum(-1, keepdim=True) + above_sums_CK
-    num_left_K = torch.arange(kept_CK.shape[1], 0, -1, device=kept_CK.device)
-    level_C1 = (left_CK / num_left_K).amin(-1, keepdim=True)
-    certain_CK = lengths_CK >= level_C1.where(level_C1 > _NOTHING, 0) * (1 - _ROUNDING)
-    return certain_CK, left_CK[:, 0].log().float() + line.largest_C1[:, 0]
+    room_K = torch.tensor(room, device=kept_CK.device)
+    num_C1 = _most_drawn(lengths_CK, left_CK, above_CK, room_K)
+    if room[0] > room[-1]:  # rounding, where ids are about as long as the level, must not overfill a record
+        num_C1 = num_C1.minimum(room_K[_above_level(lengths_CK, left_CK, num_C1).sum(-1, keepdim=True)])
+    certain_CK = _above_level(lengths_CK, left_CK, num_C1)
+    return num_C1, certain_CK, left_CK[:, 0].log().float() + line.largest_C1[:, 0]
 
 
-def _marks(end_C1: Tensor, certain_CK: Tensor, key_C: Tensor) -> Tensor:
-    """Set a mark for every id that is not certain on a line of some length, [C, K], and before 0 for the others."""
-    k, num_certain_C1 = certain_CK.shape[1], certain_CK.sum(-1, keepdim=True)
-    step_C1 = end_C1 / (k - num_certain_C1).clamp(min=1)
-    number_CK = torch.arange(k, device=key_C.device) - num_certain_C1
-    return ((number_CK + uniform(key_C, step_C1.dtype)[:, None]) * step_C1).minimum(_before(end_C1))
+def _most_drawn(lengths_CK: Tensor, left_CK: Tensor, above_CK: Tensor, room_K: Tensor) -> Tensor:
+    """Find the most ids that can be drawn, [C, 1].
+
+    With i certain, as many as there is room for then, and fewer than make the next certain too: that is one as long as
+    the level, its length times the number of those drawn from it on as much as they are long together.
+    """
+    place_CK = torch.arange(lengths_CK.shape[1], device=lengths_CK.device).minimum(above_CK.sum(-1, keepdim=True))
+    below_next_CK = ((left_CK / lengths_CK + place_CK).ceil() - 1).nan_to_num(nan=torch.inf)
+    return pad(below_next_CK, (0, 1), value=torch.inf).minimum(room_K).amax(-1, keepdim=True).long()
+
+
+def _above_level(lengths_CK: Tensor, left_CK: Tensor, num_C1: Tensor) -> Tensor:
+    """Tell which of the largest are certain if so many ids are drawn, bool[C, K]."""
+    num_left_CK = num_C1 - torch.arange(lengths_CK.shape[1], device=lengths_CK.device)
+    level_C1 = (left_CK / num_left_CK).amin(-1, keepdim=True)
+    return lengths_CK >= level_C1.where(level_C1 > _NOTHING, 0) * (1 - _ROUNDING)
+
+
+def _marks(end_C1: Tensor, certain_CW: Tensor, num_C1: Tensor, key_C: Tensor) -> Tensor:
+    """Set a mark for every id that is drawn, but not certain, on a line of some length, [C, W]; -1 for the others."""
+    num_certain_C1 = certain_CW.sum(-1, keepdim=True)
+    step_C1 = end_C1 / (num_C1 - num_certain_C1).clamp(min=1)
+    place_W = torch.arange(certain_CW.shape[1], device=key_C.device)
+    marks_CW = ((place_W - num_certain_C1 + uniform(key_C, step_C1.dtype)[:, None]) * step_C1).minimum(_before(end_C1))
+    return marks_CW.where(place_W < num_C1, -1)
 
 
 def _pick(values_CGM: Tensor, groups_CK: Tensor) -> Tensor:

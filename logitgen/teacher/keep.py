@@ -7,7 +7,7 @@ Shape letters: C positions of a chunk, S ids of a shard of the vocabulary, K kep
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -54,28 +54,36 @@ def top_k(logits_CS: Tensor, target_C: Tensor, k: int, shard: VocabShard = WHOLE
 
 
 def sample(
-    logits_CS: Tensor, target_C: Tensor, k: int, key_C: Tensor, num_ids: int, shard: VocabShard = WHOLE
+    logits_CS: Tensor,
+    target_C: Tensor,
+    room: Sequence[int],
+    key_C: Tensor,
+    num_ids: int,
+    shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
-    """Draw k distinct tokens of each position, as `draw` says: the likeliest for certain, others by their probability.
+    """Draw distinct tokens of each position, as `draw` says: the likeliest for certain, others by their probability.
 
     Args:
         logits_CS: The logits, float32 or in the dtype the teacher computes in.
         target_C: The actual next token, int64.
-        k: Number of tokens to draw.
+        room: How many tokens to draw, by the number of certain ones, from 0 to k; never more for a larger number.
         key_C: Key of each position's random number, int64.
         num_ids: Ids from here on have no token, and no part of the probability.
         shard: The ids of these logits.
 
     Returns:
-        The values of `top_k` for the drawn tokens.
+        The values of `top_k` for the drawn tokens, [C, W] with the most that are drawn, and `num_certain` int64[C]. If
+        fewer are drawn, ids with a log-prob of -inf fill up.
     """
-    width = max(0, min(num_ids - shard.start, logits_CS.shape[-1]))
+    k, width = len(room) - 1, max(0, min(num_ids - shard.start, logits_CS.shape[-1]))
     drawable_CS = logits_CS[:, :width] if width else logits_CS.new_full((len(logits_CS), 1), -torch.inf)
-    ids_CK, kept_CK, logsumexp_C = draw(_line(drawable_CS, k, min(k, width), shard), key_C)
-    logprobs_CK, order_CK = (kept_CK - logsumexp_C[:, None]).sort(stable=True, descending=True)
-    return _scalars(logits_CS, target_C, logsumexp_C, shard) | {
-        "kept_ids": ids_CK.gather(1, order_CK),
-        "kept_logprobs": logprobs_CK.clamp(min=-FLOAT16_MAX, max=0),
+    drawn = draw(_line(drawable_CS, k, min(k, width), shard), key_C, room)
+    logprobs_CW = (drawn.logits_CW - drawn.logsumexp_C[:, None]).clamp(max=0)
+    logprobs_CW, order_CW = logprobs_CW.sort(stable=True, descending=True)
+    return _scalars(logits_CS, target_C, drawn.logsumexp_C, shard) | {
+        "kept_ids": drawn.ids_CW.gather(1, order_CW),
+        "kept_logprobs": logprobs_CW,
+        "num_certain": drawn.num_certain_C,
     }
 
 
