@@ -3,8 +3,9 @@
     python -m benchmarks.head
 
 Alternating in one process: the matrix product alone, with one pass over its result, with what a capture of the top k or
-of a sample does, and with torch's own top-k and log-sum-exp. *without product* is the time of keeping alone: the
-sample's, relative to the top k's, on logits that are there. Memory is that of a whole captured batch above the model.
+of a packed sample with room for k certain tokens does, and with torch's own top-k and log-sum-exp. *without product* is
+the time of keeping alone: the sample's, relative to the top k's, on logits that are there. Memory is that of a whole
+captured batch above the model.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.utils.benchmark import timer
 from benchmarks.harness import Spread, in_turns, parse, write_report
 from benchmarks.synthetic import job_of, make_rows, small_llama
 from logitgen.estimate import _taken_bytes
+from logitgen.file.drawn import DrawnPacking
 from logitgen.teacher.capture import capture_batch
 from logitgen.teacher.keep import _largest, _logsumexp_in_passes, sample, top_k
 from logitgen.teacher.model import CHUNK_LOGITS, GPU_CHUNK_LOGITS, Teacher
@@ -61,6 +63,7 @@ def contenders(vocab_size: int, hidden_size: int, k: int, device: torch.device) 
     target_C = torch.randint(vocab_size, (num_positions,), device=device)
     key_C = position_keys(0, torch.zeros_like(target_C), torch.arange(num_positions, device=device))
     compiled = torch.compile(_logsumexp_in_passes)
+    room = DrawnPacking(vocab_size=vocab_size, num_ids=vocab_size, k=k, value_bits=8).room
 
     def unfused(logits_CV: Tensor) -> None:
         logits_CV.topk(k)
@@ -74,7 +77,7 @@ def contenders(vocab_size: int, hidden_size: int, k: int, device: torch.device) 
         "product alone": lambda logits_CV: None,
         BASE: lambda logits_CV: logits_CV.amax(-1),
         "as captured": lambda logits_CV: top_k(logits_CV, target_C, k),
-        "as drawn": lambda logits_CV: sample(logits_CV, target_C, k, key_C, vocab_size),
+        "as drawn": lambda logits_CV: sample(logits_CV, target_C, room, key_C, vocab_size),
         "torch.topk, logsumexp": unfused,
     }
     with suppress(Exception):  # no compiler on this machine; torch says so in many ways

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_draw import drawn_from, keys, level_of, weights_of
 
+from logitgen import DistillationLoss
 from logitgen.file.drawn import DrawnPacking, is_certain
 from logitgen.file.scale import half_step
 from logitgen.student.events import certain_tokens, sample_weights
 from logitgen.teacher.keep import sample
 from logitgen.teacher.noise import position_keys
+
+LOSSES: list[dict[str, Any]] = [{"tail": "drawn"}, {"tail": "ignore"}]
+LOSSES += [{"tail": "ghost", "divergence": divergence} for divergence in ("forward_kl", "reverse_kl", "jsd")]
 
 
 def packing(vocab_size: int, k: int, value_bits: int = 8, num_ids: int | None = None) -> DrawnPacking:
@@ -249,3 +255,46 @@ def test_no_position_gives_no_record() -> None:
     how = packing(1000, 4)
     ids, logprobs = how.unpack(np.zeros((0, how.record_bytes), "u1"))
     assert ids.shape == logprobs.shape == (0, how.num_columns)
+
+
+def loss_of(student_PV: torch.Tensor, ids_PW: torch.Tensor, logprobs_PW: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The loss over positions, each with the same number of tokens."""
+    num_positions, vocab_size = student_PV.shape
+    attributes = {"capture": "sample", "vocab_size": vocab_size, "tokenizer_size": vocab_size}
+    batch = {"kept_ids": ids_PW[None], "kept_logprobs": logprobs_PW[None]}
+    batch |= {"captured": torch.ones(1, num_positions, dtype=torch.bool)}
+    batch |= {"labels": torch.zeros(1, num_positions, dtype=torch.int64)}
+    return DistillationLoss(SimpleNamespace(attributes=attributes, head=None), **options)(student_PV[None], batch)
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=lambda options: " ".join(options.values()))
+def test_what_fills_up_a_record_changes_no_loss(options: dict[str, Any]) -> None:
+    logits_PV, how = some_logits(20, 300, 4.0), packing(300, 12)
+    logits_PV[3, 2:] = -torch.inf
+    ids, logprobs = map(torch.from_numpy, how.unpack(packed(how, drawn_from(logits_PV, how.room))))
+    num_P = (logprobs > -torch.inf).sum(-1).tolist()
+    assert len(set(num_P)) > 3
+    student_PV = some_logits(20, 300, 2.0, 1).requires_grad_()
+    loss_of(student_PV, ids, logprobs, **options).backward()
+    alone = student_PV.detach().clone().requires_grad_()
+    for at, num in enumerate(num_P):
+        of_one = alone[at : at + 1]
+        (loss_of(of_one, ids[at : at + 1, :num], logprobs[at : at + 1, :num], **options) / 20).backward()
+    assert student_PV.grad is not None
+    assert alone.grad is not None
+    torch.testing.assert_close(student_PV.grad, alone.grad, rtol=1e-5, atol=1e-7)
+    assert student_PV.grad.abs().max() > 1e-3
+
+
+def test_the_value_of_the_loss_is_that_of_each_tokens_own_log_prob() -> None:
+    """The mean of the drawn tokens' log-probs gives what their own would give."""
+    logits_PV, student_PV = some_logits(200, 300, 4.0), some_logits(200, 300, 4.0, 1)
+    how = packing(300, 12, 16)
+    drawn = drawn_from(logits_PV, how.room)
+    own = loss_of(student_PV, drawn["kept_ids"], drawn["kept_logprobs"])
+    ids, logprobs = map(torch.from_numpy, how.unpack(packed(how, drawn)))
+    assert loss_of(student_PV, ids, logprobs).item() == pytest.approx(own.item(), rel=1e-3)
+    exact = (logits_PV.softmax(-1) * (logits_PV.log_softmax(-1) - student_PV.log_softmax(-1))).sum(-1).mean()
+    assert own.item() == pytest.approx(exact.item(), rel=0.1)
+    others_raised = logprobs.where(certain_tokens(logprobs), sample_weights(logprobs).log())  # without the mean
+    assert abs(loss_of(student_PV, ids, others_raised).item() - exact.item()) > abs(own.item() - exact.item()) + 0.02

@@ -11,7 +11,8 @@ Datasets (all contiguous, little-endian):
     token level     offsets int64[N+1], input_ids uint16|uint32[T]
     position level  position_offsets int64[N+1], positions int32[P], logsumexp float32[P], target_logprob float32[P];
                     packed: no logsumexp, and target_logprob float16[P]
-      topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead
+      topk, sample  kept_ids uint16|uint32[P, K], kept_logprobs float16[P, K]; packed: kept uint8[P, R] instead, see
+                    `packing` and `drawn`
       hidden        hidden [P, D] and, once, head_weight [V, D] and head_bias [V], if the head has one, in the teacher's
                     dtype: float32, float16, or uint16 with the bits of bfloat16; packed: hidden int8[P, D] and
                     hidden_scale uint16[P, G], see `states`; hidden_2, ... alike, states of other layers

@@ -64,7 +64,9 @@ class LogitsFile:
         Returns:
             `input_ids` [T], and for its P captured positions `positions` [P], `target_logprob` [P], `logsumexp` [P] if
             the encoding is plain, and the kept values: `kept_ids` and `kept_logprobs` [P, K], `hidden` [P, D] and those
-            of other layers, or `logits` [P, V]. Dtypes as in the file; packed values of 8 bits are float32.
+            of other layers, or `logits` [P, V]. Dtypes as in the file; packed values of 8 bits are float32. Packed
+            draws are float32: -inf where a position has fewer tokens than columns, and the mean for those tokens that
+            were not certain.
 
         Raises:
             IndexError: There is no such row.

@@ -115,7 +115,8 @@ class LogitsDataset(Dataset[Row]):
             `target_logprob` float32[P], `logsumexp` float32[P] if the encoding is plain, and the captured values:
             `kept_ids` int64[P, K] with `kept_logprobs` float32[P, K] (nats, descending), or `hidden` float32[P, D],
             which `head` turns into logits, with the states of other layers, `hidden_2` float32[P, D] and so on, or
-            `logits` float32[P, V].
+            `logits` float32[P, V]. Packed draws have more columns than K, -inf where a position has fewer tokens, and
+            one mean for those that were not certain.
 
         Raises:
             IndexError: There is no such row.
