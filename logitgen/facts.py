@@ -4,11 +4,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from logitgen.errors import FormatError, UsageError
+from logitgen.errors import UsageError
 from logitgen.file.drawn import DrawnPacking, is_certain
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
-from logitgen.file.verify import row_problems
+from logitgen.file.verify import sound_row
 from logitgen.leader.status import Status
 
 NUM_GUESSES = 5
@@ -56,9 +56,7 @@ def row_facts(file: LogitsFile, row: int, decoder: Decoder | None) -> dict[str, 
     """
     if not -len(file) <= row < len(file):
         raise UsageError(f"--row must be between 0 and {len(file) - 1}, got {row}.")
-    for problem in row_problems(file, row % len(file)):
-        raise FormatError(f"{file.path} is damaged: row {row % len(file)} {problem}. Copy it again.")
-    data = file.row(row)
+    data = sound_row(file, row % len(file))
     ids = data["input_ids"]
     ids_PK, logprobs_PK = _guesses(data | _logits(file, data))
     if isinstance(file.layout.packing, DrawnPacking):  # of the others only their mean is known

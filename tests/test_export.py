@@ -321,3 +321,23 @@ def test_the_examples_say_how_their_rows_are_made() -> None:
         (command,) = re.findall(r"python -m logitgen (export .*)", text)
         rows = command.split()[2]
         assert f": {rows}\n" in text
+
+
+@pytest.mark.parametrize("form", ["axolotl", "distillkit", "maxtext"])
+def test_nothing_is_written_of_a_damaged_file(
+    form: str, capture: Capture, teacher: Path, ragged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = capture(teacher=teacher, dataset=ragged, packing=True, max_length=33, top_k=8)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    output = tmp_path / ("out.array_record" if form == "maxtext" else "out.parquet")
+    capsys.readouterr()
+    before = set(tmp_path.iterdir())
+    assert main(["export", str(path), str(output), "--format", form]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    number = len(LogitsFile(path)) - 1
+    assert re.search(rf"is damaged: row {number} has checksum \w+, expected \w+\. Copy it again\.$", error)
+    assert set(tmp_path.iterdir()) == before

@@ -46,6 +46,7 @@ import torch
 from logitgen.errors import UsageError, reason
 from logitgen.file.layout import WITH_KEPT_IDS, Array
 from logitgen.file.reader import LogitsFile
+from logitgen.file.verify import sound_row
 from logitgen.student.dataset import IGNORED_LABEL
 from logitgen.student.events import sample_weights
 from logitgen.student.records import write_records
@@ -82,6 +83,7 @@ def export(file: LogitsFile, output: Path, form: Format = "axolotl") -> int:
     Raises:
         UsageError: The trainer cannot use what the file holds, the output exists or cannot be written, or a package
             for it is missing.
+        FormatError: A row is damaged.
     """
     kinds, _, _ = _FORMATS[form]
     if file.layout.capture not in kinds:
@@ -136,7 +138,7 @@ def _check_output(output: Path, form: Format) -> None:
 def _of_maxtext(file: LogitsFile) -> Iterator[Example]:
     """Yield the rows that have positions one by one in MaxText's features."""
     for number in np.flatnonzero(np.diff(file.arrays["position_offsets"])):
-        row = file.row(int(number))
+        row = sound_row(file, int(number))
         one_more = ((0, 1), (0, 0))  # of zeros: logits and token alike
         yield {
             "inputs": row["input_ids"],
@@ -148,7 +150,7 @@ def _of_maxtext(file: LogitsFile) -> Iterator[Example]:
 def _of_distillkit(file: LogitsFile) -> Iterator[Example]:
     """Yield the rows one by one in DistillKit's columns."""
     for number in range(len(file)):
-        row = file.row(number)
+        row = sound_row(file, number)
         yield {
             "input_ids": row["input_ids"][:-1].astype(np.int32),
             "token_ids": row["kept_ids"].astype(np.int32),
@@ -159,7 +161,7 @@ def _of_distillkit(file: LogitsFile) -> Iterator[Example]:
 def _of_axolotl(file: LogitsFile) -> Iterator[Example]:
     """Yield the rows one by one in axolotl's columns."""
     for number in range(len(file)):
-        row = file.row(number)
+        row = sound_row(file, number)
         num_tokens, positions = len(row["input_ids"]), row["positions"]
         wide = (num_tokens, row["kept_ids"].shape[-1])
         example: Example = {
