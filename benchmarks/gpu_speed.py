@@ -118,7 +118,10 @@ def _steps(model: Teacher, num_positions: int) -> dict[str, Work]:
     target_C = torch.zeros(num_positions, dtype=torch.int64, device=model.device)
     key_C = position_keys(0, target_C, torch.arange(num_positions, device=model.device))
     top = partial(keep.top_k, logits_CV, target_C, 64)
-    drawn = {f"{k} drawn": partial(keep.sample, logits_CV, target_C, k, key_C, logits_CV.shape[1]) for k in (12, 64)}
+    drawn = {
+        f"{k} drawn": partial(keep.sample, logits_CV, target_C, [k] * (k + 1), key_C, logits_CV.shape[1])
+        for k in (12, 64)
+    }
     torch_alone = mock.patch.object(keep, "_gpu_kernel", _no_kernel)
     return {
         "the head's product": lambda: head(hidden_CD),

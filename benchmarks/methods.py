@@ -24,7 +24,7 @@ from logitgen.teacher.noise import position_keys
 LARGE_VOCAB = 151_936
 """Qwen's, at which others give their sizes."""
 
-KEPT = (4, 6, 8, 10, 12, 16, 24, 32, 40, 50, 64, 96, 128, 192, 256)
+KEPT = (4, 5, 6, 8, 10, 12, 16, 24, 32, 40, 50, 64, 96, 128, 192, 256)
 DRAWS = (12, 25, 50, 100, 400, 1600)
 """RS-KD's own choice is 50."""
 
