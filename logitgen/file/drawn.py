@@ -9,14 +9,16 @@ others. So a record has room for K certain tokens, and where fewer are certain, 
              of the certain ones in the order of their ids; float16, or 8 bits of `scale`
 
 The last zero of the high parts shows how many ids there are. The mean is what the value of a KL divergence needs of the
-drawn tokens: their common weight times each log-prob adds up to the same. Ids and root mean squared error of the
-probabilities by bytes of a record (2,048 positions of prose, SmolLM2-135M, sizes of V = 151,936), against records of K
-ids with a value each:
+drawn tokens: their common weight times each log-prob adds up to the same. Bytes of a record, root mean squared error of
+the probabilities, and ids on average, without rounding (2,048 positions of prose, SmolLM2-135M, sizes of V = 151,936),
+against records of K ids with a value each:
 
-    K           4             8             12            24            64            128
-    K values    13 B  0.319   25 B  0.191   36 B  0.140   68 B  0.082   170 B  0.037  323 B  0.021
-    as many     14 B  0.280   27 B  0.152   38 B  0.112   72 B  0.062   179 B  0.028  340 B  0.015
-    ids         4.7           10.3          15.2          31.4          84            171
+    K                    4       8       12      24      64      128
+    K values, bytes      13      25      36      68      170     323
+              error      0.319   0.191   0.140   0.082   0.037   0.021
+    as many   bytes      15      27      38      72      179     340
+    as fit    error      0.259   0.153   0.111   0.063   0.028   0.015
+              ids        5.1     10.4    15.6    32.0    86.2    173.2
 
 Shape letters: C positions of a chunk, P positions, W ids that come back, the most that fit, R bytes of a record, E ids
 of all positions.
