@@ -23,6 +23,7 @@ import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -155,7 +156,7 @@ class Layout:
                 f"{self.top_k}. Lower it, or keep the likeliest with --capture topk."
             )
 
-    @property
+    @cached_property
     def packing(self) -> Packing | DrawnPacking | None:
         """Packing of kept ids and log-probs, or None where they are not packed."""
         if self.encoding == "plain" or self.capture not in WITH_KEPT_IDS:

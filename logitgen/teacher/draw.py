@@ -23,7 +23,7 @@ subset sums, SODA 2009 (level and weights); W. G. Madow, On the theory of system
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -133,11 +133,8 @@ def draw(line: Line, key_C: Tensor, room: Sequence[int]) -> Draw:
     """
     num_C1, certain_CK, logsumexp_C = _certain(line, room)
     wider = (0, room[0] - certain_CK.shape[1])
-    kept_CW, ids_CW, certain_CW = (
-        pad(line.kept_CK, wider, value=-torch.inf),
-        pad(line.ids_CK, wider),
-        pad(certain_CK, wider),
-    )
+    kept_CW = pad(line.kept_CK, wider, value=-torch.inf)
+    ids_CW, certain_CW = pad(line.ids_CK, wider), pad(certain_CK, wider)
     bound_C1 = _least(kept_CW, certain_CW)
     sums_CG = line.below(bound_C1)
     ends_CG = sums_CG.cumsum(-1, dtype=_wide(key_C.device))
@@ -167,12 +164,18 @@ def _certain(line: Line, room: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     above_sums_CK = lengths_CK.where(above_CK, 0).flip(-1).cumsum(-1).flip(-1)
     rest_C1 = line.below(_least(kept_CK, above_CK)).sum(-1, keepdim=True, dtype=wide)
     left_CK = line.shard.beside(rest_C1).sum(-1, keepdim=True) + above_sums_CK
-    room_K = torch.tensor(room, device=kept_CK.device)
+    room_K = _on_device(tuple(room), kept_CK.device)
     num_C1 = _most_drawn(lengths_CK, left_CK, above_CK, room_K)
     if room[0] > room[-1]:  # rounding, where ids are about as long as the level, must not overfill a record
         num_C1 = num_C1.minimum(room_K[_above_level(lengths_CK, left_CK, num_C1).sum(-1, keepdim=True)])
     certain_CK = _above_level(lengths_CK, left_CK, num_C1)
     return num_C1, certain_CK, left_CK[:, 0].log().float() + line.largest_C1[:, 0]
+
+
+@cache
+def _on_device(room: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copy to the device once: a GPU would wait for every copy."""
+    return torch.tensor(room, device=device)
 
 
 def _most_drawn(lengths_CK: Tensor, left_CK: Tensor, above_CK: Tensor, room_K: Tensor) -> Tensor:
