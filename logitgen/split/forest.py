@@ -13,9 +13,9 @@ _WORTH = 0.9
 class Forest:
     """Batches that read prefixes once.
 
-    Apart from the prefix that its first two rows share, a batch has no more different tokens than the budget. It may
-    read some of them again, where one more pass is not worth it. Its payload has the positions of all rows, which are
-    limited too.
+    Apart from the prefix that its first two rows share, a batch has no more different tokens than the budget, and no
+    more prefixes than one pass may read. It may read some tokens again, where one more pass is not worth it. Its
+    payload has the positions of all rows, which are limited too.
 
     Attributes:
         rows: Row numbers of all batches, one after another, int64[S].

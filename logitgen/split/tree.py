@@ -158,9 +158,8 @@ def _suffixes(
 ) -> Iterator[Step]:
     """Cut the rows that continue at a depth into passes, longest first, for the fewest tokens, passes counted too.
 
-    Padding is tokens: a pass ends where that is cheaper than to pad the rows behind it.
-
-    A pass of several rows has no more tokens and keys than it may. A single row may have any number.
+    Padding is tokens: a pass ends where that is cheaper than to pad the rows behind it. A pass of several rows has no
+    more tokens and keys than it may. A single row may have any number.
     """
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     ends = lengths[rows]
