@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from functools import partial
 
-import datasets
-import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench, capture
 from benchmarks.harness import Row, Spread, in_turns
 from benchmarks.head import seconds_of
-from benchmarks.prefixes import SHAPES, WHOLE
+from benchmarks.prefixes import SHAPES, WHOLE, rows_of
 from benchmarks.synthetic import Job
-from logitgen.config import Config
 from logitgen.split import job
 from logitgen.split.prefixes import neighbours
 from logitgen.split.rows import Rows
@@ -46,21 +43,10 @@ def prefixes(bench: Bench) -> Iterator[Row]:
                 yield {"teacher, rows": "its prefixes cannot be shared"}
                 continue
             for shape in SHAPES:
-                rows = _rows(shape, bench.scale.chats, model.shard.vocab_size)
+                rows = rows_of(shape, bench.scale.chats, model.shard.vocab_size)
                 for batch_tokens in (bench.scale.batch_tokens, 4 * bench.scale.batch_tokens):
                     name = f"{list(bench.scale.teachers)[number]}, {shape}, --batch_tokens {batch_tokens:,}"
                     yield {"teacher, rows": name} | _compare(bench, model, rows, batch_tokens)
-
-
-def _rows(shape: str, chats: int, vocab_size: int) -> Rows:
-    generator = np.random.default_rng(0)
-
-    def take(count: int) -> list[int]:
-        tokens: list[int] = generator.integers(vocab_size, size=count).tolist()
-        return tokens
-
-    split = datasets.Dataset.from_dict({"input_ids": list(SHAPES[shape](take, chats))})
-    return Rows(split, Config(teacher="none", dataset="none", output="none"), max_length=None)
 
 
 def _compare(bench: Bench, model: Teacher, rows: Rows, batch_tokens: int) -> Row:

@@ -1,25 +1,42 @@
 """Rows that begin alike: read once, against the same rows read whole and against scripts that know nothing of it.
 
-    python -m benchmarks.prefixes --teacher FOLDER --dataset ROWS.jsonl
+    python -m benchmarks.prefixes --teacher FOLDER --dataset ROWS.jsonl [--plans]
 
 Whole commands in turns. *capturing* leaves their start-up out. The rows are prose: `--chats` chats behind a tool schema
 of 1,000 tokens, prompts of 400 tokens with 8 completions of 100, conversations of six turns whose earlier thoughts
 later turns leave out, and rows that share nothing.
+
+With `--plans`, padding alone: the rows are random tokens of log-normal lengths around these. A plan with more than 2 %
+of padding stands beside one with no more. That one counts a pass as ever fewer tokens, and so ends passes earlier, or
+reads every row whole if that is cheaper. *cost* is what its passes cost, as the first counts them, relative to the
+first. *seconds* are the same on one CPU thread, in `--rounds` turns.
 """
 
+import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks.check import check, read_flat
 from benchmarks.comparison import OURS, Contender, contenders
-from benchmarks.harness import Spread, in_turns, measure, parse, scratch, write_report
+from benchmarks.harness import Row, Spread, in_turns, measure, parse, scratch, write_report
+from logitgen.config import Config
+from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
+from logitgen.split.plan import MOST_PADDING, Plan
+from logitgen.split.prefixes import Neighbours, neighbours
+from logitgen.split.rows import Rows
+from logitgen.split.tree import CPU_COST, GPU_COST, PassCost, steps
+from logitgen.teacher.model import Teacher, load_model
 
 WHOLE, MERGE = "every row read whole", "bash + merge"
 FORMS = {"tokens, read whole = 1": ".2f"} | dict.fromkeys(("speed, ours = 1", "capturing, read whole = 1"), ".2f")
@@ -54,7 +71,28 @@ def alone(take: Any, chats: int) -> Iterator[str]:
     yield from (take(100 + 10 * (row % 20)) for row in range(chats))
 
 
+def short(take: Any, chats: int) -> Iterator[str]:
+    """Write 8 completions of a few words for every prompt."""
+    for _ in range(max(1, chats // 8)):
+        prompt = take(400)
+        yield from (prompt + take(20) for _ in range(8))
+
+
+def mixed(take: Any, chats: int) -> Iterator[str]:
+    """Write rows of all the shapes, as many of each."""
+    for shape in SHAPES.values():
+        yield from shape(take, chats)
+
+
 SHAPES = {"tool schema": schema, "8 completions": completions, "six turns": turns, "nothing shared": alone}
+PLANNED = SHAPES | {"8 short completions": short, "all of these": mixed}
+PLAN_FORMS = dict.fromkeys(("padding, %", "at most 2 %: padding, %"), ".2f")
+PLAN_FORMS |= dict.fromkeys(("saved, %",), ".1f") | dict.fromkeys(("cost", "seconds"), ".3f")
+SPREAD = 0.7
+"""Of log-normal lengths, as in `synthetic`."""
+
+PAYLOAD_POSITIONS = 2**24 // 264
+"""Captured positions of 16 MB with k=64."""
 
 
 def run(contender: Contender, folder: Path, ours: Path) -> dict[str, Any]:
@@ -75,10 +113,91 @@ def run(contender: Contender, folder: Path, ours: Path) -> dict[str, Any]:
     return {"seconds": seconds, "capturing": seconds - before, "read": 1 - sum(saved)}
 
 
+def rows_of(shape: str, chats: int, vocab_size: int, spread: float = 0.0) -> Rows:
+    """Make up rows of random tokens, of the shape's own lengths or log-normal ones around them."""
+    generator = np.random.default_rng(0)
+
+    def take(count: int) -> list[int]:
+        drawn = count * generator.lognormal(-(spread**2) / 2, spread)
+        tokens: list[int] = generator.integers(vocab_size, size=max(2, round(drawn))).tolist()
+        return tokens
+
+    split = datasets.Dataset.from_dict({"input_ids": list(PLANNED[shape](take, chats))})
+    return Rows(split, Config(teacher="none", dataset="none", output="none"), max_length=None)
+
+
+def compare_plans(rows: Rows, batch_tokens: int, cost: PassCost, teacher: Teacher | None, rounds: int) -> Row:
+    """Compare the plan of some rows with the cheapest that has at most 2 % of padding."""
+
+    def plan_of(pass_cost: PassCost, found: Neighbours | None) -> Plan:
+        return Plan(rows.forward_lengths, batch_tokens, None, found, PAYLOAD_POSITIONS, pass_cost)
+
+    def sizes(plan: Plan) -> Array:
+        numbers = range(plan.num_batches)
+        lengths = (rows.forward_lengths[plan.rows(number)] for number in numbers)
+        shared = (plan.shared(number) for number in numbers)
+        planned = [steps(*each, batch_tokens, plan.pass_cost) for each in zip(lengths, shared, strict=True)]
+        return np.array([len(step.rows) * step.length for of_batch in planned for step in of_batch])
+
+    found, counted = neighbours(rows), cost
+    plan = tight = plan_of(cost, found)
+    row: Row = {"padding, %": 100 * plan.padding_share, "passes": len(sizes(plan)), "saved, %": 100 * plan.saved_share}
+    while tight.padding_share > MOST_PADDING + 1e-9:
+        counted = PassCost(counted.extra * 3 // 4, counted.least * 3 // 4)
+        tight = plan_of(counted, found)
+    if tight is not plan:
+        tight = min(tight, plan_of(cost, None), key=lambda each: cost.of(sizes(each)).sum())
+        row |= {"at most 2 %: padding, %": 100 * tight.padding_share, "its passes": len(sizes(tight))}
+        row |= {"cost": cost.of(sizes(tight)).sum() / cost.of(sizes(plan)).sum()}
+        if teacher and rounds:
+            ways = {
+                "planned": partial(seconds_of, teacher, rows, plan),
+                "tight": partial(seconds_of, teacher, rows, tight),
+            }
+            seconds = in_turns(ways, rounds)
+            row |= {"seconds": Spread.of(seconds["tight"], seconds["planned"])}
+    return row
+
+
+@torch.no_grad()
+def seconds_of(teacher: Teacher, rows: Rows, plan: Plan) -> float:
+    """Run the forward passes of a plan without the head; return the seconds of this thread."""
+    seconds = 0.0
+    for number in range(plan.num_batches):
+        batch = rows.batch(plan.rows(number), plan.shared(number), plan.batch_tokens, plan.pass_cost)
+        passes, slots = batch.passes, batch.slots[batch.distinct(of_each_row=False).index]
+        start = time.thread_time()
+        teacher._hidden(passes, slots)
+        seconds += time.thread_time() - start
+    return seconds
+
+
+def plans(options: argparse.Namespace) -> None:
+    """Compare the plans of every shape of rows, for a CPU and for a GPU."""
+    torch.set_num_threads(1)
+    config = Config(teacher=str(options.teacher), dataset="none", output="none", dtype="float32")
+    vocab_size, teacher = 2**15, None
+    if options.rounds:
+        model = load_model(config, torch.device("cpu"))
+        teacher = Teacher(model, model.config.vocab_size)
+    table = [
+        {"rows": shape, "device": device, "--batch_tokens": batch_tokens}
+        | compare_plans(rows, batch_tokens, cost, teacher if device == "CPU" else None, options.rounds)
+        for shape in options.shapes or PLANNED
+        for rows in [rows_of(shape, options.chats, vocab_size, SPREAD)]
+        for device, cost in {"CPU": CPU_COST, "GPU": GPU_COST}.items()
+        for batch_tokens in (512, 2048, 8192, 32_768)
+    ]
+    write_report(options.output, "prefix plans", table, PLAN_FORMS)
+
+
 def main() -> None:
     """Measure every shape of rows."""
     sizes = {"chats": 24, "rounds": 2, "ranks": 2, "top_k": 64, "batch_tokens": 2048}
-    options = parse(__doc__, teacher=Path, dataset=Path, **sizes, shapes=[])
+    options = parse(__doc__, teacher=Path, dataset=Path, **sizes, shapes=[], plans=False)
+    if options.plans:
+        plans(options)
+        return
     tokenizer, table = AutoTokenizer.from_pretrained(options.teacher), []
     texts = "\n".join(json.loads(line)["text"] for line in options.dataset.read_text(encoding="utf-8").splitlines())
     prose = iter(tokenizer(texts).input_ids)

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from benchmarks import chats, padding, reading, startup, student, without
+from benchmarks import chats, padding, prefixes, reading, startup, student, without
 from benchmarks.check import MismatchError, check, read_flat, read_ours
 from benchmarks.comparison import COMPETITORS, code_lines
 from benchmarks.gpu_speed import ALONE, PACKED, idle_share
@@ -26,7 +26,9 @@ from logitgen import DistillationLoss, LogitsDataset
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head
 from logitgen.leader.writer import Writer
+from logitgen.split.tree import CPU_COST, GPU_COST
 from logitgen.student import chunks
+from logitgen.teacher.model import Teacher
 
 OTHERS = [
     "bash, file per process",
@@ -262,6 +264,22 @@ def test_chats_are_measured_with_a_template_that_keeps_and_one_that_forgets(teac
     chats.main()
     table = json.loads((tmp_path / "chats.json").read_text())["data"]
     assert [row["rows"] for row in table] == [6, 6, 6, 6, 6, 12]
+
+
+def test_a_plan_with_much_padding_stands_beside_a_dearer_one_with_at_most_2_percent():
+    rows = prefixes.rows_of("8 short completions", 64, 1000, prefixes.SPREAD)
+    found = prefixes.compare_plans(rows, 8192, GPU_COST, None, 0)
+    assert found["padding, %"] > 2 >= found["at most 2 %: padding, %"]
+    assert found["cost"] > 1
+    fitting = prefixes.compare_plans(prefixes.rows_of("8 completions", 64, 1000), 8192, CPU_COST, None, 0)
+    assert fitting == {"padding, %": 0, "passes": 4, "saved, %": pytest.approx(100 * 7 * 400 / (8 * 499))}
+
+
+def test_the_passes_of_a_plan_are_timed(teacher: Path):
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    rows = prefixes.rows_of("8 short completions", 32, 50, prefixes.SPREAD)
+    found = prefixes.compare_plans(rows, 8192, CPU_COST, Teacher(model, model.config.vocab_size), 2)
+    assert found["seconds"].least > 0
 
 
 def test_padding_is_counted_as_worked_out_by_hand():

@@ -78,6 +78,15 @@ def test_the_branch_with_the_longest_row_comes_first() -> None:
     assert found.shared.tolist() == [0, 40, 0, 40, 40]
 
 
+def test_the_branch_that_shares_most_comes_before_longer_rows() -> None:
+    """Prompts of 80 and of 40 tokens in turns, with a short and a long completion each."""
+    prompts = [[*range(100 * number, 100 * number + (40, 80)[number % 2])] for number in range(4)]
+    ids = [[*prompt, *range(1000 * more, 1001 * more)] for prompt in prompts for more in (20, 200 - len(prompt))]
+    found = neighbours(rows_of(ids))
+    assert found.rows.tolist() == [3, 2, 7, 6, 1, 0, 5, 4]
+    assert found.shared.tolist() == [0, 80, 0, 80, 0, 40, 0, 40]
+
+
 def test_rows_longer_than_the_switch_share_nothing() -> None:
     ids = [[*range(50), 1, 2], [*range(50), 3, 4], [*range(50), 5, 6, 7]]
     assert neighbours(rows_of(ids), longest=51).rows.tolist() == [0, 1]
@@ -160,6 +169,14 @@ def test_batches_end_where_the_least_is_read_twice() -> None:
     plan = Plan(lengths, 600, None, Neighbours(np.arange(50), shared, np.full(50, 12)))
     assert [len(plan.rows(number)) for number in range(plan.num_batches)] == [20, 20, 10]
     assert all(plan.rows(number)[0] % 5 == 0 for number in range(plan.num_batches))
+
+
+def test_a_batch_has_no_more_prefixes_than_one_pass_reads() -> None:
+    """Prompts of 304 tokens with two completions of 16: the rows of three prompts fit, their prefixes do not."""
+    lengths, shared = np.full(12, 320, dtype=np.int32), np.where(np.arange(12) % 2, 304, 0)
+    plan = Plan(lengths, 800, None, Neighbours(np.arange(12), shared, np.full(12, 16)))
+    assert [plan.rows(number).tolist() for number in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert plan.num_read == 6 * (304 + 2 * 16)
 
 
 def test_a_batch_captures_no_more_positions_than_it_may() -> None:

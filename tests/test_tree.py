@@ -1,5 +1,6 @@
 """The tree of a batch: passes that read every prefix once give every row all its tokens, and no more than that."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -70,13 +71,48 @@ def test_no_pass_takes_more_than_it_may(rows: list[list[int]], batch_tokens: int
         assert len(planned) == 1
         return
     for step in planned:
-        padded = len(step.rows) * step.length
-        padding = padded - step.num_tokens
-        assert padding <= pass_cost.extra or padded <= pass_cost.least
-        assert not (step.is_trunk and padding)
+        assert not (step.is_trunk and len(step.rows) * step.length > step.num_tokens)
         if len(step.rows) > 1:
             assert len(step.rows) * step.ends.max() <= 4 * batch_tokens
             assert step.is_trunk or len(step.rows) * step.length <= batch_tokens
+
+
+def ways_to_group(items: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to put items into groups."""
+    if not items:
+        yield []
+        return
+    for groups in ways_to_group(items[1:]):
+        yield [[items[0]], *groups]
+        for index, group in enumerate(groups):
+            yield [*groups[:index], [items[0], *group], *groups[index + 1 :]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(st.integers(1, 40), min_size=2, max_size=6), st.integers(1, 60), st.integers(1, 250), costs)
+def test_rows_behind_a_prefix_are_read_at_the_least_cost(
+    suffixes: set[int], prefix: int, batch_tokens: int, pass_cost: PassCost
+) -> None:
+    """Of all ways to group them, also those in which no neighbours in length go together."""
+    lengths = np.array([prefix + suffix for suffix in suffixes])
+    planned = steps(lengths, np.append(0, np.full(len(lengths) - 1, prefix)), batch_tokens, pass_cost)
+    found = [step for step in planned if not step.is_trunk]
+    (start,) = {step.start for step in found}
+
+    def cost(group: list[int]) -> float:
+        tokens, keys = (len(group) * (max(group) - before) for before in (start, 0))
+        may = len(group) == 1 or (tokens <= batch_tokens and keys <= 4 * batch_tokens)
+        return max(tokens, pass_cost.least) + pass_cost.extra if may else np.inf
+
+    least = min(sum(map(cost, groups)) for groups in ways_to_group(lengths.tolist()))
+    assert sum(cost(lengths[step.rows].tolist()) for step in found) == least
+
+
+@pytest.mark.parametrize(("batch_tokens", "pass_rows"), [(210, [4, 4, 2]), (1000, [10])])
+def test_equally_long_rows_fill_their_passes(batch_tokens: int, pass_rows: list[int]) -> None:
+    lengths, shared = np.full(10, 90), np.append(0, np.full(9, 40))
+    planned = steps(lengths, shared, batch_tokens, CPU_COST)
+    assert [(step.start, len(step.rows)) for step in planned] == [(0, 1), *((40, rows) for rows in pass_rows)]
 
 
 @settings(max_examples=300, deadline=None)

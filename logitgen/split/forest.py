@@ -13,9 +13,9 @@ _WORTH = 0.9
 class Forest:
     """Batches that read prefixes once.
 
-    Apart from the prefix that its first two rows share, a batch has no more different tokens than the budget. It may
-    read some of them again, where one more pass is not worth it. Its payload has the positions of all rows, which are
-    limited too.
+    Apart from the prefix that its first two rows share, a batch has no more different tokens than the budget, and no
+    more prefixes than one pass may read. It may read some tokens again, where one more pass is not worth it. Its
+    payload has the positions of all rows, which are limited too.
 
     Attributes:
         rows: Row numbers of all batches, one after another, int64[S].
@@ -64,19 +64,23 @@ def _spans(
     lengths: Array, neighbours: Neighbours, batch_tokens: int, most_positions: int
 ) -> tuple[list[int], list[int]]:
     """Return where the batches start and end, in the order of the neighbours."""
-    shared = neighbours.shared
+    shared, after = neighbours.shared, np.append(neighbours.shared[1:], 0)
+    trees = np.flatnonzero(shared == 0)
     tokens = np.append(0, np.cumsum(lengths - shared))
     positions = np.append(0, np.cumsum(neighbours.num_positions))
     starts, end = list[int](), 0
     while end < len(lengths):
         start = end
         starts.append(start)
-        after = min(start + 1, len(lengths) - 1)
-        left = batch_tokens - (lengths[start] - shared[after])
+        left = batch_tokens - (lengths[start] - after[start])
         within_tokens = np.searchsorted(tokens, tokens[start + 1] + left, side="right") - 1
         within_positions = np.searchsorted(positions, positions[start] + most_positions, side="right") - 1
         end = max(start + 1, int(min(within_tokens, within_positions, len(lengths))))
-        if end < len(lengths):  # near there, where the least is read twice
+        more = trees[np.searchsorted(trees, start, side="right") : np.searchsorted(trees, end)]
+        too_deep = np.arange(2, len(more) + 2) * after[more] > batch_tokens  # for a pass that reads all their prefixes
+        if too_deep.any():
+            end = int(more[too_deep.argmax()])
+        elif end < len(lengths):  # near there, where the least is read twice
             first = max(start + 1, end - (end - start) // 4)
             end -= int(np.argmin(shared[first : end + 1][::-1]))
     return starts, [*starts[1:], len(lengths)]

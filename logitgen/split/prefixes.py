@@ -28,7 +28,7 @@ _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # s
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The rows that share a prefix with another row, in the order of a prefix tree, the longest row's branch first.
+    """The rows that share a prefix with another row, in the order of a prefix tree, the deepest branch first.
 
     Attributes:
         rows: Row numbers, int64[S].
@@ -137,7 +137,10 @@ def _mixed(keys: Array) -> Array:
 
 
 def _order(lengths: Array, node_H: Array, starts: Array, num_shared: Array) -> tuple[Array, Array]:
-    """Sort rows so that all with a common prefix are neighbours, at every depth, the longest row's branch first.
+    """Sort rows so that all with a common prefix are neighbours, at every depth.
+
+    The branch in which rows share most comes first, and of those that share as much the one with the longest row. So
+    prefixes of about one length share batches, whose passes they fill together.
 
     Args:
         lengths: Tokens of each row, [R].
@@ -148,7 +151,8 @@ def _order(lengths: Array, node_H: Array, starts: Array, num_shared: Array) -> t
     Returns:
         The order of the rows, and the depths that each shares with the row before it, [R] each.
     """
-    order = np.argsort(-lengths, kind="stable")
+    sizes = (num_shared << 32) + lengths
+    order = np.argsort(-sizes, kind="stable")
     shared = np.zeros_like(order)
     places, group = np.arange(len(order)), np.zeros_like(order)
     depth = 0
@@ -158,10 +162,10 @@ def _order(lengths: Array, node_H: Array, starts: Array, num_shared: Array) -> t
         # A row that shares no more is a branch of its own.
         child = np.where(goes_on, node_H[np.where(goes_on, starts[row] + depth, 0)], len(node_H) + row)
         if not goes_on.all() or (child[1:] != child[:-1])[group[1:] == group[:-1]].any():
-            _, branch, size = np.unique(child, return_inverse=True, return_counts=True)
-            longest = np.zeros(len(size), dtype=lengths.dtype)
-            np.maximum.at(longest, branch, lengths[row])
-            by = np.lexsort((branch, -longest[branch], group))
+            branches, branch = np.unique(child, return_inverse=True)
+            largest = np.zeros(len(branches), dtype=np.int64)
+            np.maximum.at(largest, branch, sizes[row])
+            by = np.lexsort((branch, -largest[branch], group))
             order[places], child, goes_on = row[by], child[by], goes_on[by]
         depth += 1
         shared[places[1:][child[1:] == child[:-1]]] = depth

@@ -7,8 +7,9 @@ last passes of a row are padded, so a cache never has a gap.
 Shape letters: B rows of a batch, L lines of a pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -118,44 +119,75 @@ def _cuts(lengths: Array, shared: Array, reach: Array, batch_tokens: int, cost: 
     num_rows = np.cumsum(np.bincount(of_row, minlength=len(depths)))
     num_tokens = np.cumsum(np.bincount(of_row, lengths, minlength=len(depths)))
     after = np.append(shared[1:], 0)
-    costs, before = np.zeros(len(depths) + 1), np.zeros(len(depths) + 1, dtype=np.int64)
-    for end in range(1, len(depths) + 1):
+
+    def costs(end: int) -> Array:
         # With no cut between a depth and `end`, the rows that reach that far continue from that depth.
         rows_below = num_rows[end - 1] - np.append(0, num_rows)[:end]
         tokens_below = num_tokens[end - 1] - np.append(0, num_tokens)[:end] - depths[:end] * rows_below
-        total = costs[:end] + np.where(tokens_below > 0, cost.of(tokens_below), 0)
+        total = np.where(tokens_below > 0, cost.of(tokens_below), 0.0)
         if end < len(depths):
             lines = np.count_nonzero((shared < depths[end]) & (after >= depths[end]))
             total += cost.of(lines * (depths[end] - depths[:end]))
             if lines > 1 and lines * depths[end] > batch_tokens:
                 total += np.inf
+        return total
+
+    return [int(depths[stop]) for stop in _cheapest(len(depths), costs)[:-1]]
+
+
+def _cheapest(last: int, costs: Callable[[int], Array]) -> list[int]:
+    """Choose the stops on the cheapest way from 0 to `last`, both among them.
+
+    Args:
+        last: The last stop.
+        costs: Given a stop, the costs to come to it from every stop before.
+    """
+    least, before = np.zeros(last + 1), np.zeros(last + 1, dtype=np.int64)
+    for end in range(1, last + 1):
+        total = least[:end] + costs(end)
         before[end] = total.argmin()
-        costs[end] = total[before[end]]
-    chosen, end = list[int](), len(depths)
-    while end:
-        end = int(before[end])
-        chosen.append(int(depths[end]))
-    return chosen[::-1]
+        least[end] = total[before[end]]
+    stops = [last]
+    while stops[-1]:
+        stops.append(int(before[stops[-1]]))
+    return stops[::-1]
 
 
 def _suffixes(
     rows: Array, lengths: Array, trunk: Array, start: int, batch_tokens: int, cost: PassCost
 ) -> Iterator[Step]:
-    """Cut the rows that continue at a depth into passes, longest first.
+    """Cut the rows that continue at a depth into passes, longest first, for the fewest tokens, passes counted too.
 
-    A pass ends where its padding would cost more than another pass, or its tokens or keys would be more than it may
-    have. A single row may have any number.
+    Padding is tokens: a pass ends where that is cheaper than to pad the rows behind it. A pass of several rows has no
+    more tokens and keys than it may. A single row may have any number.
     """
-    line = np.full(len(lengths), -1)
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    while len(rows):
-        ends = lengths[rows]
-        count = np.arange(1, len(rows) + 1)
-        padded = count * (ends[0] - start)
-        fits = (padded - np.cumsum(ends - start) <= cost.extra) | (padded <= cost.least)
-        fits &= (padded <= batch_tokens) & (count * ends[0] <= _MOST_KEYS * batch_tokens)
-        here = max(1, int(np.argmin(np.append(fits, False))))
-        of_line, rows = rows[:here], rows[here:]
-        own = line.copy()
-        own[of_line] = np.arange(here)
-        yield Step(of_line, own, start, lengths[of_line], trunk[of_line] if start else None, is_trunk=False)
+    ends = lengths[rows]
+    most = np.maximum(1, np.minimum(batch_tokens // (ends - start), _MOST_KEYS * batch_tokens // ends))
+    firsts = _firsts(ends, most)
+
+    def costs(end: int) -> Array:
+        before = firsts[:end]
+        count = firsts[end] - before
+        return np.where(count <= most[before], cost.of(count * (ends[before] - start)), np.inf)
+
+    for first, end in pairwise(firsts[_cheapest(len(firsts) - 1, costs)]):
+        of_line, line = rows[first:end], np.full(len(lengths), -1)
+        line[of_line] = np.arange(end - first)
+        yield Step(of_line, line, start, lengths[of_line], trunk[of_line] if start else None, is_trunk=False)
+
+
+def _firsts(ends: Array, most: Array) -> Array:
+    """Return where a pass may begin: at each row that is shorter than the one before it, and behind full passes.
+
+    So the search for the cheapest passes takes a step for each length, not for each row.
+
+    Args:
+        ends: Lengths of the rows, the longest first.
+        most: Rows that a pass may have which begins with each.
+    """
+    begins, full = np.diff(ends, prepend=0) != 0, 0
+    while full < len(ends):
+        begins[full] = True
+        full += int(most[full])
+    return np.append(np.flatnonzero(begins), len(ends))
