@@ -36,9 +36,10 @@ class PassCost(NamedTuple):
 CPU_COST = PassCost(extra=16, least=0)
 """SmolLM2-135M, one thread."""
 
-GPU_COST = PassCost(extra=128, least=2048)
+GPU_COST = PassCost(extra=128, least=4096)
 """A GPU waits while the host launches the kernels of a pass: 15 to 31 ms for 24 to 32 layers, in which an H200 reads
-900 tokens with 8 billion parameters, 2,700 with 1.5 and 4,600 with 0.5.
+900 tokens with 8 billion parameters, 2,700 with 1.5 and 4,600 with 0.5. By its times in docs/gpu.md, no rows of
+`benchmarks/prefixes` take longer shared than whole for any of these. With 2,048, six turns did for the smaller two.
 """
 
 _MOST_KEYS = 4
