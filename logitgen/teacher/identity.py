@@ -5,6 +5,7 @@ The hash of a weight is a sum over its parts. Ranks that share a weight therefor
 Shape letters: R rows of a weight (all dimensions but the last), C columns.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -134,16 +135,28 @@ def _hash_of_part(part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]
     words_RC = part.contiguous().view(_WORDS[word_bytes])
     first_column, num_columns = offsets[-1] * value_bytes // word_bytes, words_RC.shape[-1]
     words_RC = words_RC.reshape(-1, num_columns)
-    row_R = torch.zeros((), dtype=torch.int64, device=part.device)
-    for dimension, (size, offset) in enumerate(zip(part.shape[:-1], offsets[:-1], strict=True)):
-        index = torch.arange(offset, offset + size, device=part.device) * math.prod(shape[dimension + 1 : -1])
-        row_R = (row_R[..., None] + index).flatten()
-    key_R = mixed(row_R.reshape(-1)) | 1
-    key_C = mixed(~torch.arange(first_column, first_column + num_columns, device=part.device)) | 1
+    key_R = _row_keys(tuple(part.shape[:-1]), shape[:-1], offsets[:-1], part.device)
+    key_C = _column_keys(first_column, num_columns, part.device)
     step = max(1, (_AT_ONCE if part.device.type == "cpu" else _AT_ONCE_GPU) // num_columns)
     for words, keys in zip(words_RC.split(step), key_R.split(step), strict=True):
         total += _sum_on_cpu(words, keys, key_C) if part.device.type == "cpu" else _sum(words, keys, key_C)
     return total
+
+
+@functools.lru_cache(maxsize=16)  # most weights of a model have few shapes
+def _row_keys(size: tuple[int, ...], shape: tuple[int, ...], offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the keys of a part's rows, [R], given the part's size and the weight's shape without their columns."""
+    row_R = torch.zeros((), dtype=torch.int64, device=device)
+    for dimension, (length, offset) in enumerate(zip(size, offsets, strict=True)):
+        index = torch.arange(offset, offset + length, device=device) * math.prod(shape[dimension + 1 :])
+        row_R = (row_R[..., None] + index).flatten()
+    return mixed(row_R.reshape(-1)) | 1
+
+
+@functools.lru_cache(maxsize=16)
+def _column_keys(first: int, num_columns: int, device: torch.device) -> Tensor:
+    """Return the keys of columns from `first` on, [C]."""
+    return mixed(~torch.arange(first, first + num_columns, device=device)) | 1
 
 
 def _sum(words_RC: Tensor, key_R: Tensor, key_C: Tensor) -> Tensor:
