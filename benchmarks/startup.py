@@ -3,6 +3,7 @@
 python -m benchmarks.startup --teacher FOLDER --dataset ROWS.jsonl
 """
 
+import compileall
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import Spread, in_turns, launch, measure, parse, scratch, write_report
+from benchmarks.harness import ROOT, Spread, in_turns, launch, measure, parse, scratch, write_report
 from logitgen.config import Config
 from logitgen.estimate import _taken_bytes
 from logitgen.teacher.identity import fingerprint, weights_of
@@ -41,6 +42,7 @@ def loading(teacher: str) -> dict[str, float]:
 def main() -> None:
     """Measure in turns: an empty launch, a run with nothing in the caches, a run with everything, and `inspect`."""
     options = parse(__doc__, teacher=str, dataset=str, ranks=2, rounds=2)
+    compileall.compile_dir(ROOT / "logitgen", quiet=1)  # as pip does when it installs a package
     teacher = loading(options.teacher)  # before anything else has filled the heap
     with scratch(options) as folder:
         nothing, out, logs, cache = (folder / name for name in ("nothing.py", "out.h5", "logs", "cache"))

@@ -96,10 +96,9 @@ def read_options(ranks: Ranks, arguments: list[str]) -> tuple[Config, Output]:
     ranks.patience_seconds = config.rank_timeout
     ranks.form_replicas(config.tp_size, config.fsdp_size, config.device_map)
     ranks.same(facts_of_launch(config))
-    with ranks.together():
-        start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks)
     output = Output(Path(config.output), config.overwrite, config.dry_run)
     with ranks.together():
+        start_logging(Path(config.log_dir), ranks.rank, ranks.num_ranks)
         if ranks.is_leader:
             output.claim()
     if names := config.open_settings:
@@ -167,13 +166,14 @@ def warn_of_rows(tokens: datasets.Dataset, rows: Rows) -> None:
 
 def is_complete(ranks: Ranks, config: Config, output: Output, split: Split) -> bool:
     """Tell whether the file is complete with all its rows, and refuse a file that does not match this run."""
+    complete = False
     with ranks.together():
         if ranks.is_leader:
             output.check(split.about)
-    if not ranks.from_leader(ranks.is_leader and output.is_complete()):
-        with ranks.together():
-            if ranks.is_leader and not config.dry_run:
+            complete = output.is_complete()
+            if not complete and not config.dry_run:
                 output.check_space(file_bytes(split.layout, split.about))
+    if not ranks.from_leader(complete):
         return False
     with ranks.together():
         if ranks.is_leader and not config.dry_run:

@@ -1,5 +1,6 @@
 """The attributes that name a file's origin. None of them differs between two equal runs."""
 
+import functools
 import json
 from importlib.metadata import version
 
@@ -17,6 +18,7 @@ from logitgen.teacher.model import Teacher
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that can change a file's bytes."""
     return {name: version(name) for name in _PACKAGES}

@@ -14,7 +14,16 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
-from logitgen.teacher.identity import _hash, _hash_of_part, describe_adapters, describe_config, fingerprint
+from logitgen.teacher.identity import (
+    _hash,
+    _hash_of_part,
+    _sum,
+    _sum_on_cpu,
+    describe_adapters,
+    describe_config,
+    fingerprint,
+    weights_of,
+)
 from logitgen.teacher.model import Teacher
 
 Capture = Callable[..., Path]
@@ -85,6 +94,36 @@ def test_scalars_empty_and_complex_weights_have_a_hash() -> None:
         assert _hash(weight) == _hash(weight.clone())
     assert _hash(torch.tensor([1 + 2j])) != _hash(torch.tensor([2 + 1j]))
     assert _hash(torch.tensor(3.5)) != _hash(torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("way", [_sum, _sum_on_cpu])
+def test_cpu_and_gpu_add_up_the_words_as_whole_numbers_do(way: Callable[..., Any], dtype: torch.dtype) -> None:
+    most = torch.iinfo(dtype).max
+    words_RC = torch.tensor([[-most - 1, -1, 0, 5], [most, 3, most // 3, -7], [1, 2, -most // 5, most]], dtype=dtype)
+    key_R, key_C = torch.tensor([2**62 + 1, -3, 7]), torch.tensor([5, -(2**63) + 1, 11, 2**40 + 1])
+    expected = 0
+    for row, key in zip(words_RC.tolist(), key_R.tolist(), strict=True):
+        for word, other in zip(row, key_C.tolist(), strict=True):
+            product = (word * 0x9E3779B97F4A7C15) % 2**64
+            signed = product - 2**64 if product >= 2**63 else product
+            expected += (signed ^ (signed >> 32)) * key * other
+    assert int(way(words_RC, key_R, key_C)) % 2**64 == expected % 2**64
+
+
+def test_a_tied_weight_is_hashed_once_and_a_changed_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama(tie_word_embeddings=True)
+    hashed = list[int]()
+    monkeypatch.setattr("logitgen.teacher.identity._hash", lambda tensor: hashed.append(tensor.data_ptr()) or 0)
+    names = [name for name, _ in weights_of(model)]
+    fingerprint(weights_of(model))
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(names)
+    assert len(hashed) == len(set(hashed)) == len(names) - 1
+    monkeypatch.undo()
+    before = fingerprint(weights_of(model))
+    with torch.no_grad():
+        model.lm_head.weight[3, 1] += 1
+    assert fingerprint(weights_of(model)) != before
 
 
 def test_names_order_shapes_dtypes_and_adapters_count() -> None:

@@ -166,11 +166,11 @@ def _causal_logits(model: PreTrainedModel, shard: VocabShard, input_ids_BT: Tens
 
 def close(logits: Tensor, expected: Tensor, relative: float) -> bool:
     """Compare logits relative to the largest. Masked tokens must be masked in both, and do not count as large."""
-    usual = expected.isfinite() & (expected.abs() < torch.finfo(expected.dtype).max / 2)
     if not torch.equal(logits.isfinite(), expected.isfinite()):
         return False
-    difference, size = (logits - expected)[usual].abs(), expected[usual].abs()
-    return not len(size) or bool(difference.max() <= relative * size.max())
+    masked = ~(expected.abs() < torch.finfo(expected.dtype).max / 2)  # infinity and NaN too
+    difference, size = (values.abs().masked_fill_(masked, 0).max() for values in (logits - expected, expected))
+    return bool(difference <= relative * size)
 
 
 @torch.no_grad()  # here, not on `Teacher.logits`: around a generator it holds on to a chunk while the next is computed
