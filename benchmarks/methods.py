@@ -162,7 +162,7 @@ def read_back(kind: dict[str, Any], batch: Batch, seed: int) -> tuple[Tensor, Te
     """Ids int64[P, K] and log-probs float64[P, K] of what was kept, after it was written and read back."""
     layout = layout_of(batch.logits.shape[-1], **kind)
     kept = batch.kept(layout, seed)
-    values = [kept[name] for name in ("kept_ids", "kept_logprobs", "num_certain") if name in kept]
+    values = [kept[name] for name in ("kept_ids", "kept_logprobs", "num_certain", "rest_logprob") if name in kept]
     if layout.packing:
         ids, logprobs = layout.packing.unpack(layout.packing.pack(*values).numpy())
         return torch.from_numpy(ids.astype("int64")), torch.from_numpy(logprobs).double()

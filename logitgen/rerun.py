@@ -158,6 +158,7 @@ def rerun(file: LogitsFile, teacher: Teacher, rows: Array) -> Rerun:
         positions, input_ids = (data[name].astype(np.int64) for name in ("positions", "input_ids"))
         for span, logits_CV, hidden in teacher.logits([Pass(input_ids[None])], positions):
             known = {name: values[span] for name, values in data.items()}
+            known["target"] = input_ids[positions[span] + 1]
             if head:
                 own_CV = head(_restored(known["hidden"], teacher.device))
                 known["logits"] = own_CV.cpu().numpy()
@@ -240,21 +241,24 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
         values, offset_C1 = data["kept_logprobs"], torch.zeros(len(now_CV), 1)
     stored_CK = torch.from_numpy(values.astype(np.float32))
     now_CK = now_CV.gather(-1, ids_CK).clamp(min=-FLOAT16_MAX)
-    if isinstance(layout.packing, DrawnPacking):
-        now_CK = _as_packed(now_CK, stored_CK)
-    off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
     usual_CK = stored_CK.abs() < FLOAT16_MAX  # masked tokens, and logits beyond float16
+    if isinstance(layout.packing, DrawnPacking):  # only certain tokens have their own log-prob
+        usual_CK = torch.from_numpy(is_certain(stored_CK.numpy()))
+        now_CK = now_CK.where(usual_CK, -torch.inf)
+    off_CK = (stored_CK - offset_C1 - now_CK).abs() - torch.from_numpy(layout.rounding(stored_CK.numpy()))
     likeliest_CK = stored_CK == stored_CK.amax(-1, keepdim=True)
     drawn_C1 = ids_CK.gather(-1, now_CK.argmax(-1, keepdim=True))
     now_C1 = drawn_C1 if layout.capture == "sample" else now_CV.argmax(-1, keepdim=True)
     same_C = (likeliest_CK & (ids_CK == now_C1)).any(-1)
-    return off_CK.clamp(min=0)[usual_CK], same_C
+    off = off_CK[usual_CK]
+    if isinstance(layout.packing, DrawnPacking):  # where none was certain, the next token is all that is known
+        off = torch.cat([off, _off_target(data, now_CV)])
+    return off.clamp(min=0), same_C
 
 
-def _as_packed(now_CK: Tensor, stored_CK: Tensor) -> Tensor:
-    """Replace new log-probs by what a packed record holds of them: the mean of those that were not certain."""
-    is_there_CK = stored_CK > -torch.inf
-    is_certain_CK = torch.from_numpy(is_certain(stored_CK.numpy()))
-    is_drawn_CK = is_there_CK & ~is_certain_CK
-    mean_C1 = now_CK.where(is_drawn_CK, 0).sum(-1, keepdim=True) / is_drawn_CK.sum(-1, keepdim=True)
-    return now_CK.where(is_certain_CK, mean_C1).where(is_there_CK, -torch.inf)
+def _off_target(data: dict[str, Array], now_CV: Tensor) -> Tensor:
+    """Return the distances of the next tokens' stored log-probs from new ones beyond rounding, but for masked ones."""
+    stored_C, target_C1 = torch.from_numpy(data["target_logprob"]), torch.from_numpy(data["target"])[:, None]
+    off_C = (stored_C.float() - now_CV.gather(-1, target_C1)[:, 0]).abs()
+    rounding_C = stored_C.float().abs() * torch.finfo(stored_C.dtype).eps / 2
+    return (off_C - rounding_C)[stored_C > -FLOAT16_MAX]

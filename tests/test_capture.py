@@ -260,7 +260,7 @@ def test_packed_draws_are_of_the_models_own_distribution(encoding: str) -> None:
         np.testing.assert_allclose(logprobs_W[certain_W], own_W[certain_W], atol=atol)
         assert set(ids_W[certain_W].tolist()) == set(np.argsort(-logprobs_V)[: certain_W.sum()].tolist())
         drawn_W = there_W & ~certain_W
-        np.testing.assert_allclose(logprobs_W[drawn_W], own_W[drawn_W].mean(), atol=atol)
+        np.testing.assert_allclose(logprobs_W[drawn_W], own_W[drawn_W].mean(), atol=0.3)  # half a step of the gap
 
 
 @pytest.mark.parametrize("capture", ["topk", "sample"])

@@ -256,7 +256,7 @@ def test_times_and_buffers_worked_by_hand() -> None:
     plain = ["top 8", "top 16", "top 32"]
     packed = [f"{name}, packed" for name in (*plain, "12+ drawn")]
     assert list(found.other_sizes) == [*plain, *packed, "all logits"]
-    assert found.other_sizes["12+ drawn, packed"] - found.other_sizes["top 8"] == 171 * (2 + 7 + 13 - 8 - 8 * 4)
+    assert found.other_sizes["12+ drawn, packed"] - found.other_sizes["top 8"] == 171 * (2 + 8 + 13 - 8 - 8 * 4)
     assert found.other_sizes["top 8, packed"] - found.other_sizes["top 8"] == 171 * (2 + 5 + 8 + 1 - 8 - 8 * 4)
     assert found.other_sizes["top 16"] - found.other_sizes["top 8"] == 171 * 8 * 4
     assert found.other_sizes["all logits"] - found.other_sizes["top 8"] == 171 * (40 * 2 - 8 * 4)

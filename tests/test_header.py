@@ -75,14 +75,15 @@ def made(tmp_path: Path) -> Path:
 def layouts(draw: st.DrawFn) -> Layout:
     capture = draw(st.sampled_from(["topk", "sample", "full"]))
     vocab_size = draw(st.sampled_from([2, 7, 300, 65_536, 65_537]))
+    top_k = 0 if capture == "full" else draw(st.integers(1, min(vocab_size, 70)))
     return Layout(
         capture=capture,
-        tokenizer_size=draw(st.integers(0, 2 * vocab_size)),
+        tokenizer_size=draw(st.integers(top_k if capture == "sample" else 0, 2 * vocab_size)),
         num_rows=draw(st.integers(1, 2_000)),
         num_tokens=draw(st.integers(1, 20_000)),
         num_positions=draw(st.integers(1, 50)),
         vocab_size=vocab_size,
-        top_k=0 if capture == "full" else draw(st.integers(1, min(vocab_size, 70))),
+        top_k=top_k,
         encoding="plain" if capture == "full" else draw(st.sampled_from(["plain", "packed", "packed16"])),
     )
 
@@ -411,6 +412,13 @@ def test_a_file_of_the_older_draws_is_refused(tmp_path: Path, encoding: str) -> 
     arrays = with_checksums(ROWS | SCALARS | {"threshold": np.zeros(4, "<f4")} | kept)
     path = write_file(tmp_path / "out.h5", arrays, capture="sample", encoding=encoding)
     with pytest.raises(FormatError, match=r"^\S+out\.h5 was written by an older logitgen, in another form\. Capture"):
+        header.read(path)
+
+
+@pytest.mark.parametrize("tokenizer_size", [1, -1])
+def test_more_draws_than_there_are_ids_are_refused(tmp_path: Path, tokenizer_size: int) -> None:
+    path = write_file(tmp_path / "out.h5", capture="sample", tokenizer_size=tokenizer_size)
+    with pytest.raises(FormatError, match="attributes capture, vocab_size and top_k contradict one another"):
         header.read(path)
 
 

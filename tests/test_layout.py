@@ -266,4 +266,4 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(tokenizer_size: int, num_ids:
 def test_a_file_of_draws_has_the_datasets_of_a_top_k() -> None:
     assert make_layout("sample").captured == make_layout("topk").captured
     packed = make_layout("sample", vocab_size=151_936, top_k=12, encoding="packed")
-    assert packed.captured["kept"] == ((38,), np.dtype("u1"))
+    assert packed.captured["kept"] == ((39,), np.dtype("u1"))

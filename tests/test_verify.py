@@ -1,6 +1,7 @@
 """What `verify` finds in a file: every flipped bit, and, behind a right checksum, every value that cannot be."""
 
 import dataclasses
+import math
 import random
 import re
 import struct
@@ -436,7 +437,8 @@ def test_the_target_of_packed_draws_is_compared_where_it_was_certain(
     ids[0, :3] = torch.tensor([8, 100, 102])
     logprobs = torch.full(ids.shape, -torch.inf)
     logprobs[0, :3] = torch.tensor([-0.7, -2.0, -3.0])
-    record = packing.pack(ids, logprobs, torch.tensor([certain]))[0].numpy()
+    rest = torch.tensor([1 - certain * math.exp(-0.7)]).log()
+    record = packing.pack(ids, logprobs, torch.tensor([certain]), rest)[0].numpy()
     edit(path, put_all(put("kept", POSITION, record), put("target_logprob", POSITION, target)))
     assert LogitsFile(path).row(EDITED)["kept_ids"][0, :3].tolist() == [8, 100, 102]
     assert found(path) == ([] if problem is None else [f"row {EDITED} {problem}"])

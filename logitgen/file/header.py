@@ -196,8 +196,7 @@ def _truncated(path: Path) -> FormatError:
 
 def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
     plain = _read_attributes(file, ATTRIBUTES, path)
-    if plain["capture"] == "hidden":
-        plain |= _read_attributes(file, HEAD_ATTRIBUTES, path)
+    plain |= _read_attributes(file, HEAD_ATTRIBUTES if plain["capture"] == "hidden" else {}, path)
     if unknown := sorted(set(file.attrs) - set(plain)):
         raise FormatError(f"{path} is damaged: the format has no attribute {unknown[0]!r:.80}.")
     if plain["format"] != FORMAT_NAME or plain["version"] != FORMAT_VERSION:
@@ -234,7 +233,8 @@ def _read_attributes(file: h5py.File, kinds: Mapping[str, type], path: Path) -> 
 def _check_capture(plain: dict[str, Any], path: Path) -> None:
     """Check the attributes on the capture of the logits."""
     capture, vocab_size = plain["capture"], plain["vocab_size"]
-    least, most = (1, vocab_size) if capture in WITH_KEPT_IDS else (0, 0)
+    num_ids = min(plain["tokenizer_size"] or vocab_size, vocab_size) if capture == "sample" else vocab_size
+    least, most = (1, num_ids) if capture in WITH_KEPT_IDS else (0, 0)
     if capture not in get_args(CaptureKind) or vocab_size < 1 or not least <= plain["top_k"] <= most:
         raise FormatError(f"{path} is damaged: attributes capture, vocab_size and top_k contradict one another.")
     dtypes = STORED_DTYPES if capture == "hidden" else TEACHER_DTYPES

@@ -238,7 +238,7 @@ class Layout:
         """Return the largest rounding error of stored logits or log-probs [P, ...]."""
         if self.capture == "hidden":
             return np.zeros_like(values)
-        if self.packing and self.packing.value_bits == 8:
+        if isinstance(self.packing, DrawnPacking) or (self.packing and self.packing.value_bits == 8):
             return self.packing.rounding(values)
         return np.asarray(np.abs(values) * FLOAT16_ERROR)
 

@@ -18,6 +18,11 @@ MIN_LOGPROB = -FLOAT16_MAX
 """Log-prob of impossible tokens: finite, so that 0 times it is 0, and as the file stores it."""
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums that must be exact. Apple's GPUs lack float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class _LogprobsAt(torch.autograd.Function):
     """Log-probs of some ids. Beside the logits there is one more tensor of their size, autograd would hold three."""
 
@@ -83,11 +88,14 @@ def sample_level(logprobs_CK: Tensor) -> Tensor:
     Args:
         logprobs_CK: Log-probs of the drawn tokens, descending, -inf behind the last of a position.
 
+    Returns:
+        float64 where the device has it: little may be left of 1.
+
     *Source*: Cohen et al. 2009, "Stream sampling for variance-optimal estimation of subset sums", section 2. With the
     i likeliest certain, the k - i others share the rest of the probability; the least such share is the level. It is
     the teacher's: of the tokens that it was found from, those from it on are all kept.
     """
-    probs_CK = logprobs_CK.exp()
+    probs_CK = _probs(logprobs_CK)
     rest_CK = 1 - (probs_CK.cumsum(-1) - probs_CK)
     num_C1 = (logprobs_CK > -torch.inf).sum(-1, keepdim=True)
     num_others_CK = num_C1 - torch.arange(probs_CK.shape[-1], device=probs_CK.device)
@@ -95,9 +103,13 @@ def sample_level(logprobs_CK: Tensor) -> Tensor:
     return share_CK.amin(-1, keepdim=True).clamp(min=0)
 
 
+def _probs(logprobs_CK: Tensor) -> Tensor:
+    return logprobs_CK.to(exact_dtype(logprobs_CK.device)).exp()
+
+
 def certain_tokens(logprobs_CK: Tensor) -> Tensor:
     """Tell which tokens of a draw were certain to be in it, bool[C, K]. No other token is likelier than one of them."""
-    return logprobs_CK.exp() >= sample_level(logprobs_CK)
+    return (_probs(logprobs_CK) >= sample_level(logprobs_CK)) & (logprobs_CK > -torch.inf)
 
 
 def sample_weights(logprobs_CK: Tensor) -> Tensor:
@@ -106,7 +118,7 @@ def sample_weights(logprobs_CK: Tensor) -> Tensor:
     The weights of a position sum to 1. A masked token, of probability 0, is kept where there is nothing else, and
     weighs nothing, whatever rounding leaves to the level.
     """
-    weights_CK = logprobs_CK.exp().maximum(sample_level(logprobs_CK))
+    weights_CK = _probs(logprobs_CK).maximum(sample_level(logprobs_CK)).to(logprobs_CK.dtype)
     return weights_CK.where(logprobs_CK > MIN_LOGPROB, 0)
 
 

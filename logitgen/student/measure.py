@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from logitgen.errors import UsageError
 from logitgen.student.chunks import positions_at_once
 from logitgen.student.dataset import IGNORED_LABEL
-from logitgen.student.events import logprobs_at
+from logitgen.student.events import exact_dtype, logprobs_at
 from logitgen.student.losses import DistillationLoss, like_student, wide_dtype
 
 _SUMS = ("positions", "targets", "loss", "divergence", "cross_entropy", "agreement", "tail", "teacher_tail")
@@ -63,7 +63,7 @@ class Meter:
 
     def means(self, training: bool, device: torch.device) -> dict[str, float]:
         """Take the means over all ranks, and begin anew. Empty if no rank has seen a position."""
-        sums = self._sums.pop(training, torch.zeros(len(_SUMS), dtype=_exact(device), device=device))
+        sums = self._sums.pop(training, torch.zeros(len(_SUMS), dtype=exact_dtype(device), device=device))
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         return means_of(sums, str(self.loss.dataset.attributes["capture"]))
@@ -90,7 +90,7 @@ def sums_of(loss: DistillationLoss, student_CV: Tensor, values: Mapping[str, Ten
         _same_top(loss, student_CV, known).sum(),
         *tails,
     )
-    return torch.stack([each.detach().to(_exact(student_CV.device)) for each in found])
+    return torch.stack([each.detach().to(exact_dtype(student_CV.device)) for each in found])
 
 
 def means_of(sums: Tensor, capture: str) -> dict[str, float]:
@@ -111,10 +111,6 @@ def _same_top(loss: DistillationLoss, student_CV: Tensor, known: Mapping[str, Te
         values = loss.teacher_logits(known)
         ids = torch.arange(values.shape[-1], device=values.device).expand_as(values)
     return ((ids == top_C1) & (values == values.amax(-1, keepdim=True))).any(-1)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def measures(student: nn.Module) -> dict[str, float]:

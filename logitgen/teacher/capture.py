@@ -115,6 +115,7 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         into["kept_logprobs"] = into["kept_ids"].new_empty(into["kept_ids"].shape, dtype=torch.float32)
     if is_drawn and layout.packing:
         into["num_certain"] = target_U.new_empty(len(batch.positions))
+        into["rest_logprob"] = target_U.new_empty(len(batch.positions), dtype=torch.float32)
     for span, logits_CS, hidden in teacher.logits(batch.passes, batch.slots[distinct.index]):
         kept = _kept(logits_CS, hidden, target_U[span], key_U[span], teacher.shard, layout)
         for name in kept.keys() & into:
@@ -129,7 +130,7 @@ def _run(packed: dict[str, Tensor], teacher: Teacher, batch: Batch, layout: Layo
         # All chunks at once: packing takes a GPU little time, and the host many launches.
         at_once = _CACHED_KEPT if teacher.device.type == "cpu" else _GPU_PASS_KEPT
         step = max(1, at_once // layout.packing.num_columns)
-        names = [name for name in ("kept", "kept_ids", "kept_logprobs", "num_certain") if name in into]
+        names = [name for name in ("kept", "kept_ids", "kept_logprobs", "num_certain", "rest_logprob") if name in into]
         for kept_PR, *values in zip(*(into[name].split(step) for name in names), strict=True):
             kept_PR.copy_(layout.packing.pack(*values))
 

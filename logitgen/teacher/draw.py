@@ -49,14 +49,16 @@ class Draw:
     Attributes:
         ids_CW: The ids, int64, distinct, the certain ones first. Ids without a probability fill up.
         logits_CW: Their logits, float32, -inf for what fills up.
-        num_certain_C: How many were certain, int64.
+        num_certain_C: How many were certain, int64. Ids without a probability count if there are too few others.
         logsumexp_C: The log-sum-exp of all logits, float32.
+        rest_logprob_C: Log of the probability of all ids that were not certain, float32.
     """
 
     ids_CW: Tensor
     logits_CW: Tensor
     num_certain_C: Tensor
     logsumexp_C: Tensor
+    rest_logprob_C: Tensor
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,11 @@ def draw(line: Line, key_C: Tensor, room: Sequence[int]) -> Draw:
     # Logits that are not finite, which `capture.seal` refuses, leave marks that no shard has.
     as_kept_CW = certain_CW | (drawn_CW < 0)
     return Draw(
-        ids_CW.where(as_kept_CW, drawn_CW), kept_CW.where(as_kept_CW, logits_CW), certain_CW.sum(-1), logsumexp_C
+        ids_CW=ids_CW.where(as_kept_CW, drawn_CW),
+        logits_CW=kept_CW.where(as_kept_CW, logits_CW),
+        num_certain_C=certain_CW.sum(-1),
+        logsumexp_C=logsumexp_C,
+        rest_logprob_C=(ends_CS[:, -1].log().float() + line.largest_C1[:, 0] - logsumexp_C).clamp(max=0),
     )
 
 
@@ -185,7 +191,7 @@ def _most_drawn(lengths_CK: Tensor, left_CK: Tensor, above_CK: Tensor, room_K: T
     the level, its length times the number of those drawn from it on as much as they are long together.
     """
     place_CK = torch.arange(lengths_CK.shape[1], device=lengths_CK.device).minimum(above_CK.sum(-1, keepdim=True))
-    below_next_CK = ((left_CK / lengths_CK + place_CK).ceil() - 1).nan_to_num(nan=torch.inf)
+    below_next_CK = ((left_CK * (1 - _ROUNDING) / lengths_CK + place_CK).ceil() - 1).nan_to_num(nan=torch.inf)
     return pad(below_next_CK, (0, 1), value=torch.inf).minimum(room_K).amax(-1, keepdim=True).long()
 
 

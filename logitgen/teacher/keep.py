@@ -72,8 +72,9 @@ def sample(
         shard: The ids of these logits.
 
     Returns:
-        The values of `top_k` for the drawn tokens, [C, W] with the most that are drawn, and `num_certain` int64[C]. If
-        fewer are drawn, ids with a log-prob of -inf fill up.
+        The values of `top_k` for the drawn tokens, [C, W] with the most that are drawn, and how many were certain and
+        what they leave: `num_certain` int64[C], `rest_logprob` float32[C]. If fewer are drawn, ids with a log-prob of
+        -inf fill up.
     """
     k, width = len(room) - 1, max(0, min(num_ids - shard.start, logits_CS.shape[-1]))
     drawable_CS = logits_CS[:, :width] if width else logits_CS.new_full((len(logits_CS), 1), -torch.inf)
@@ -84,6 +85,7 @@ def sample(
         "kept_ids": drawn.ids_CW.gather(1, order_CW),
         "kept_logprobs": logprobs_CW,
         "num_certain": drawn.num_certain_C,
+        "rest_logprob": drawn.rest_logprob_C,
     }
 
 
