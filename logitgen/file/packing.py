@@ -9,9 +9,9 @@ A record of K ids below V, ascending, and of their log-probs in that order:
 An id takes half a bit more than the least possible for any code for sets.
 
 Most of the divergence of 8-bit values is the tail's. As 1 minus the sum of rounded probabilities, a small tail would be
-far off. Therefore it has a code of its own. Where the tail is below a half, the kept probabilities
-are read back scaled to the rest it leaves. Mean divergence in nats of the values read from the values kept, the tail as
-one token (2,523 positions of prose, SmolLM2-135M, V = 49,152):
+far off. Therefore it has a code of its own. Where the tail is below a half, the kept probabilities are read back scaled
+to the rest it leaves. Mean divergence in nats of the values read from the values kept, the tail as one token (2,523
+positions of prose, SmolLM2-135M, V = 49,152):
 
     8-bit scale                         K = 12     50         64         128
     cube root of nats, 0 to 24          5.4e-4     1.3e-3     1.4e-3     2.3e-3

@@ -1,7 +1,7 @@
 """Packed log-probs: 8 bits each on a scale made for probabilities, or float16.
 
-Code c of 8 bits is the probability (1 - c/256)^4: a scale that spends its levels where the divergence from the true
-distribution arises. Between 0 and the end of the scale, -22.2 nats, its largest step is a fourth root of 1/256.
+Code c of 8 bits is the probability (1 - c/256)^4, from 0 down to -22.2 nats: a scale that spends its levels where the
+divergence from the true distribution arises. `packing` has the figures.
 """
 
 from typing import TYPE_CHECKING, Any
