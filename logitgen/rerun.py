@@ -258,7 +258,7 @@ def _compare(data: dict[str, Array], now_CV: Tensor, layout: Layout) -> tuple[Te
 
 def _off_target(data: dict[str, Array], now_CV: Tensor) -> Tensor:
     """Return the distances of the next tokens' stored log-probs from new ones beyond rounding, but for masked ones."""
-    stored_C, target_C1 = torch.from_numpy(data["target_logprob"]), torch.from_numpy(data["target"])[:, None]
+    stored_C, target_C1 = torch.tensor(data["target_logprob"]), torch.from_numpy(data["target"])[:, None]
     off_C = (stored_C.float() - now_CV.gather(-1, target_C1)[:, 0]).abs()
     rounding_C = stored_C.float().abs() * torch.finfo(stored_C.dtype).eps / 2
     return (off_C - rounding_C)[stored_C > -FLOAT16_MAX]
