@@ -275,6 +275,12 @@ def test_masked_tokens_are_not_stored_and_those_left_are_certain(probabilities: 
     assert all(set(row[:num_left]) == set(at.tolist()) for row in ids.tolist())
 
 
+def test_what_fills_up_is_never_certain_even_where_nothing_is_left_of_1() -> None:
+    logprobs = torch.tensor([[0.0, -50.0, -torch.inf]])
+    assert certain_tokens(logprobs).tolist() == [[True, True, False]]
+    assert sample_weights(logprobs)[0, 2] == 0
+
+
 def test_the_order_of_batches_and_their_size_do_not_matter() -> None:
     logits_CV, how = some_logits(64, 3000, 3.0), packing(3000, 12)
     whole = packed(how, drawn_from(logits_CV, how.room))

@@ -151,7 +151,7 @@ class DrawnPacking:
         most_P = np.array(self.room).take(num_certain_P, mode="clip")
         if ((num_P == 0) | (num_P > most_P) | (num_certain_P > self.k)).any():
             raise ValueError("a packed record does not hold the ids of a draw")
-        values_E = self._values(records_PR, position_E, is_certain_E)
+        values_E = self._values(records_PR, position_E, is_certain_E, num_certain_P)
         if not (values_E <= 0).all():
             raise ValueError("a packed record holds a log-prob that is none")
         gap_P = _GAPS.take(records_PR[:, 0] & _GAP_CODES[-1])
@@ -164,11 +164,10 @@ class DrawnPacking:
         order_PW = np.argsort(-logprobs_PW, axis=1, kind="stable")
         return np.take_along_axis(ids_PW, order_PW, axis=1), np.take_along_axis(logprobs_PW, order_PW, axis=1)
 
-    def _values(self, records_PR: Array, position_E: Array, is_certain_E: Array) -> Array:
+    def _values(self, records_PR: Array, position_E: Array, is_certain_E: Array, num_certain_P: Array) -> Array:
         """Read the value of each certain token, and that of the rest for each other, [E]."""
         first_byte = self.record_bytes - self._value_bytes * (self.k + 1)
         values_PV = scale.logprobs_of(scale.codes(records_PR[:, first_byte:], self.value_bits))
-        num_certain_P = np.bincount(position_E, is_certain_E, len(records_PR)).astype(np.int64)
         number_E = is_certain_E.cumsum() - (num_certain_P.cumsum() - num_certain_P)[position_E]
         column_E = self.k - np.where(is_certain_E, number_E, 0)
         return np.asarray(values_PV.ravel().take(position_E * (self.k + 1) + column_E))
