@@ -340,7 +340,7 @@ def test_the_length_of_a_checkpoints_metadata_moves_no_weight_and_no_bit(
     starts, files = set(), set()
     for length in range(1, 64):
         save_file(weights, folder / "model.safetensors", {"format": "pt", "padding": "x" * length})
-        starts |= {8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 64}
+        starts |= {(8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")) % 64}
         loaded = load_model(config, torch.device("cpu"))
         assert {weight.data_ptr() % 64 for weight in loaded.parameters()} == {0}
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -349,6 +349,18 @@ def test_the_length_of_a_checkpoints_metadata_moves_no_weight_and_no_bit(
             files.add(run.read_bytes())
     assert len(starts) == 8
     assert len(files) == 1
+
+
+def test_a_checkpoint_that_changes_under_a_run_changes_no_weight(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "teacher", make_llama(), None)
+    path, config = folder / "model.safetensors", Config(teacher=str(folder), dataset="x", output="y")
+    weights = load_file(path)
+    for length in range(1, 64, 8):  # at one of these lengths, the weights of the mapped file are aligned
+        save_file(weights, path, {"format": "pt", "padding": "x" * length})
+        loaded = load_model(config, torch.device("cpu"))
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        assert all(torch.equal(weight, weights[name]) for name, weight in loaded.named_parameters())
 
 
 def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

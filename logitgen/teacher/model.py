@@ -216,7 +216,7 @@ def load_model(config: Config, device: torch.device, num_replicas: int = 1) -> P
     if config.adapter:
         model = merged(model, config)
     if config.fsdp_size == 1:
-        _align_weights(model)
+        _own_weights(model)
     model.config.return_dict = True  # some checkpoints ask for tuples
     return cast(PreTrainedModel, model.eval())
 
@@ -272,16 +272,19 @@ def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[
     return {"distributed_config": mesh}
 
 
-def _align_weights(model: PreTrainedModel) -> None:
-    """Copy those weights in host memory, one after another, whose addresses could change the rounding of a product.
+def _own_weights(model: PreTrainedModel) -> None:
+    """Copy those weights in host memory, one after another, that lie in a mapped file or at an odd address.
 
-    transformers maps safetensors files where it can, so weights begin wherever the file's header happens to end. Some
-    processors (AMD EPYC, MKL) round the products of a single row by that: 4.8e-7 nats, with all of 12 offsets tried.
-    Fully sharded weights are gathered into torch's own memory before each product.
+    transformers maps safetensors files where it can. A mapped weight changes when its file does, and begins wherever
+    the file's header happens to end. Some processors (AMD EPYC, MKL) round the products of a single row by that: 4.8e-7
+    nats, with all of 12 offsets tried. Fully sharded weights are gathered into torch's own memory before each product.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        if local.device.type == "cpu" and local.data_ptr() % _ALIGNMENT:
+        if local.device.type != "cpu":
+            continue
+        is_own = local.untyped_storage().resizable()  # torch resizes only what it allocated
+        if not is_own or local.data_ptr() % _ALIGNMENT:
             local.data = local.data.clone()
 
 
