@@ -21,6 +21,7 @@ from logitgen import LogitsFile
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.encoded import remarks
+from logitgen.split.load import load_split
 from logitgen.split.tokens import tokenize
 from logitgen.values import JsonObject
 
@@ -570,11 +571,19 @@ def test_a_date_by_another_name_is_refused() -> None:
         run([{"messages": [user("Hi")]}], tokenizer)
 
 
-def test_a_null_that_json_text_names_is_kept_and_one_of_arrow_is_not() -> None:
-    tokenizer, arguments = with_template("qwen2_5"), {"city": "Oslo", "unit": None}
-    call = said("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}])
-    found = run([{"messages": json.dumps([user("Hi"), call])}], tokenizer)
-    assert found["input_ids"][0] == rendered(tokenizer, [user("Hi"), call])
+def test_a_null_that_was_written_is_kept_and_one_of_arrow_is_not(tmp_path: Path) -> None:
+    def calling(**arguments: Any) -> list[Row]:
+        return [said("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}])]
+
+    tokenizer, config = with_template("qwen2_5"), Config(teacher="m", dataset=str(tmp_path / "rows.jsonl"), output="o")
+    chats = [calling(city="Oslo"), calling(city="Oslo", unit=None), calling(city="Oslo", unit="K")]
+    expected = [rendered(tokenizer, chat) for chat in chats]
+    assert len(set(map(tuple, expected))) == 3
+    assert run([{"messages": json.dumps(chat)} for chat in chats], tokenizer)["input_ids"][:] == expected
+    rows = [{"messages": chat} for chat in chats]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert tokenize(load_split(config), tokenizer, config)["input_ids"][:] == expected
+    assert run(rows, tokenizer)["input_ids"][:] == [expected[0], expected[0], expected[2]]
 
 
 @pytest.mark.parametrize("out", [{"weight": "0"}, {"train": 0}, {"train": "false"}])

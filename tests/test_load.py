@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from logitgen.config import Config
@@ -208,6 +208,47 @@ def test_na_is_a_word_in_a_table_of_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(content))
     for path in (tmp_path / name, tmp_path):
         assert load(path).to_list() == [{"text": "NA", "number": 1}, {"text": "null", "number": 2}]
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
+objects = st.dictionaries(
+    st.sampled_from("abc"),
+    st.recursive(
+        scalars | st.dates().map(str),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("xyz"), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@example(["{}"] * 3, [{"d": "2024-05-01"}, {"d": "2024-06-01"}])
+@example(["[{}]", "{}"], [{"x": 1, "y": None}, {"y": 0.12345678901234, "x": 1.5}])
+@given(st.lists(st.sampled_from(["{}", "[{}]", "[[], {}]"]), min_size=1, max_size=3), st.lists(objects, max_size=3))
+def test_objects_in_json_files_are_read_as_they_are_written(
+    tmp_path_factory: pytest.TempPathFactory, forms: list[str], found: list[dict[str, Any]]
+) -> None:
+    values = [json.loads(form.replace("{}", json.dumps(value))) for form, value in zip(forms, found, strict=False)]
+    rows = [{"text": "a", "messages": value} for value in [{"a": 1}, *values]]
+    folder = tmp_path_factory.mktemp("objects")
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    for name in ("rows.jsonl", "rows.json"):
+        assert json.dumps(load(folder / name).to_list()) == json.dumps(rows)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": "1", "source": "s", "model": "m", "system_prompt": "p"},
+        {"type": "session_start", "id": "1", "version": 1, "cwd": "/"},
+        {"type": "user", "message": {"a": 1}},
+        {"type": "user", "payload": {"a": 1}},
+    ],
+)
+def test_conversations_are_no_traces_of_agents(tmp_path: Path, columns: dict[str, Any]) -> None:
+    rows = [{**columns, "messages": [{"role": "user", "content": "Hi"}]}]
+    assert load(write_jsonl(tmp_path / "rows.jsonl", rows)).to_list() == rows
 
 
 @pytest.fixture
@@ -532,7 +573,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "JSON parse error.* row 1"),
-        ("rows.json", '[{"text": "a"}, {"te', "Unmatched"),
+        ("rows.json", '[{"text": "a"}, {"te', "Unterminated string"),
         ("rows.parquet", "text", "Parquet file size is 4 bytes"),
         ("rows.arrow", "text", "File is too small: 4"),
         ("rows.csv", 'text\n"a\nb', "EOF inside string"),

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.encoded import NOTHING, Note, Tokens
-from logitgen.split.messages import Chat, checked_chat, counts, from_json
+from logitgen.split.messages import Chat, checked_chat, counts, from_json, without_filled
 from logitgen.split.template import ChatTemplate, Options, checked_options
 
 CHAT_COLUMNS = ("messages", "conversations")
@@ -55,16 +55,20 @@ class _Rendering:
     notes: Note = NOTHING
 
 
-def encode_chats(rows: Any, indices: list[int], columns: list[str], template: ChatTemplate, config: Config) -> Tokens:
+def encode_chats(
+    rows: Any, indices: list[int], features: Any, columns: list[str], template: ChatTemplate, config: Config
+) -> Tokens:
     """Render conversations, then tokenise all of them at once, which uses all cores.
 
     Args:
         rows: A batch of rows, column by column.
         indices: Their numbers in the split.
+        features: The types of the columns.
         columns: The column of the messages, or those of prompt and completion.
         template: The chat template.
         config: The options of the run.
     """
+    rows = {name: [without_filled(value, features[name]) for value in values] for name, values in rows.items()}
     found = [_conversation(rows, number, row, columns, template) for number, row in enumerate(indices)]
     tokens = Tokens()
     if config.completion_only:

@@ -2,13 +2,19 @@
 
 import glob
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec.compression
 import pyarrow as pa
+from datasets import arrow_writer
+from datasets.features import features
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.json import json as json_files
+from datasets.utils import json as json_values
+from datasets.utils.json import find_mixed_struct_types_field_paths
 
 from logitgen.errors import UsageError
 
@@ -32,6 +38,9 @@ _TEXT_FORMATS = {
 _FORMATS = {**_TEXT_FORMATS, ".parquet": Format("parquet", {}), ".arrow": Format("arrow", {})}
 
 _COMPRESSED = (".gz", ".zst")
+
+_READING = "2"
+"""Changes with what is read of a file, so that no older copy in the cache is taken for it."""
 
 
 def format_of(path: Path) -> Format | None:
@@ -97,16 +106,33 @@ def stamp(paths: Iterable[Path]) -> str:
             st = file.stat()
             name = file.name if file == path else file.relative_to(path).as_posix()
             facts.append((name, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino))
-    return str(Hasher.hash(facts))
+    return str(Hasher.hash((_READING, facts)))
 
 
-def read_zstd_with_arrow() -> None:
-    """Have Arrow decompress .zst files for `datasets`.
+def read_exactly() -> None:
+    """Have `datasets` read files as they are.
 
-    Arrow reports a file that was cut off, and needs no other package. `zstandard`, which fsspec would take, returns the
-    rows before the cut as if they were all.
+    - Arrow decompresses .zst files. It reports a file that was cut off, and needs no other package. `zstandard`, which
+      fsspec would take, returns the rows before the cut as if they were all.
+    - Objects in JSON files stay JSON. Arrow's structs know one order of members and one type of each for all rows, make
+      1.0 of 1 beside 1.5 and a time of a text that looks like one, and have nulls where a row has no such member.
+    - Python's own `json` reads and writes them. pandas' ujson rounds fractions to ten decimals.
+    - Conversations are no traces of agents, whatever columns stand beside them.
     """
     fsspec.compression.register_compression("zstd", _zstd, "zst", force=True)
+    for module in (arrow_writer, features, json_files, json_values):
+        vars(module).update(ujson_dumps=json.dumps, ujson_loads=json.loads)
+    vars(json_files).update(find_mixed_struct_types_field_paths=_json_columns, has_agent_traces_markers=lambda _: False)
+
+
+def _json_columns(rows: list[Any]) -> list[list[str]]:
+    """Find the columns of objects, and those whose values are of different types, each as a path of one member."""
+    found = {name for row in rows if isinstance(row, dict) for name, value in row.items() if _has_object(value)}
+    return [[name] for name in sorted(found.union(path[0] for path in find_mixed_struct_types_field_paths(rows)))]
+
+
+def _has_object(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_object, value)))
 
 
 def _zstd(file: Any, mode: str = "rb", **_: Any) -> io.BufferedReader:

@@ -17,7 +17,7 @@ from logitgen.config import Config
 from logitgen.errors import UsageError
 from logitgen.split.cache import cached
 from logitgen.split.chats import CHAT_COLUMNS
-from logitgen.split.messages import without_nulls
+from logitgen.split.messages import without_filled
 from logitgen.split.shapes import columns_read
 
 Parts = list[tuple[str, datasets.Dataset]]
@@ -128,7 +128,10 @@ def _as_types(rows: datasets.Dataset, common: dict[str, Any], folder: Path) -> d
     path = folder / f"{fingerprint}.arrow"
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {name: [_json(value) for value in values] if name in texts else values for name, values in batch.items()}
+        return {
+            name: [_json(value, rows.features[name]) for value in values] if name in texts else values
+            for name, values in batch.items()
+        }
 
     def make() -> datasets.Dataset:
         options = {"features": features, "new_fingerprint": fingerprint, "cache_file_name": str(path)}
@@ -138,6 +141,8 @@ def _as_types(rows: datasets.Dataset, common: dict[str, Any], folder: Path) -> d
     return cached(path, len(rows), make)
 
 
-def _json(value: Any) -> str | None:
-    """Write a value as JSON text, without the members that Arrow has filled in."""
-    return value if value is None or isinstance(value, str) else json.dumps(without_nulls(value), ensure_ascii=False)
+def _json(value: Any, feature: Any) -> str | None:
+    """Write a value of some type as JSON text, without the members that Arrow has filled in."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(without_filled(value, feature), ensure_ascii=False)

@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from logitgen.config import Config
 from logitgen.errors import UsageError, first_line
 from logitgen.split.cache import remedy
-from logitgen.split.files import checked_format, format_of, matched, read_zstd_with_arrow, stamp
+from logitgen.split.files import checked_format, format_of, matched, read_exactly, stamp
 from logitgen.split.join import Parts, joined
 
 Splits = dict[str, Parts]
@@ -36,7 +36,7 @@ def load_split(config: Config) -> datasets.Dataset:
     Raises:
         UsageError: The dataset, its configuration or the split does not exist, cannot be read or has no rows.
     """
-    read_zstd_with_arrow()
+    read_exactly()
     sources: list[Path] = []
     try:
         sources = _sources(config.dataset)

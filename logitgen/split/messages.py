@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from datasets import LargeList, List
+
 from logitgen.errors import UsageError, first_line
 
 Message = dict[str, Any]
@@ -23,9 +25,8 @@ _ROLES = {
 
 
 def from_json(value: Any, name: str, kind: type, index: int) -> Any:
-    """Return a list or an object, given as JSON text, or as such with null members that Arrow has filled in."""
-    is_text = isinstance(value, str)
-    if is_text and value.strip():
+    """Return a list or an object, given as such or as JSON text."""
+    if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -35,14 +36,22 @@ def from_json(value: Any, name: str, kind: type, index: int) -> Any:
     if not isinstance(value, kind):
         expected = "a list" if kind is list else "an object"
         raise UsageError(f"Row {index}: '{name}' must be {expected}, or JSON text of it, got {kind_of(value)}.")
-    return value if is_text else without_nulls(value)
+    return value
 
 
-def without_nulls(value: Any) -> Any:
-    """Leave out the members without a value, which Arrow fills in."""
-    if isinstance(value, dict):
-        return {name: without_nulls(member) for name, member in value.items() if member is not None}
-    return [without_nulls(member) for member in value] if isinstance(value, list) else value
+def without_filled(value: Any, feature: Any) -> Any:
+    """Leave out the null members that Arrow fills in: those of its structs. A null within JSON was written by someone.
+
+    Args:
+        value: A value of a column.
+        feature: Its type.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        members = {name: without_filled(member, feature[name]) for name, member in value.items()}
+        return {name: member for name, member in members.items() if member is not None}
+    if isinstance(value, list) and isinstance(feature, List | LargeList):
+        return [without_filled(member, feature.feature) for member in value]
+    return value
 
 
 def checked_chat(chat: Any, name: str, index: int) -> Chat:
@@ -56,27 +65,26 @@ def checked_chat(chat: Any, name: str, index: int) -> Chat:
     Raises:
         UsageError: It is none, or a message lacks something or has something that cannot be read.
     """
-    is_text = isinstance(chat, str) and chat.lstrip().startswith("[")
-    if is_text:
+    if isinstance(chat, str) and chat.lstrip().startswith("["):
         chat = from_json(chat, name, list, index)
     if not isinstance(chat, list):
         raise UsageError(f"Row {index}: '{name}' must be a list of messages, got {kind_of(chat)}.")
     try:
         places = [f"Row {index}, message {turn}" for turn in range(len(chat))]
-        return [_checked(message, place, is_text) for message, place in zip(chat, places, strict=True)]
+        return [_checked(message, place) for message, place in zip(chat, places, strict=True)]
     except RecursionError as error:
         raise UsageError(f"Row {index}: '{name}' is nested too deeply to be read.") from error
 
 
-def _checked(message: Any, place: str, is_text: bool) -> dict[str, Any]:
-    """Return a message with its content as text, and without the nulls that Arrow fills in where it was no text."""
+def _checked(message: Any, place: str) -> dict[str, Any]:
+    """Return a message with its content as text, and without members that have no value."""
     if not isinstance(message, dict):
         raise UsageError(f"{place}: it must be an object with role and content, got {kind_of(message)}.")
     if message.get("role") is None and message.get("from") is not None:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise UsageError(f"{place}: 'role' must be a string, got {kind_of(message.get('role'))}.")
-    found = {name: value if is_text else without_nulls(value) for name, value in message.items() if value is not None}
+    found = {name: value for name, value in message.items() if value is not None}
     found["role"] = _SHAREGPT.get(found["role"], found["role"])
     content = found.get("content", "" if found.get("tool_calls") else None)
     if isinstance(content, list):

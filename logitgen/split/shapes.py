@@ -89,7 +89,7 @@ def encoder(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, 
     if template := template_of(split, tokenizer, config):
         if "tools" in columns and not template.shows_tools:
             logger.warning("The rows have tools, but the teacher's chat template shows it none.")
-        return partial(encode_chats, columns=chat, template=template, config=config)
+        return partial(encode_chats, features=split.features, columns=chat, template=template, config=config)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise UsageError("--append_eos needs a tokenizer with an end-of-text token, the teacher's has none.")
     if config.text_column is None and {"prompt", "completion"} <= set(columns):

@@ -273,7 +273,7 @@ def _placement(config: Config, device: torch.device, num_replicas: int) -> dict[
 
 
 def _own_weights(model: PreTrainedModel) -> None:
-    """Copy those weights in host memory, one after another, that lie in a mapped file or at an odd address.
+    """Copy those weights in host memory, one after another, that torch did not allocate, or not at an aligned address.
 
     transformers maps safetensors files where it can. A mapped weight changes when its file does, and begins wherever
     the file's header happens to end. Some processors (AMD EPYC, MKL) round the products of a single row by that: 4.8e-7
@@ -281,10 +281,7 @@ def _own_weights(model: PreTrainedModel) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        if local.device.type != "cpu":
-            continue
-        is_own = local.untyped_storage().resizable()  # torch resizes only what it allocated
-        if not is_own or local.data_ptr() % _ALIGNMENT:
+        if local.device.type == "cpu" and (not local.untyped_storage().resizable() or local.data_ptr() % _ALIGNMENT):
             local.data = local.data.clone()
 
 
