@@ -16,6 +16,22 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None") -> str:
     vocab = ", ".join(f"({token!r}, {ids[token]!r})" for token in sorted(ids))
     parts: list[Any] = [str(tokenizer.chat_template)]
     if tokenizer.is_fast:
-        parts.append(tokenizer.backend_tokenizer.to_str())
+        parts.append(_serialised(tokenizer.backend_tokenizer))
     parts.append(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
+    if tokenizer.split_special_tokens:
+        parts.append("split_special_tokens")
     return hashlib.sha256(f"[[{vocab}], {repr(parts)[1:]}".encode()).hexdigest()
+
+
+def _serialised(backend: Any) -> str:
+    """Return a backend as JSON, without the padding and truncation that it keeps from its last call."""
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        return str(backend.to_str())
+    finally:
+        if padding:
+            backend.enable_padding(**padding)
+        if truncation:
+            backend.enable_truncation(**truncation)

@@ -404,6 +404,7 @@ def test_a_slow_tokenizer_cannot_mark_the_assistants_tokens(chat_tokenizer: Toke
 
     slow = Slow(
         is_fast=False,
+        split_special_tokens=False,
         chat_template=chat_tokenizer.chat_template,
         get_vocab=chat_tokenizer.get_vocab,
         special_tokens_map={},
@@ -833,7 +834,10 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 
 def test_equal_tokenizers_have_equal_fingerprints_and_others_do_not() -> None:
     base = make_tokenizer()
+    splitting = make_tokenizer()
+    splitting.split_special_tokens = True
     others = [
+        splitting,
         with_a_bos_token(base),
         with_another_token(base),
         with_template(base, CHAT_TEMPLATE),
@@ -844,6 +848,22 @@ def test_equal_tokenizers_have_equal_fingerprints_and_others_do_not() -> None:
     assert len(set(prints)) == len(prints)
     assert all(re.fullmatch("[0-9a-f]{64}", each) for each in prints)
     assert tokenizer_fingerprint(None) == ""
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_fingerprint_does_not_depend_on_the_last_call_and_does_not_change_the_next(side: str) -> None:
+    tokenizer, texts = make_tokenizer(), ["Hello", "a longer text than this"]
+    expected = tokenizer_fingerprint(tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, side
+    of_padding = tokenizer_fingerprint(tokenizer)
+    tokenizer(texts, padding=True, truncation=True, max_length=8, pad_to_multiple_of=8)
+    backend = tokenizer.backend_tokenizer
+    state = backend.padding, backend.truncation
+    assert None not in state
+    assert tokenizer_fingerprint(tokenizer) == of_padding
+    assert (backend.padding, backend.truncation) == state
+    tokenizer.pad_token = None
+    assert tokenizer_fingerprint(tokenizer) == expected
 
 
 def test_the_fingerprint_is_that_of_files_written_before() -> None:
