@@ -1,7 +1,8 @@
 """The cache of shared prefixes: transformers' own, continued by any number of lines."""
 
 import copy
-from typing import Any, cast
+import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,8 @@ def continued(cache: Cache, line_L: Tensor, for_trunk: bool) -> Cache:
         for_trunk: True to keep the new tokens too. Otherwise the prefixes' keys and values are copied for one layer
             at a time, while it is computed.
     """
+    if line_L.device.type == "cpu":  # transformers then copies no keys for heads that share them; a GPU loses by it
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     selected = copy.copy(cache)
     selected.layers = [
         _selected(layer, line_L) if for_trunk or type(layer) not in _OF_ATTENTION else _for_once(layer, line_L)
@@ -95,9 +98,18 @@ def _selected(layer: Any, line_L: Tensor) -> Any:
 def _for_once(layer: Any, line_L: Tensor) -> Any:
     """Return a layer that copies some lines of another when they are needed, and forgets them."""
 
-    def update(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], _selected(layer, line_L).update(*args, **kwargs))
+    def update(key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return _appended(layer.keys, line_L, key), _appended(layer.values, line_L, value)
 
     once = copy.copy(layer)
     once.update = update
     return once
+
+
+def _appended(past: Tensor, line_L: Tensor, new: Tensor) -> Tensor:
+    """Append new keys or values to some lines of earlier ones, in a single copy."""
+    length = past.shape[-2]
+    both = new.new_empty((*new.shape[:-2], length + new.shape[-2], new.shape[-1]))
+    torch.index_select(past, 0, line_L.to(past.device), out=both[..., :length, :])
+    both[..., length:, :] = new
+    return both
