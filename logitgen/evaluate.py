@@ -28,7 +28,7 @@ from logitgen.student.measure import Meter
 from logitgen.teacher.adapter import with_base
 from logitgen.teacher.describe import describe_teacher
 from logitgen.teacher.model import Teacher, load_model
-from logitgen.tokenizer import tokenizer_fingerprint
+from logitgen.tokenizer import is_or_was, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +121,12 @@ def _measured(student: Teacher, dataset: LogitsDataset) -> dict[str, Any]:
 def _check_tokenizer(config: Config, dataset: LogitsDataset, other_tokenizer: bool) -> None:
     """Refuse a student of another tokenizer, as far as both are known."""
     attributes = dataset.attributes
-    expected, found = attributes["tokenizer_fingerprint"], tokenizer_fingerprint(load_tokenizer(config))
-    if not expected or not found:
+    expected, tokenizer = attributes["tokenizer_fingerprint"], load_tokenizer(config)
+    found = tokenizer_fingerprint(tokenizer)
+    if not expected or tokenizer is None:
         whose = "student" if expected else "file"
         logger.warning(f"The {whose} has no tokenizer to compare. Make sure that it is the teacher's.")
-    elif found != expected and not other_tokenizer:
+    elif not is_or_was(tokenizer, expected) and not other_tokenizer:
         raise UsageError(
             f"The student's tokenizer must be that of the teacher {attributes['teacher']}, fingerprint {expected[:8]}, "
             f"got fingerprint {found[:8]}. Give a student of the teacher's tokenizer, or add --other_tokenizer if only "

@@ -7,8 +7,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    """Hash all that decides the tokens of a text, SHA-256; empty without a tokenizer."""
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None", *, with_padding: bool = True) -> str:
+    """Hash all that decides the tokens of a text, SHA-256; empty without a tokenizer.
+
+    The token that it pads with is hashed too, unless `with_padding` is false.
+    """
     if tokenizer is None:
         return ""
     ids = tokenizer.get_vocab()
@@ -17,10 +20,16 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None") -> str:
     parts: list[Any] = [str(tokenizer.chat_template)]
     if tokenizer.is_fast:
         parts.append(_serialised(tokenizer.backend_tokenizer))
-    parts.append(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()))
+    special = tokenizer.special_tokens_map.items()
+    parts.append(sorted((name, str(token)) for name, token in special if with_padding or name != "pad_token"))
     if tokenizer.split_special_tokens:
         parts.append("split_special_tokens")
     return hashlib.sha256(f"[[{vocab}], {repr(parts)[1:]}".encode()).hexdigest()
+
+
+def is_or_was(tokenizer: "PreTrainedTokenizerBase", fingerprint: str) -> bool:
+    """Tell whether a tokenizer has a fingerprint, or had it before someone gave it a token to pad with."""
+    return fingerprint in (tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(tokenizer, with_padding=False))
 
 
 def _serialised(backend: Any) -> str:

@@ -380,6 +380,10 @@ def test_only_the_teachers_tokenizer_is_accepted(capture: Capture, teacher: Path
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     dataset = LogitsDataset([path, path], tokenizer=tokenizer)
     assert pickle.loads(pickle.dumps(dataset))[:1].attributes == dataset.attributes
+    assert tokenizer.pad_token is None
+    tokenizer.pad_token = tokenizer.eos_token  # as most training scripts do
+    assert tokenizer(["a", "a b c"], padding=True)["attention_mask"][0] != [1]
+    assert LogitsDataset(path, tokenizer=tokenizer).attributes == dataset.attributes
     vocab = {token: number for number, token in enumerate(reversed(tokenizer.get_vocab()))}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [])), name_or_path="some/student")
     assert len(other) == len(tokenizer)

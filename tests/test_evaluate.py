@@ -145,7 +145,9 @@ def test_a_student_of_another_vocabulary_or_tokenizer_is_refused(
 ) -> None:
     small = save_teacher(tmp_path / "small", make_llama(200), tokenizer)
     assert "must have 384 to 1408 columns" in refused(capsys, small, "--file", path)
-    other = save_teacher(tmp_path / "other", make_llama(), make_tokenizer(pad_token="<|end|>"))
+    padding = save_teacher(tmp_path / "padding", make_llama(), make_tokenizer(pad_token="<|end|>"))
+    assert evaluated(capsys, padding, "--file", path)["agreement"] == 1
+    other = save_teacher(tmp_path / "other", make_llama(), make_tokenizer(bos_token="<|end|>"))
     said = refused(capsys, other, "--file", path)
     assert "The student's tokenizer must be that of the teacher" in said
     assert "add --other_tokenizer if only chat template or special tokens differ." in said

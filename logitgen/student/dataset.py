@@ -20,7 +20,7 @@ from logitgen.errors import FormatError, UsageError
 from logitgen.file.layout import Array
 from logitgen.file.reader import LogitsFile
 from logitgen.head import Head, restored
-from logitgen.tokenizer import tokenizer_fingerprint
+from logitgen.tokenizer import is_or_was, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,7 +231,7 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", file: LogitsFile) -> 
     expected, found = file.attributes["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
     if not expected:
         raise UsageError(f"{file.path} was captured without a tokenizer to compare with. Leave tokenizer out.")
-    if found != expected:
+    if not is_or_was(tokenizer, expected):
         raise UsageError(
             f"The tokenizer must be that of the teacher {file.attributes['teacher']}, fingerprint {expected[:8]}, got "
             f"{tokenizer.name_or_path or 'one without a name'}, fingerprint {found[:8]}. Train a student with the "
