@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import fsspec.compression
 import pyarrow as pa
-from datasets import arrow_writer
+from datasets import arrow_writer, packaged_modules
 from datasets.features import features
 from datasets.fingerprint import Hasher
-from datasets.packaged_modules.json import json as json_files
 from datasets.utils import json as json_values
-from datasets.utils.json import find_mixed_struct_types_field_paths
 
 from logitgen.errors import UsageError
+from logitgen.split.csv_rows import CsvRows
+from logitgen.split.json_rows import JsonRows
 
 
 class Format(NamedTuple):
@@ -33,13 +33,13 @@ _TEXT_FORMATS = {
     ".jsonl": Format("json", {}),
     ".csv": Format("csv", _CSV),
     ".tsv": Format("csv", {**_CSV, "sep": "\t"}),
-    ".txt": Format("text", {}),
+    ".txt": Format("text", {"encoding": "utf-8-sig"}),
 }
 _FORMATS = {**_TEXT_FORMATS, ".parquet": Format("parquet", {}), ".arrow": Format("arrow", {})}
 
 _COMPRESSED = (".gz", ".zst")
 
-_READING = "2"
+_READING = "3"
 """Changes with what is read of a file, so that no older copy in the cache is taken for it."""
 
 
@@ -114,25 +114,14 @@ def read_exactly() -> None:
 
     - Arrow decompresses .zst files. It reports a file that was cut off, and needs no other package. `zstandard`, which
       fsspec would take, returns the rows before the cut as if they were all.
-    - Objects in JSON files stay JSON. Arrow's structs know one order of members and one type of each for all rows, make
-      1.0 of 1 beside 1.5 and a time of a text that looks like one, and have nulls where a row has no such member.
-    - Python's own `json` reads and writes them. pandas' ujson rounds fractions to ten decimals.
-    - Conversations are no traces of agents, whatever columns stand beside them.
+    - `JsonRows` reads JSON files, `CsvRows` tables of text.
+    - Python's own `json` reads and writes objects in rows. pandas' ujson rounds fractions to ten decimals.
     """
     fsspec.compression.register_compression("zstd", _zstd, "zst", force=True)
-    for module in (arrow_writer, features, json_files, json_values):
+    for loader, builder in (("json", JsonRows), ("csv", CsvRows)):
+        packaged_modules._PACKAGED_DATASETS_MODULES[loader] = (builder.__module__, builder.VERSION)
+    for module in (arrow_writer, features, json_values):
         vars(module).update(ujson_dumps=json.dumps, ujson_loads=json.loads)
-    vars(json_files).update(find_mixed_struct_types_field_paths=_json_columns, has_agent_traces_markers=lambda _: False)
-
-
-def _json_columns(rows: list[Any]) -> list[list[str]]:
-    """Find the columns of objects, and those whose values are of different types, each as a path of one member."""
-    found = {name for row in rows if isinstance(row, dict) for name, value in row.items() if _has_object(value)}
-    return [[name] for name in sorted(found.union(path[0] for path in find_mixed_struct_types_field_paths(rows)))]
-
-
-def _has_object(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_object, value)))
 
 
 def _zstd(file: Any, mode: str = "rb", **_: Any) -> io.BufferedReader:
