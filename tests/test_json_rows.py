@@ -110,8 +110,8 @@ def test_the_splits_of_a_folder_have_types_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"text": "a"}\n{"text": \n', "line 2 is not JSON: Expecting value at character 1"),
-        ('{"text": "a"}\n\n{"text": "b"} x\n', "line 3 is not JSON: Extra data at character 15"),
+        ('{"text": "a"}\n{"text": \n', "line 2 is not JSON, at character 1: Expecting value"),
+        ('{"text": "a"}\n\n{"text": "b"} x\n', "line 3 is not JSON, at character 15: Extra data"),
         ('\n{"text": \n', r"Expecting value: line 3 column 1"),
         ('{"text": "a\\ud800"}\n', "surrogates not allowed"),
     ],

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
+from datasets.packaged_modules.json.json import Json
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.split.json_rows import JsonRows
 from logitgen.split.load import load_split
 
 TEXTS = [f"row {index}, “quoted” 模型" for index in range(20)]
@@ -490,6 +492,22 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_quickly(name: str) -> None:
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("reader", [Json, JsonRows])
+def test_a_copy_of_a_dataset_of_the_hub_that_datasets_made_alone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: type[Json]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "2024-05-01"}])
+    builder = reader(cache_dir=str(tmp_path), dataset_name="name", hash="0", data_files={"train": [str(path)]})
+    builder.download_and_prepare()
+    copy = tmp_path / "cache" / "some-user___name" / "default" / str(builder.config.version) / "0"
+    copy.parent.mkdir(parents=True)
+    Path(builder.cache_dir).rename(copy)
+    told = "some-user/name cannot be reached. Its copy in the cache was made by datasets alone"
+    assert load("some-user/name").num_rows == 1
+    assert (told in caplog.text) == (reader is Json)
+
+
 @pytest.mark.parametrize(
     ("name", "ending"),
     [
@@ -572,7 +590,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON: Expecting value at character 1"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON, at character 1: Expecting value"),
         ("rows.json", '[{"text": "a"}, {"te', "Unterminated string"),
         ("rows.parquet", "text", "Parquet file size is 4 bytes"),
         ("rows.arrow", "text", "File is too small: 4"),

@@ -95,7 +95,7 @@ def _decoded(line: str, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is not JSON: {error.msg} at character {error.colno}") from None
+        raise ValueError(f"line {number} is not JSON, at character {error.colno}: {error.msg}") from None
 
 
 def _several(text: str) -> list[Any]:
