@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Features, Json, SplitGenerator
 from datasets.builder import Key
 from datasets.packaged_modules.json import json as json_files
+from datasets.utils import tqdm
 
 _BATCH_CHARACTERS = 2**22
 _SPACE = re.compile(r"\s*")
@@ -116,9 +117,11 @@ def _columns(rows: list[dict[str, Any]], names: Iterable[str] = ()) -> dict[str,
 def _features(batches: Iterable[list[dict[str, Any]]]) -> Features:
     """Find the types that hold the values of all rows unchanged."""
     types: dict[str, pa.DataType] = {}
-    for rows in batches:
-        for name, values in _columns(rows).items():
-            types[name] = _common(types.get(name, pa.null()), _type_of(values))
+    with tqdm(desc="Finding the types of columns", unit=" examples") as bar:
+        for rows in batches:
+            for name, values in _columns(rows).items():
+                types[name] = _common(types.get(name, pa.null()), _type_of(values))
+            bar.update(len(rows))
     plain = Features.from_arrow_schema(pa.schema({name: kind for name, kind in types.items() if kind != _MIXED}))
     return Features({name: plain.get(name, Json()) for name in types})
 
@@ -126,7 +129,7 @@ def _features(batches: Iterable[list[dict[str, Any]]]) -> Features:
 def _type_of(values: list[Any]) -> pa.DataType:
     try:
         kind = inner = pa.array(values).type
-    except (pa.ArrowException, OverflowError):  # there is none
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):  # there is none
         return _MIXED
     while pa.types.is_list(inner):
         inner = inner.value_type

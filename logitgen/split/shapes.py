@@ -271,4 +271,9 @@ def _strings(rows: Any, indices: list[int], column: str) -> list[str]:
     for index, value in zip(indices, rows[column], strict=True):
         if not isinstance(value, str):
             raise UsageError(f"Row {index}: '{column}' must be a string, got {kind_of(value)}.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            place = f"Row {index}: character {error.start} of '{column}'"
+            raise UsageError(f"{place} is half a surrogate pair, which is no text. Remove it.") from error
     return cast(list[str], rows[column])
