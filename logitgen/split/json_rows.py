@@ -85,11 +85,14 @@ class JsonRows(json_files.Json):  # type: ignore[misc]
 
 
 def _is_whole(line: str) -> bool:
-    """Whether the first line of a file is a value. A list may be the whole file."""
+    """Whether the first line of a file is a row. A list may be the whole file."""
+    if line.lstrip().startswith("["):
+        return False
     try:
-        return not isinstance(json.loads(line), list)
+        json.loads(line)
     except ValueError:
         return False
+    return True
 
 
 def _decoded(line: str, number: int) -> Any:
