@@ -39,6 +39,22 @@ def test_rows_with_more_values_than_the_header_has_names_are_refused(tmp_path: P
         load(tmp_path / "rows.csv", "prompt,completion\na,b,\nc,d,\n")
 
 
+def test_a_value_that_a_row_lacks_is_no_empty_text(tmp_path: Path) -> None:
+    """A line break without quotes around it begins such a row."""
+    rows = load(tmp_path / "rows.csv", "prompt,completion\na,first line\nsecond line\nb,\n")
+    assert rows["completion"][:] == ["first line", None, ""]
+
+
+def test_blank_lines_are_no_rows_and_empty_texts_are(tmp_path: Path) -> None:
+    assert load(tmp_path / "rows.csv", 'text\n\na\n""\n\n\nb\r\n  \n\n').to_list() == [
+        {"text": text} for text in ("a", "", "b", "  ")
+    ]
+
+
+def test_a_text_may_be_long(tmp_path: Path) -> None:
+    assert load(tmp_path / "rows.csv", f"text\n{'a' * 200_000}\n")[0] == {"text": "a" * 200_000}
+
+
 def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
     for name, content in (("rows.csv", "\ufefftext\na\n"), ("rows.txt", "\ufeffa\n")):
         assert load(tmp_path / name, content).to_list() == [{"text": "a"}]

@@ -594,7 +594,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
         ("rows.json", '[{"text": "a"}, {"te', "Unterminated string"),
         ("rows.parquet", "text", "Parquet file size is 4 bytes"),
         ("rows.arrow", "text", "File is too small: 4"),
-        ("rows.csv", 'text\n"a\nb', "EOF inside string"),
+        ("rows.csv", 'text\n"a\nb', "unexpected end of data"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line_with_the_reason(

@@ -26,8 +26,8 @@ class Format(NamedTuple):
     options: dict[str, Any]
 
 
-# In a column of text, "NA" is a word.
-_CSV = {"keep_default_na": False}
+# In a column of text, "NA" is a word. Python's own `csv` gives a value that a row lacks as null, not as empty text.
+_CSV: dict[str, Any] = {"keep_default_na": False, "engine": "python", "skip_blank_lines": False}
 _TEXT_FORMATS = {
     ".json": Format("json", {}),
     ".jsonl": Format("json", {}),
