@@ -1,6 +1,7 @@
 """Every value of a table of text is the text that the file has."""
 
 import csv
+import gzip
 import io
 from pathlib import Path
 
@@ -49,6 +50,39 @@ def test_blank_lines_are_no_rows_and_empty_texts_are(tmp_path: Path) -> None:
     assert load(tmp_path / "rows.csv", 'text\n\na\n""\n\n\nb\r\n  \n\n').to_list() == [
         {"text": text} for text in ("a", "", "b", "  ")
     ]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+@pytest.mark.parametrize("start", ["\n", "\r\n\r\n", "\ufeff\n", "  \n", "\n\n\n"])
+def test_blank_lines_may_stand_before_the_header(tmp_path: Path, start: str, name: str) -> None:
+    content = f'{start}prompt,completion\n"a",\n\nb,c\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = load_split(Config(teacher="m", dataset=str(tmp_path / name), output="o"))
+    assert rows.to_list() == [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "c"}]
+
+
+CARD = """---
+dataset_info:
+  features: [{name: text, dtype: string}, {name: number, dtype: int64}]
+  splits: [{name: train, num_bytes: 1, num_examples: 3}]
+---
+"""
+
+
+def test_a_card_gives_types_and_leaves_texts_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "train.csv").write_text('text,number\nNA,007\n"",\nnull,NA\n')
+    config = Config(teacher="m", dataset=str(tmp_path), output="o")
+    assert load_split(config)["number"][:] == [7, None, None]
+    assert load_split(config)["text"][:] == ["NA", "", "null"]
+
+
+def test_words_for_nothing_are_rows_also_where_datasets_gives_no_options(tmp_path: Path) -> None:
+    """As it does for a dataset of the hub, or one whose card tells its size."""
+    (tmp_path / "README.md").write_text(CARD.replace("  features", "  # features"))
+    (tmp_path / "train.csv").write_text('text\nNA\n""\nnull\n')
+    rows = load_split(Config(teacher="m", dataset=str(tmp_path), output="o"))
+    assert rows["text"][:] == ["NA", "", "null"]
 
 
 def test_a_text_may_be_long(tmp_path: Path) -> None:

@@ -26,20 +26,18 @@ class Format(NamedTuple):
     options: dict[str, Any]
 
 
-# In a column of text, "NA" is a word. Python's own `csv` gives a value that a row lacks as null, not as empty text.
-_CSV: dict[str, Any] = {"keep_default_na": False, "engine": "python", "skip_blank_lines": False}
 _TEXT_FORMATS = {
     ".json": Format("json", {}),
     ".jsonl": Format("json", {}),
-    ".csv": Format("csv", _CSV),
-    ".tsv": Format("csv", {**_CSV, "sep": "\t"}),
+    ".csv": Format("csv", {}),
+    ".tsv": Format("csv", {"sep": "\t"}),
     ".txt": Format("text", {"encoding": "utf-8-sig"}),
 }
 _FORMATS = {**_TEXT_FORMATS, ".parquet": Format("parquet", {}), ".arrow": Format("arrow", {})}
 
 _COMPRESSED = (".gz", ".zst")
 
-_READING = "3"
+_READING = "4"
 """Changes with what is read of a file, so that no older copy in the cache is taken for it."""
 
 
