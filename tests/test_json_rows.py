@@ -120,6 +120,16 @@ def test_the_splits_of_a_folder_have_types_of_their_own(tmp_path: Path) -> None:
         assert load_split(Config(teacher="m", dataset=str(tmp_path), output="o", split=split)).to_list() == rows
 
 
+def test_objects_that_a_card_has_within_lists_get_no_members(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ndataset_info:\n  features: [{name: messages, list: json}]\n---\n")
+    rows = [
+        {"messages": [CALL["messages"][0], {"role": "5", "args": {"x": [1, "a"], "y": {}}}, None]},
+        {"messages": None},
+    ]
+    (tmp_path / "train.jsonl").write_text(lines(rows))
+    assert load_split(Config(teacher="m", dataset=str(tmp_path), output="o")).to_list() == rows
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

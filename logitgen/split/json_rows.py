@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-from datasets import Features, Json, SplitGenerator
+from datasets import Features, Json, LargeList, List, SplitGenerator, Value
 from datasets.builder import Key
 from datasets.packaged_modules.json import json as json_files
 from datasets.utils import tqdm
@@ -25,7 +25,7 @@ _MIXED = pa.struct([])
 class JsonRows(json_files.Json):  # type: ignore[misc]
     """The builder of `datasets` for JSON files. A column has the one type that all its values have, or stays JSON."""
 
-    VERSION = "1.0.0"  # keeps copies in the cache apart from those that the reader of `datasets` made
+    VERSION = "1.1.0"  # keeps copies in the cache apart from those that the reader of `datasets` made
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
         splits: list[SplitGenerator] = super()._split_generators(dl_manager)
@@ -43,10 +43,8 @@ class JsonRows(json_files.Json):  # type: ignore[misc]
         for shard, files in enumerate(files_iterables):
             for number, rows in enumerate(self._batches(files)):
                 columns = _columns(rows, features)
-                for name in columns:
-                    if isinstance(features.get(name), Json):
-                        columns[name] = [None if value is None else json.dumps(value) for value in columns[name]]
-                yield Key(shard, number), self._cast_table(pa.table(columns))
+                encoded = {name: _encoded(values, List(features.get(name))) for name, values in columns.items()}
+                yield Key(shard, number), self._cast_table(pa.table(encoded))
 
     def _batches(self, files: Iterable[str]) -> Iterator[list[dict[str, Any]]]:
         """Yield the rows of files, about `_BATCH_CHARACTERS` at a time. A value that is no object is a row's text."""
@@ -109,6 +107,17 @@ def _several(text: str) -> list[Any]:
         value, place = decoder.raw_decode(text, place)
         values.append(value)
     return values
+
+
+def _encoded(value: Any, feature: Any) -> Any:
+    """Write the parts of a value that have the type of JSON as text. A card may put it inside of lists and objects."""
+    if isinstance(feature, Json):
+        return None if value is None else json.dumps(value)
+    if isinstance(value, list) and isinstance(feature, List | LargeList) and not isinstance(feature.feature, Value):
+        return [_encoded(member, feature.feature) for member in value]
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: _encoded(member, feature.get(name)) for name, member in value.items()}
+    return value
 
 
 def _columns(rows: list[dict[str, Any]], names: Iterable[str] = ()) -> dict[str, list[Any]]:
