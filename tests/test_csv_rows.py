@@ -77,6 +77,14 @@ def test_a_card_gives_types_and_leaves_texts_as_they_are(tmp_path: Path) -> None
     assert load_split(config)["text"][:] == ["NA", "", "null"]
 
 
+def test_options_of_a_card_are_heeded(tmp_path: Path) -> None:
+    options = "{config_name: default, data_files: train.csv, skiprows: 1, index_col: 0, sep: ;}"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- {options}\n---\n")
+    (tmp_path / "train.csv").write_text("a table\nname;text\nx;NA\nx;\n")
+    rows = load_split(Config(teacher="m", dataset=str(tmp_path), output="o"))
+    assert rows.to_list() == [{"text": "NA", "name": "x"}, {"text": "", "name": "x"}]
+
+
 def test_words_for_nothing_are_rows_also_where_datasets_gives_no_options(tmp_path: Path) -> None:
     """As it does for a dataset of the hub, or one whose card tells its size."""
     (tmp_path / "README.md").write_text(CARD.replace("  features", "  # features"))

@@ -59,6 +59,8 @@ values = st.one_of(
 @example([{"text": "a"}, {"text": "b"}, {"text": 5}])
 @example([{"text": "a", "tools": None}, {"text": "b", "tools": [{"x": 1.0}]}])
 @example([{"text": "a"}, {"text": "b", "tools": []}, {"text": "b", "tools": [{"x": None}]}])
+@example([{"text": "a", "tools": 2**70}, {"text": "b", "tools": [2**70]}])
+@example([{"text": "a", "input_ids": [1]}, {"text": "b", "input_ids": ["1"]}, {"text": "c", "input_ids": [[]]}])
 @given(st.lists(st.dictionaries(st.sampled_from(["text", "tools", "input_ids"]), values, min_size=1), min_size=1))
 def test_every_row_is_read_as_it_is_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
     folder = tmp_path_factory.mktemp("rows")

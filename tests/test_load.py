@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
+from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from logitgen.config import Config
 from logitgen.errors import UsageError
+from logitgen.split.csv_rows import CsvRows
 from logitgen.split.json_rows import JsonRows
 from logitgen.split.load import load_split
 
@@ -490,6 +492,13 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_quickly(name: str) -> None:
     with pytest.raises(UsageError, match=rf"^--dataset {name} cannot be loaded with --split train: .*'{name}'"):
         load(name)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(Json, JsonRows), (Csv, CsvRows)])
+def test_a_copy_that_datasets_made_alone_lies_elsewhere(tmp_path: Path, theirs: Any, ours: Any) -> None:
+    files = {"train": [str(write_jsonl(tmp_path / "rows.jsonl", ROWS))]}
+    options = {"cache_dir": str(tmp_path), "dataset_name": "name", "hash": "0", "data_files": files}
+    assert theirs(**options).cache_dir != ours(**options).cache_dir
 
 
 @pytest.mark.parametrize("reader", [Json, JsonRows])
