@@ -19,6 +19,7 @@ from batches import batch_of, captured, layout_of
 from conftest import make_llama, write_jsonl
 from families import FAMILIES, TREES, VOCAB, assert_row_is_right, make
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 
 from logitgen import LogitsFile, UsageError
 from logitgen.__main__ import main
@@ -78,6 +79,16 @@ def test_every_family_reads_on_from_a_shared_prefix(family: str) -> None:
     torch.testing.assert_close(shared_PV, alone_PV, atol=1e-4 if "qwen3.5" in family else 2e-5, rtol=0)
     for dtype in (torch.float32, torch.bfloat16):
         assert Teacher(make(family).to(dtype), VOCAB).share_prefixes()
+
+
+def test_keys_are_not_copied_for_every_head_that_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def repeat_kv(states: Tensor, times: int) -> Tensor:
+        raise AssertionError(f"{times} copies of {states.shape}")
+
+    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA", raising=False)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", repeat_kv)
+    wrapped, batch = Teacher(make_llama(VOCAB, num_key_value_heads=2), VOCAB), tree_of(TREES)
+    assert list(wrapped.logits(batch.passes, batch.slots[batch.distinct(of_each_row=False).index]))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral with a sliding window", "gemma2 with both soft-caps", "mixtral"])

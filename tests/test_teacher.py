@@ -363,6 +363,18 @@ def test_a_checkpoint_that_changes_under_a_run_changes_no_weight(tmp_path: Path)
         assert all(torch.equal(weight, weights[name]) for name, weight in loaded.named_parameters())
 
 
+def test_a_weight_within_a_larger_tensor_is_moved_to_an_aligned_address() -> None:
+    model = make_llama()
+    weight = model.model.norm.weight
+    expected = torch.arange(32.0)
+    weight.data = torch.cat([torch.zeros(1), expected])[1:]
+    assert weight.untyped_storage().resizable()
+    assert weight.data_ptr() % 64
+    teacher._own_weights(model)
+    assert not weight.data_ptr() % 64
+    assert torch.equal(weight, expected)
+
+
 def test_one_chunk_of_logits_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", 4 * 384)
     wrapped = Teacher(make_llama(), 384)
