@@ -582,8 +582,13 @@ def test_a_null_that_was_written_is_kept_and_one_of_arrow_is_not(tmp_path: Path)
     assert run([{"messages": json.dumps(chat)} for chat in chats], tokenizer)["input_ids"][:] == expected
     rows = [{"messages": chat} for chat in chats]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert tokenize(load_split(config), tokenizer, config)["input_ids"][:] == expected
-    assert run(rows, tokenizer)["input_ids"][:] == [expected[0], expected[0], expected[2]]
+    found = tokenize(load_split(config), tokenizer, config)
+    assert found["input_ids"][:] == expected
+    (warning,) = warnings_of(found)
+    assert warning.startswith("1 row (row 1): tools, tool calls or other objects have null members, which the chat")
+    found = run(rows, tokenizer)
+    assert found["input_ids"][:] == [expected[0], expected[0], expected[2]]
+    assert not warnings_of(found)
 
 
 @pytest.mark.parametrize("out", [{"weight": "0"}, {"train": 0}, {"train": "false"}])

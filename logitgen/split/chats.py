@@ -33,12 +33,14 @@ class Conversation:
         messages: Each with role and content.
         first_turn: Messages before it are part of the prompt.
         given: Variables for the template.
+        notes: What must be known of the row.
     """
 
     row: int
     messages: Chat
     first_turn: int
     given: Options
+    notes: Note
 
     @property
     def turns(self) -> list[int]:
@@ -73,17 +75,17 @@ def encode_chats(
     tokens = Tokens()
     if config.completion_only:
         check_fast(template.tokenizer, "messages")
-    texts = [(chat.row, shown) for chat in found for shown in _renderings(chat, template, config)]
+    texts = [(chat, shown) for chat in found for shown in _renderings(chat, template, config)]
     encoded = template.tokenizer(  # the template has written the special tokens
         [shown.text for _, shown in texts],
         add_special_tokens=False,
         return_offsets_mapping=config.completion_only,
         verbose=False,
     )
-    for number, (row, shown) in enumerate(texts):
+    for number, (chat, shown) in enumerate(texts):
         ids = packed_end(encoded["input_ids"][number], template.tokenizer, config)
         mask = _mask(encoded["offset_mapping"][number], shown.spans) if config.completion_only else ()
-        tokens.add(row, ids, mask, shown.notes)
+        tokens.add(chat.row, ids, mask, shown.notes | chat.notes)
     return tokens
 
 
@@ -102,7 +104,13 @@ def _conversation(rows: Any, number: int, row: int, columns: list[str], template
     given = {name: from_json(rows[name][number], name, kind, row) for name, kind in _GIVEN.items() if name in rows}
     tools = {"tools": given["tools"]} if given.get("tools") else {}
     options = tools | checked_options(given.get("chat_template_kwargs") or {}, f"Row {row}: ")
-    return Conversation(row, template.prepared(prompt + said), len(prompt), options)
+    notes = Note.NULLS if _has_null([*prompt, *said, options]) else NOTHING
+    return Conversation(row, template.prepared(prompt + said), len(prompt), options, notes)
+
+
+def _has_null(value: Any) -> bool:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(member is None or _has_null(member) for member in members)
 
 
 def _renderings(chat: Conversation, template: ChatTemplate, config: Config) -> list[_Rendering]:

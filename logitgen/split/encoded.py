@@ -13,7 +13,7 @@ FEATURES = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "completion_mask": datasets.List(datasets.Value("uint8")),
         "source_row": datasets.Value("int64"),
-        "notes": datasets.Value("uint8"),
+        "notes": datasets.Value("uint16"),
     }
 )
 
@@ -29,6 +29,7 @@ class Note(IntFlag):
     REWRITTEN = 32
     PACKED = 64
     NO_TURN = 128
+    NULLS = 256
 
 
 NOTHING = Note(0)
@@ -39,6 +40,8 @@ NOTES = {
     Note.CALLS_LEFT_OUT: "the chat template leaves out a tool call",
     Note.TWO_BOS: "the text begins with the beginning-of-text token, and the tokenizer adds another. "
     "Leave it out with --add_special_tokens false",
+    Note.NULLS: "tools, tool calls or other objects have null members, which the chat template gets. Leave them out of "
+    "the file if they stand for nothing, as in files that datasets has exported",
     Note.NO_TURN: "the conversation has no turn of the assistant to capture",
     Note.NO_EOS: "no completion ends with the end-of-text token, so a student would not learn to stop. "
     "Add it with --append_eos",

@@ -110,7 +110,7 @@ def _fingerprint(
     options = [getattr(config, name) for name in _OPTIONS]
     template = template_of(split, tokenizer, config)
     known = (options, template and template.fingerprint, of_tokenizer)
-    return str(Hasher.hash(("logitgen 4", transformers.__version__, split._fingerprint, known)))
+    return str(Hasher.hash(("logitgen 5", transformers.__version__, split._fingerprint, known)))
 
 
 def _needed(split: datasets.Dataset, config: Config) -> datasets.Dataset:
