@@ -122,11 +122,11 @@ def _check_tokenizer(config: Config, dataset: LogitsDataset, other_tokenizer: bo
     """Refuse a student of another tokenizer, as far as both are known."""
     attributes = dataset.attributes
     expected, tokenizer = attributes["tokenizer_fingerprint"], load_tokenizer(config)
-    found = tokenizer_fingerprint(tokenizer)
     if not expected or tokenizer is None:
         whose = "student" if expected else "file"
         logger.warning(f"The {whose} has no tokenizer to compare. Make sure that it is the teacher's.")
-    elif not is_or_was(tokenizer, expected) and not other_tokenizer:
+    elif not other_tokenizer and not is_or_was(tokenizer, expected):
+        found = tokenizer_fingerprint(tokenizer)
         raise UsageError(
             f"The student's tokenizer must be that of the teacher {attributes['teacher']}, fingerprint {expected[:8]}, "
             f"got fingerprint {found[:8]}. Give a student of the teacher's tokenizer, or add --other_tokenizer if only "

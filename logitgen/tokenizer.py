@@ -29,7 +29,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase | None", *, with_p
 
 def is_or_was(tokenizer: "PreTrainedTokenizerBase", fingerprint: str) -> bool:
     """Tell whether a tokenizer has a fingerprint, or had it before someone gave it a token to pad with."""
-    return fingerprint in (tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(tokenizer, with_padding=False))
+    return any(tokenizer_fingerprint(tokenizer, with_padding=known) == fingerprint for known in (True, False))
 
 
 def _serialised(backend: Any) -> str:

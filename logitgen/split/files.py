@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import fsspec.compression
 import pyarrow as pa
-from datasets import arrow_writer, packaged_modules
+from datasets import packaged_modules
 from datasets.features import features
 from datasets.fingerprint import Hasher
 from datasets.utils import json as json_values
@@ -118,7 +118,7 @@ def read_exactly() -> None:
     fsspec.compression.register_compression("zstd", _zstd, "zst", force=True)
     for loader, builder in (("json", JsonRows), ("csv", CsvRows)):
         packaged_modules._PACKAGED_DATASETS_MODULES[loader] = (builder.__module__, builder.VERSION)
-    for module in (arrow_writer, features, json_values):
+    for module in (features, json_values):
         vars(module).update(ujson_dumps=json.dumps, ujson_loads=json.loads)
 
 

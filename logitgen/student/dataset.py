@@ -228,10 +228,11 @@ def _check_fits(file: LogitsFile, first: LogitsFile) -> None:
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", file: LogitsFile) -> None:
-    expected, found = file.attributes["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
+    expected = file.attributes["tokenizer_fingerprint"]
     if not expected:
         raise UsageError(f"{file.path} was captured without a tokenizer to compare with. Leave tokenizer out.")
     if not is_or_was(tokenizer, expected):
+        found = tokenizer_fingerprint(tokenizer)
         raise UsageError(
             f"The tokenizer must be that of the teacher {file.attributes['teacher']}, fingerprint {expected[:8]}, got "
             f"{tokenizer.name_or_path or 'one without a name'}, fingerprint {found[:8]}. Train a student with the "
